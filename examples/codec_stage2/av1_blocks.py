@@ -1,0 +1,202 @@
+"""16x16 luma blocks and the partition AV1 chose for each, cut from the frames in ``data/``."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+BLOCK = 16
+SPLITS = ("train", "val", "test")
+COLUMNS = ["frame", "cq_level", "base_q_idx", "row", "col", "label"]
+DATA_DIR = Path(__file__).resolve().parent / "data"
+
+PARTITIONS = ("NONE", "HORZ", "VERT", "SPLIT", "HORZ_A", "HORZ_B", "VERT_A", "VERT_B", "HORZ_4", "VERT_4")
+STAGE1_CLASSES = ("NONE", "PARTITION")
+STAGE2_CLASSES = ("SPLIT", "RECT", "AB")
+
+# One row per AV1 id. AV1's 1:4 partitions cut in one direction only, with no 8x8 part, so they are
+# rectangular: RECT in Stage 2, and HORZ or VERT by their direction in Stage 3.
+STAGE1_OF_AV1 = torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+STAGE2_OF_AV1 = torch.tensor([-1, 1, 1, 0, 2, 2, 2, 2, 1, 1])
+STAGE3_RECT_OF_AV1 = torch.tensor([-1, 0, 1, -1, -1, -1, -1, -1, 0, 1])
+STAGE3_AB_OF_AV1 = torch.tensor([-1, -1, -1, -1, 0, 1, 2, 3, -1, -1])
+
+
+class DatasetError(ValueError):
+    """The data set is incomplete, damaged or contradicts itself."""
+
+
+@dataclass(frozen=True)
+class BlockSet:
+    """Blocks with what AV1 did to them.
+
+    Attributes:
+        samples: Luma in [0, 1], float32 of shape [N, 1, 16, 16].
+        labels_stage0: AV1 partition ids 0..9, int64 of shape [N]; names in ``PARTITIONS``.
+        qps: ``base_q_idx`` 0..255 the block was coded at, int64 of shape [N].
+    """
+
+    samples: Tensor
+    labels_stage0: Tensor
+    qps: Tensor
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self.labels_stage0)
+
+    def take(self, index: Tensor) -> BlockSet:
+        """The blocks that an index or a mask selects, in its order."""
+        return BlockSet(self.samples[index], self.labels_stage0[index], self.qps[index])
+
+    @property
+    def labels_stage1(self) -> Tensor:
+        """0 NONE, 1 PARTITION."""
+        return STAGE1_OF_AV1[self.labels_stage0]
+
+    @property
+    def labels_stage2(self) -> Tensor:
+        """0 SPLIT, 1 RECT (1:4 included), 2 AB, -1 where the block is not divided."""
+        return STAGE2_OF_AV1[self.labels_stage0]
+
+    @property
+    def labels_stage3_rect(self) -> Tensor:
+        """0 HORZ (HORZ_4 included), 1 VERT (VERT_4 included), -1 otherwise."""
+        return STAGE3_RECT_OF_AV1[self.labels_stage0]
+
+    @property
+    def labels_stage3_ab(self) -> Tensor:
+        """0 HORZ_A, 1 HORZ_B, 2 VERT_A, 3 VERT_B, -1 otherwise."""
+        return STAGE3_AB_OF_AV1[self.labels_stage0]
+
+
+def cut_blocks(data_dir: str | Path = DATA_DIR) -> dict[str, BlockSet]:
+    """Cut every labelled block out of its frame.
+
+    Args:
+        data_dir: Folder with ``MANIFEST.json``, ``nodes.csv.gz`` and ``frames/``.
+
+    Returns:
+        One set for each of "train", "val" and "test", in the table's order. All frames of a picture,
+        at all quantizers, are in the same set.
+
+    Raises:
+        DatasetError: A file is missing, damaged, or disagrees with the manifest.
+
+    Example:
+        >>> blocks = cut_blocks()["val"]
+        >>> tuple(blocks.samples.shape)
+        (21948, 1, 16, 16)
+    """
+    root = Path(data_dir)
+    manifest = _read_manifest(root / "MANIFEST.json")
+    frames = manifest["frames"]
+    split_of_frame = _splits(manifest)
+    nodes = _read_nodes(root / "nodes.csv.gz", [f["name"] for f in frames], manifest["nodes"])
+    samples = np.empty((len(nodes), BLOCK, BLOCK), dtype=np.float32)
+    for number, frame in enumerate(frames):
+        here = np.flatnonzero(nodes[:, 0] == number)
+        luma = _read_luma(root / frame["file"], frame["size_wh"])
+        samples[here] = _cut(luma, nodes[here, 2], nodes[here, 3], frame["name"])
+    every = BlockSet(
+        torch.from_numpy(samples).unsqueeze(1).div_(255.0),
+        torch.from_numpy(nodes[:, 4].copy()),
+        torch.from_numpy(nodes[:, 1].copy()),
+    )
+    split_of_node = torch.from_numpy(split_of_frame[nodes[:, 0]])
+    return {name: every.take(split_of_node == number) for number, name in enumerate(SPLITS)}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}: cannot read the manifest ({error}); restore the data folder") from error
+    if missing := {"frames", "nodes", "split_by_picture"} - manifest.keys():
+        raise DatasetError(f"{path}: lacks {sorted(missing)}; restore the data folder")
+    return manifest
+
+
+def _splits(manifest: dict[str, Any]) -> npt.NDArray[np.int64]:
+    """Split number of each frame; the manifest's two statements of it must agree."""
+    split_of_picture: dict[str, str] = {}
+    for split, pictures in manifest["split_by_picture"].items():
+        for picture in pictures:
+            if picture in split_of_picture:
+                raise DatasetError(f"picture {picture!r} is in two splits; keep it in one, or validation leaks")
+            split_of_picture[picture] = split
+    for frame in manifest["frames"]:
+        expected = split_of_picture.get(frame["picture"])
+        if frame["split"] not in SPLITS or frame["split"] != expected:
+            raise DatasetError(
+                f"frame {frame['name']!r} is in split {frame['split']!r}, its picture {frame['picture']!r} in "
+                f"{expected!r}; every frame must follow its picture into one of {SPLITS}"
+            )
+    return np.array([SPLITS.index(frame["split"]) for frame in manifest["frames"]], dtype=np.int64)
+
+
+def _read_nodes(path: Path, frames: list[str], expected: int) -> npt.NDArray[np.int64]:
+    """Table of frame number, base_q_idx, row, col, label."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+            header, *lines = csv.reader(file)
+    except (OSError, EOFError, ValueError) as error:
+        raise DatasetError(f"{path}: cannot read the node table ({error}); restore the data folder") from error
+    if header != COLUMNS:
+        raise DatasetError(f"{path}: columns are {header}, expected {COLUMNS}")
+    if len(lines) != expected:
+        raise DatasetError(f"{path}: {len(lines)} nodes, the manifest says {expected}; restore the data folder")
+    number_of = {name: number for number, name in enumerate(frames)}
+    try:
+        table = np.array([(number_of[n], int(q), int(r), int(c), int(k)) for n, _, q, r, c, k in lines], dtype=np.int64)
+    except KeyError as error:
+        raise DatasetError(f"{path}: frame {error} is not in the manifest") from error
+    except ValueError as error:
+        raise DatasetError(f"{path}: a line is not a name and five integers ({error})") from error
+    _check_range(path, "base_q_idx", table[:, 1], 255)
+    _check_range(path, "label", table[:, 4], len(PARTITIONS) - 1)
+    return table
+
+
+def _check_range(path: Path, column: str, values: npt.NDArray[np.int64], highest: int) -> None:
+    wrong = np.flatnonzero((values < 0) | (values > highest))
+    if len(wrong):
+        # The header is line 1.
+        line, value = wrong[0] + 2, values[wrong[0]]
+        raise DatasetError(f"{path}: line {line}: {column} is {value}, expected 0..{highest}")
+
+
+def _read_luma(path: Path, size_wh: list[int]) -> npt.NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            if image.mode != "L" or list(image.size) != size_wh:
+                raise DatasetError(f"{path}: {image.mode} {image.size}, expected 8-bit luma of {tuple(size_wh)}")
+            return np.frombuffer(image.tobytes(), dtype=np.uint8).reshape(image.height, image.width)
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot read the frame ({error}); restore the data folder") from error
+
+
+def _cut(
+    luma: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64], cols: npt.NDArray[np.int64], frame: str
+) -> npt.NDArray[np.uint8]:
+    height, width = luma.shape
+    wrong = (rows % BLOCK != 0) | (cols % BLOCK != 0)
+    wrong |= (rows < 0) | (cols < 0) | (rows + BLOCK > height) | (cols + BLOCK > width)
+    if wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        raise DatasetError(
+            f"frame {frame!r}: node at row {rows[first]}, col {cols[first]} is not on the 16x16 grid of "
+            f"{width}x{height} pixels"
+        )
+    grid = luma[: height // BLOCK * BLOCK, : width // BLOCK * BLOCK]
+    grid = grid.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK).swapaxes(1, 2)
+    return grid[rows // BLOCK, cols // BLOCK]

@@ -1,0 +1,136 @@
+"""The two things Stage 2 can train on a frozen backbone: adapters with a head, or the head alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from atomic_file import write_atomically
+from stage1_files import load_stage1_backbone
+from stage_models import stage2_head
+from stage_training import Trainee, macro_f1, predict_logits
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import TensorDataset
+
+from resadapt import (
+    adapter_state_dict,
+    load_adapter_state_dict,
+    load_adapters,
+    parameter_groups,
+    save_adapters,
+)
+
+ADAPTER_FILE = "adapters.pt"
+HEAD_FILE = "head.pt"
+LOGITS_FILE = "best_validation_logits.pt"
+WEIGHT_DECAY = 1e-4
+PROOF_BLOCKS = 2048
+PROBE_BLOCKS = 16
+
+
+def adapter_trainee(
+    model: nn.Module,
+    loss: nn.Module,
+    val: TensorDataset,
+    output: Path,
+    device: torch.device,
+    *,
+    lr_adapter: float,
+    lr_head: float,
+) -> Trainee:
+    """Train adapters and head inside the model; the adapter file proves itself at each best epoch.
+
+    Args:
+        model: With adapters injected, on its device.
+        loss: From logits and labels to a scalar.
+        val: All validation blocks; the proof uses a fixed part of them.
+        output: Where the adapter file goes.
+        device: Where the model is.
+        lr_adapter: Learning rate of the adapters.
+        lr_head: Learning rate of the head.
+    """
+    samples, labels = proof_subset(val)
+
+    def metric(candidate: nn.Module) -> float:
+        # Live and reloaded model are measured on the same blocks, or their difference would mean nothing.
+        return macro_f1(predict_logits(candidate, samples, device), labels)
+
+    def keep_best(record: dict[str, Any], logits: Tensor) -> None:
+        report = save_adapters(
+            model,
+            output / ADAPTER_FILE,
+            probe=samples[:PROBE_BLOCKS].to(device),
+            metric=metric,
+            tolerance=0.0,
+            metadata={"epoch": record["epoch"], "macro_f1": record["macro_f1"]},
+        )
+        record["proof"] = str(report)
+        _save_logits(output, logits)
+
+    return Trainee(
+        model,
+        loss,
+        AdamW(parameter_groups(model, lr_adapter, head_lr=lr_head, weight_decay=WEIGHT_DECAY)),
+        capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in adapter_state_dict(model).items()},
+        restore=lambda state: load_adapter_state_dict(model, state),
+        keep_best=keep_best,
+    )
+
+
+def head_trainee(head: nn.Module, loss: nn.Module, output: Path, *, lr_head: float) -> Trainee:
+    """Train the head alone, on features that the frozen backbone gave once.
+
+    The backbone does not take part in the training at all, so nothing of it can move: neither weights
+    nor BatchNorm statistics.
+
+    Args:
+        head: From features to logits, on its device.
+        loss: From logits and labels to a scalar.
+        output: Where the head's file goes.
+        lr_head: Learning rate.
+    """
+
+    def keep_best(record: dict[str, Any], logits: Tensor) -> None:
+        state = {name: tensor.detach().cpu() for name, tensor in head.state_dict().items()}
+        write_atomically(output / HEAD_FILE, lambda file: torch.save(state, file))
+        _save_logits(output, logits)
+
+    return Trainee(
+        head,
+        loss,
+        AdamW(head.parameters(), lr=lr_head, weight_decay=WEIGHT_DECAY),
+        capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()},
+        restore=head.load_state_dict,
+        keep_best=keep_best,
+    )
+
+
+def frozen_features(backbone: nn.Module, data: TensorDataset, device: torch.device) -> TensorDataset:
+    """The data with its blocks replaced by what the backbone, in evaluation mode, makes of them."""
+    samples, labels = data.tensors
+    return TensorDataset(predict_logits(backbone.to(device), samples, device), labels)
+
+
+def proof_subset(val: TensorDataset) -> tuple[Tensor, Tensor]:
+    """The same few validation blocks and labels for every proof of every run."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randperm(len(val), generator=generator)[:PROOF_BLOCKS]
+    samples, labels = val.tensors
+    return samples[index], labels[index]
+
+
+def reload_stage2(stage1_file: Path, output: Path) -> nn.Module:
+    """Build the model of a finished run from its files alone: Stage 1's and the adapters' or the head's."""
+    model, _ = load_stage1_backbone(stage1_file)
+    head = stage2_head()
+    model.fc = head
+    if (output / ADAPTER_FILE).exists():
+        return load_adapters(model, output / ADAPTER_FILE)
+    head.load_state_dict(torch.load(output / HEAD_FILE, weights_only=True))
+    return model
+
+
+def _save_logits(output: Path, logits: Tensor) -> None:
+    write_atomically(output / LOGITS_FILE, lambda file: torch.save(logits, file))

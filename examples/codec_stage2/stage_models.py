@@ -1,0 +1,205 @@
+"""The study's models: ResNet-18 on one luma channel, plain or with attention, and the heads of its stages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from av1_blocks import BLOCK, STAGE2_CLASSES
+from torch import Tensor, nn
+from torchvision.models import ResNet18_Weights, resnet18
+
+from resadapt import inject_adapters
+
+BackboneKind = Literal["plain", "attention"]
+
+FEATURES = 512
+STAGE_CHANNELS = (64, 128, 256, 512)
+ADAPTER_SITES: dict[BackboneKind, tuple[str, ...]] = {
+    "plain": ("layer1", "layer2", "layer3", "layer4"),
+    "attention": ("se1", "se2", "se3", "spatial_attn"),
+}
+
+
+def gray_resnet18(weights: ResNet18_Weights | None = None) -> nn.Module:
+    """Torchvision's ResNet-18 with one input channel and no classifier.
+
+    Args:
+        weights: ImageNet weights to start from; the stem becomes their mean over RGB. None: random.
+
+    Returns:
+        A network from [N, 1, H, W] to [N, 512].
+    """
+    model: nn.Module = resnet18(weights=weights)
+    colour = model.get_submodule("conv1")
+    assert isinstance(colour, nn.Conv2d)
+    model.conv1 = gray_stem(colour) if weights else _new_stem()
+    model.fc = nn.Identity()
+    return model
+
+
+def gray_stem(colour: nn.Conv2d) -> nn.Conv2d:
+    """A 1-channel copy of torchvision's 7x7 stem: the mean of its weights over RGB."""
+    stem = _new_stem()
+    with torch.no_grad():
+        stem.weight.copy_(colour.weight.mean(dim=1, keepdim=True))
+    return stem
+
+
+def _new_stem() -> nn.Conv2d:
+    stem = nn.Conv2d(1, STAGE_CHANNELS[0], 7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # As torchvision starts its own.
+    return stem
+
+
+class SqueezeExcitation(nn.Module):
+    """Scale each channel by a gate computed from all channels' means.
+
+    Args:
+        channels: Of the input.
+        reduction: Channels per hidden unit.
+
+    References:
+        Hu et al. 2018, Squeeze-and-Excitation Networks, arXiv:1709.01507.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        """See the class."""
+        super().__init__()
+        hidden = channels // reduction
+        self.excitation = nn.Sequential(
+            nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels, bias=False), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate [N, C, H, W] by channel."""
+        gate: Tensor = self.excitation(x.mean(dim=(2, 3)))
+        return x * gate[:, :, None, None]
+
+
+class SpatialAttention(nn.Module):
+    """Scale each position by a gate computed from the channels' mean and maximum around it.
+
+    References:
+        Woo et al. 2018, CBAM, arXiv:1807.06521.
+    """
+
+    def __init__(self) -> None:
+        """See the class."""
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate [N, C, H, W] by position."""
+        evidence = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
+        return x * torch.sigmoid(self.conv(evidence))
+
+
+class AttentionResNet18(nn.Module):
+    """The study's attention backbone: squeeze-excitation after each stage, spatial attention at the end.
+
+    Its own modules stand beside ResNet-18's, whose names stay torchvision's.
+
+    Args:
+        weights: ImageNet weights for the ResNet-18 part. None: random.
+    """
+
+    conv1: nn.Module
+    bn1: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+    avgpool: nn.Module
+    fc: nn.Module
+    se1: nn.Module
+    se2: nn.Module
+    se3: nn.Module
+    se4: nn.Module
+
+    def __init__(self, weights: ResNet18_Weights | None = None) -> None:
+        """See the class."""
+        super().__init__()
+        for name, module in gray_resnet18(weights).named_children():
+            self.add_module(name, module)
+        for number, channels in enumerate(STAGE_CHANNELS, start=1):
+            self.add_module(f"se{number}", SqueezeExcitation(channels))
+        self.spatial_attn = SpatialAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From [N, 1, H, W] to the output of ``fc``."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.se1(self.layer1(x))
+        x = self.se2(self.layer2(x))
+        x = self.se3(self.layer3(x))
+        x = self.spatial_attn(self.se4(self.layer4(x)))
+        features: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return features
+
+
+def build_backbone(kind: BackboneKind, weights: ResNet18_Weights | None = None) -> nn.Module:
+    """The plain or the attention backbone, from [N, 1, H, W] to [N, 512]."""
+    return AttentionResNet18(weights) if kind == "attention" else gray_resnet18(weights)
+
+
+class BinaryHead(nn.Module):
+    """Stage 1's head, 512-256-1; nested so that its parameters have the study's names."""
+
+    def __init__(self, dropout: float = 0.5) -> None:
+        """See the class."""
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logit of PARTITION, [N, 1]."""
+        logit: Tensor = self.head(features)
+        return logit
+
+
+class Stage1Model(nn.Module):
+    """NONE or PARTITION: a backbone and a binary head.
+
+    Args:
+        backbone: From [N, 1, 16, 16] to [N, 512].
+    """
+
+    temperature: Tensor
+
+    def __init__(self, backbone: nn.Module) -> None:
+        """See the class."""
+        super().__init__()
+        self.backbone = backbone
+        self.head = BinaryHead()
+        # For calibrating the finished classifier; training leaves it at 1.
+        self.register_buffer("temperature", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Calibrated logit of PARTITION, [N, 1]."""
+        return torch.as_tensor(self.head(self.backbone(x)) / self.temperature)
+
+
+def stage2_head() -> nn.Module:
+    """SPLIT, RECT or AB from the backbone's features."""
+    return nn.Sequential(nn.Dropout(0.5), nn.Linear(FEATURES, len(STAGE2_CLASSES)))
+
+
+def adapt_for_stage2(backbone: nn.Module, kind: BackboneKind, bottleneck: int = 64, dropout: float = 0.1) -> nn.Module:
+    """Freeze a Stage 1 backbone and put the Stage 2 head and the study's adapters into it.
+
+    Args:
+        backbone: As `build_backbone` returns it, with the Stage 1 weights; changed in place.
+        kind: Which backbone it is.
+        bottleneck: Hidden units of each adapter.
+        dropout: Inside each adapter.
+
+    Returns:
+        The backbone, now from [N, 1, 16, 16] to logits of SPLIT, RECT and AB.
+    """
+    backbone.fc = stage2_head()
+    # The example input tells the channels of the attention modules, which are not torchvision's.
+    example = torch.zeros(1, 1, BLOCK, BLOCK)
+    return inject_adapters(
+        backbone, ADAPTER_SITES[kind], bottleneck, head=("fc",), dropout=dropout, example_input=example
+    )

@@ -1,0 +1,97 @@
+"""Metrics and pictures of a finished run, from scikit-learn and matplotlib."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from atomic_file import write_atomically
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import ConfusionMatrixDisplay, classification_report, confusion_matrix
+from stage_training import best_record, classes_of
+from torch import Tensor
+
+
+def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, averaged and per-class scores, and the confusion matrix.
+
+    Args:
+        logits: [N, K], or [N, 1] for two classes.
+        labels: Class numbers, [N].
+        classes: Names of the K classes.
+
+    Returns:
+        Numbers, lists and dictionaries only, ready for JSON. In the confusion matrix a row is a true class.
+    """
+    truth, predicted, numbers = labels.numpy(), classes_of(logits).numpy(), list(range(len(classes)))
+    report = classification_report(
+        truth, predicted, labels=numbers, target_names=list(classes), output_dict=True, zero_division=0
+    )
+    per_class = {
+        name: {
+            "precision": float(report[name]["precision"]),
+            "recall": float(report[name]["recall"]),
+            "f1": float(report[name]["f1-score"]),
+            "support": int(report[name]["support"]),
+        }
+        for name in classes
+    }
+    return {
+        "accuracy": float((truth == predicted).mean()),
+        "macro_f1": float(report["macro avg"]["f1-score"]),
+        "weighted_f1": float(report["weighted avg"]["f1-score"]),
+        "per_class": per_class,
+        "confusion_matrix": confusion_matrix(truth, predicted, labels=numbers).tolist(),
+        "classes": list(classes),
+    }
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON that a person can read too; NaN is refused."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def draw_learning_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Losses on the left, validation scores on the right, the kept epoch marked."""
+    epochs = [record["epoch"] for record in history]
+    best = best_record(history)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure.suptitle(title)
+    losses, scores = figure.subplots(1, 2)
+    losses.plot(epochs, [record["train_loss"] for record in history], marker=".", label="training")
+    losses.plot(epochs, [record["val_loss"] for record in history], marker=".", label="validation")
+    losses.set_ylabel("loss")
+    scores.plot(epochs, [record["macro_f1"] for record in history], marker=".", label="macro-F1")
+    scores.plot(epochs, [record["val_accuracy"] for record in history], marker=".", label="accuracy")
+    scores.axvline(best["epoch"], color="0.6", linestyle=":", zorder=0)
+    scores.plot(
+        [best["epoch"]], [best["macro_f1"]], "*", color="C3", markersize=11, label=f"kept: {best['macro_f1']:.4f}"
+    )
+    scores.set_ylabel("on validation blocks")
+    for axes in (losses, scores):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def draw_confusion_matrix(metrics: dict[str, Any], path: Path, title: str) -> None:
+    """Counts in each cell, coloured by the share of the true class."""
+    counts = np.array(metrics["confusion_matrix"])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    display = ConfusionMatrixDisplay(shares, display_labels=metrics["classes"])
+    display.plot(ax=axes, cmap="Blues", values_format=".1%", im_kw={"vmin": 0.0, "vmax": 1.0})
+    for (row, col), text in np.ndenumerate(display.text_):
+        text.set_text(f"{shares[row, col]:.1%}\n{counts[row, col]}")
+    axes.set_title(title)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("chosen by AV1")
+    figure.savefig(path, dpi=150)

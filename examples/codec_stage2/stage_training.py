@@ -1,0 +1,205 @@
+"""The training loop of both stages: seeded, resumable, best model by macro-F1."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from av1_blocks import DATA_DIR
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from tqdm import tqdm
+from training_state import Config, TrainingState, load_state, save_state
+
+LOWEST_LR = 1e-6
+EVALUATION_BATCH = 1024
+
+log = logging.getLogger("codec_stage2")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and in which portions to train.
+
+    Attributes:
+        epochs: Passes over the training data.
+        batch_size: Blocks in a step.
+        seed: Of the order of the blocks and of dropout.
+        device: Where to compute.
+        num_workers: Processes that prepare batches; 0 prepares them in this one.
+    """
+
+    epochs: int
+    batch_size: int
+    seed: int
+    device: torch.device
+    num_workers: int
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model and what a run needs to know of it.
+
+    Attributes:
+        model: From blocks to logits [N, K]; a single logit means class 1 against class 0.
+        loss: From logits and labels to a scalar.
+        optimizer: Over what is trained.
+        capture: Copies of the tensors that training changes.
+        restore: Puts such copies back.
+        keep_best: Called at each new best macro-F1 with the epoch's record, to which it may add, and
+            the validation logits.
+    """
+
+    model: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: Optimizer
+    capture: Callable[[], dict[str, Tensor]]
+    restore: Callable[[dict[str, Tensor]], None]
+    keep_best: Callable[[dict[str, Any], Tensor], None]
+
+
+def fit(
+    trainee: Trainee, train: TensorDataset, val: TensorDataset, schedule: Schedule, *, state_file: Path, config: Config
+) -> list[dict[str, Any]]:
+    """Train, or go on where an interrupted run stopped; the end is the same to the last bit.
+
+    Args:
+        trainee: What to train.
+        train: Blocks and labels.
+        val: Blocks and labels.
+        schedule: How.
+        state_file: Written after each epoch.
+        config: All that decides the outcome; a state written with another one is refused.
+
+    Returns:
+        One record for each epoch: losses, accuracy, macro-F1, learning rates.
+
+    Raises:
+        TrainingStateError: ``state_file`` is damaged or belongs to another run.
+    """
+    scheduler = CosineAnnealingLR(trainee.optimizer, T_max=schedule.epochs, eta_min=LOWEST_LR)
+    history: list[dict[str, Any]] = []
+    if state := load_state(state_file, config):
+        trainee.restore(state.trained)
+        trainee.optimizer.load_state_dict(state.optimizer)
+        scheduler.load_state_dict(state.scheduler)
+        history = state.history
+        log.info("resumed after epoch %d of %d", len(history), schedule.epochs)
+    for epoch in range(len(history) + 1, schedule.epochs + 1):
+        rates = [float(group["lr"]) for group in trainee.optimizer.param_groups]
+        train_loss = _train_epoch(trainee, train, schedule, epoch)
+        logits = predict_logits(trainee.model, val.tensors[0], schedule.device)
+        scheduler.step()
+        best_before = max((float(record["macro_f1"]) for record in history), default=-math.inf)
+        record: dict[str, Any] = {
+            "epoch": epoch,
+            "train_loss": train_loss,
+            **_scores(trainee.loss, logits, val, schedule.device),
+            "learning_rates": rates,
+        }
+        if record["macro_f1"] > best_before:
+            trainee.keep_best(record, logits)
+        history.append(record)
+        save_state(
+            state_file,
+            TrainingState(
+                trainee.capture(),
+                trainee.optimizer.state_dict(),
+                scheduler.state_dict(),
+                history,
+            ),
+            config,
+        )
+        log.info(
+            "epoch %d/%d: train loss %.4f, val loss %.4f, macro-F1 %.4f",
+            epoch, schedule.epochs, train_loss, record["val_loss"], record["macro_f1"],
+        )  # fmt: skip
+    return history
+
+
+def best_record(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The epoch whose model was kept: the first with the highest macro-F1."""
+    return max(history, key=lambda record: float(record["macro_f1"]))
+
+
+@torch.no_grad()
+def predict_logits(model: nn.Module, samples: Tensor, device: torch.device) -> Tensor:
+    """Logits of all samples, on the CPU; the model is in evaluation mode afterwards."""
+    model.eval()
+    return torch.cat([model(batch.to(device)).cpu() for batch in torch.split(samples, EVALUATION_BATCH)])
+
+
+def classes_of(logits: Tensor) -> Tensor:
+    """Predicted class numbers, [N]."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
+
+
+def macro_f1(logits: Tensor, labels: Tensor) -> float:
+    """Mean over the classes of their F1, 0 for a class never right."""
+    classes = list(range(max(2, logits.shape[1])))
+    score = f1_score(labels.numpy(), classes_of(logits).numpy(), labels=classes, average="macro", zero_division=0)
+    return float(score)
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """The options that the training scripts of both stages have."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--dataset-dir",
+        type=Path,
+        default=DATA_DIR,
+        help="frames with MANIFEST.json, or the study's train.pt and val.pt (default: the data beside the scripts)",
+    )
+    parser.add_argument("--batch-size", type=int, default=128, help="blocks in a step (default: %(default)s)")
+    parser.add_argument("--device", type=torch.device, default=torch.device(device), help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
+    parser.add_argument("--num-workers", type=int, default=0, help="loader processes (default: %(default)s)")
+
+
+def _train_epoch(trainee: Trainee, train: TensorDataset, schedule: Schedule, epoch: int) -> float:
+    # Seeding each epoch by its number makes a resumed run draw the same dropout masks and order
+    # as an uninterrupted one, on every device, without saving generator states.
+    torch.manual_seed(schedule.seed * 1_000_003 + epoch)
+    trainee.model.train()
+    device, total, count = schedule.device, torch.zeros((), device=schedule.device), 0
+    batches = tqdm(_batches(train, schedule), desc=f"epoch {epoch}/{schedule.epochs}", leave=False, disable=None)
+    for samples, labels in batches:
+        trainee.optimizer.zero_grad(set_to_none=True)
+        loss = trainee.loss(trainee.model(samples.to(device)), labels.to(device))
+        torch.autograd.backward(loss)
+        trainee.optimizer.step()
+        total += loss.detach() * len(labels)
+        count += len(labels)
+    mean = float(total) / count
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the loss is {mean} in epoch {epoch}; lower the learning rates")
+    return mean
+
+
+def _batches(data: TensorDataset, schedule: Schedule) -> DataLoader[tuple[Tensor, ...]]:
+    # The sampler yields whole batches of indices and the data set is indexed once for each:
+    # many times faster than fetching single blocks and collating them.
+    # BatchNorm cannot train on a last batch of one block, so that one is left out.
+    lonely = len(data) > 1 and len(data) % schedule.batch_size == 1
+    sampler = BatchSampler(RandomSampler(data), schedule.batch_size, drop_last=lonely)
+    return DataLoader(data, sampler=sampler, batch_size=None, num_workers=schedule.num_workers)
+
+
+def _scores(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, val: TensorDataset, device: torch.device
+) -> dict[str, float]:
+    labels = val.tensors[1]
+    return {
+        "val_loss": float(loss(logits.to(device), labels.to(device))),
+        "val_accuracy": float(accuracy_score(labels.numpy(), classes_of(logits).numpy())),
+        "macro_f1": macro_f1(logits, labels),
+    }

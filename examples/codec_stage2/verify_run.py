@@ -1,0 +1,40 @@
+"""Check a finished Stage 2 run in a fresh process: do its files alone give the logits the live model gave?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from stage2_trainees import LOGITS_FILE, reload_stage2
+from stage_training import add_common_options, macro_f1, predict_logits
+from study_layout import load_dataset
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the differences as JSON, and fail where there are any."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_common_options(parser)
+    parser.add_argument("--stage1-model", type=Path, required=True, help="the Stage 1 file of the run")
+    parser.add_argument("--output-dir", type=Path, required=True, help="the folder of the run")
+    options = parser.parse_args(argv)
+    _, val = load_dataset(options.dataset_dir)
+    divided = val.take(val.labels_stage2 >= 0)
+    live = torch.load(options.output_dir / LOGITS_FILE, weights_only=True)
+    model = reload_stage2(options.stage1_model, options.output_dir).to(options.device)
+    reloaded = predict_logits(model, divided.samples, options.device)
+    labels = divided.labels_stage2
+    differences = {
+        "macro_f1": abs(macro_f1(live, labels) - macro_f1(reloaded, labels)),
+        "logits": float((live - reloaded).abs().max()),
+    }
+    print(json.dumps(differences))
+    # Written so that NaN fails too.
+    if not all(difference == 0 for difference in differences.values()):
+        raise SystemExit(f"{options.output_dir}: the files do not give the live model's outputs: {differences}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The `pooled` family: a bottleneck on the channel means, added back to every position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+__all__ = ["PooledAdapter"]
+
+
+class PooledAdapter(nn.Module):
+    """Residual adapter on globally pooled features: ``x + up(dropout(relu(down(mean(x)))))``.
+
+    The mean runs over all spatial positions, the sum is broadcast over them. 2Cb + b + C parameters.
+
+    Args:
+        channels: C, channels of the feature map ``[N, C, ...]``.
+        bottleneck: b, width of the hidden layer.
+        spatial_dims: Number of dimensions after C. It is fixed here because a forward that asks a tensor for its number of
+            dimensions cannot be traced by torch.fx.
+        dropout: Probability of dropping a hidden unit in training.
+        init: ``"normal"`` draws all weights from N(0, 1e-3); ``"identity"`` starts ``up`` at zero, so that the adapter changes
+            nothing until it is trained. Biases start at zero.
+
+    Raises:
+        ValueError: `init` is neither of the two.
+
+    References:
+        Experiment 11A of the codec study (docs: "The codec example"). Bottleneck adapters: Houlsby et al. 2019, arXiv:1902.00751;
+        pooled channel statistics: Hu et al. 2018, arXiv:1709.01507.
+
+    Example:
+        >>> import torch
+        >>> adapter = PooledAdapter(channels=8, bottleneck=2, spatial_dims=2, init="identity")
+        >>> x = torch.randn(1, 8, 4, 4)
+        >>> torch.equal(adapter(x), x)
+        True
+    """
+
+    def __init__(self, channels: int, bottleneck: int, spatial_dims: int, *, dropout: float = 0.1, init: str = "normal") -> None:
+        super().__init__()
+        if init not in ("normal", "identity"):
+            raise ValueError(f"init={init!r} is not known: use 'normal' or 'identity'")
+        self.down = nn.Linear(channels, bottleneck)
+        self.dropout = nn.Dropout(dropout)
+        self.up = nn.Linear(bottleneck, channels)
+        self._positions = tuple(range(2, 2 + spatial_dims))
+        self._broadcast = (..., *[None] * spatial_dims)
+        for linear in (self.down, self.up):
+            nn.init.normal_(linear.weight, std=1e-3)
+            nn.init.zeros_(linear.bias)
+        if init == "identity":
+            nn.init.zeros_(self.up.weight)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Adapts a feature map ``[N, C, ...]`` and returns one of the same shape."""
+        pooled = x.mean(self._positions) if self._positions else x
+        correction: Tensor = self.up(self.dropout(torch.relu(self.down(pooled))))
+        return x + correction[self._broadcast]

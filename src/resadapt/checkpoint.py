@@ -1,0 +1,233 @@
+"""A set's tensors in and out of a model: strict, all or nothing, and only on the backbone they belong to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from resadapt.adapter_file import AdapterInfo, read_adapter_file
+from resadapt.errors import AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError, listing
+from resadapt.fingerprint import differences, dtype_name, explained
+from resadapt.freeze import within
+from resadapt.installation import activate, install, uninstall
+from resadapt.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, ledger_of, plain_tensors, unwrap
+from resadapt.slots import backbone_tensors
+
+__all__ = [
+    "BackboneReport",
+    "adapter_state_dict",
+    "check_backbone",
+    "load_adapter_state_dict",
+    "load_adapters",
+    "restore",
+    "set_tensors",
+]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class BackboneReport:
+    """Whether the backbone is still what was injected into.
+
+    Args:
+        ok: No tensor has drifted.
+        drifted: Names of the parameters and buffers that have, in the model's order.
+        reasons: What is different about each of them.
+    """
+
+    ok: bool
+    drifted: list[str]
+    reasons: dict[str, str]
+
+
+def check_backbone(model: nn.Module) -> BackboneReport:
+    """Compares every parameter and buffer of the backbone with its fingerprint from the injection.
+
+    Args:
+        model: An injected model.
+
+    Returns:
+        The report. A tensor that was only converted to a wider dtype counts as the same.
+
+    Raises:
+        InjectionError: Nothing was injected.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> model = inject_adapters(resnet18())
+        >>> with torch.no_grad():
+        ...     _ = model.bn1.running_mean.add_(1)
+        >>> check_backbone(model).drifted
+        ['bn1.running_mean']
+    """
+    ledger = ledger_of(model)
+    reasons = differences(plain_tensors(unwrap(model), ledger), ledger.fingerprint)
+    return BackboneReport(not reasons, list(reasons), reasons)
+
+
+def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Returns copies of a set's tensors: adapters and head, nothing of the backbone.
+
+    Args:
+        model: An injected model.
+        name: The set; it need not be the active one.
+
+    Returns:
+        Tensors by name: ``adapters.<site>.<tensor>`` and ``head.<name in the model>``.
+
+    Raises:
+        InjectionError: Nothing was injected.
+        AdapterKeyError: There is no such set.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> list(adapter_state_dict(inject_adapters(resnet18(), "layer4", 8)))[:2]
+        ['adapters.layer4.down.weight', 'adapters.layer4.down.bias']
+    """
+    return {key: tensor.detach().clone() for key, tensor in set_tensors(unwrap(model), ledger_of(model), name).items()}
+
+
+def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], name: str = "default") -> None:
+    """Copies tensors into a set: strict, and all or nothing.
+
+    Args:
+        model: An injected model.
+        state_dict: Tensors as from `adapter_state_dict`.
+        name: The set; it need not be the active one.
+
+    Raises:
+        InjectionError: Nothing was injected.
+        AdapterKeyError: There is no such set; or a tensor is missing, unexpected, of another shape, or would lose precision.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> model = inject_adapters(resnet18(), "layer4", 8)
+        >>> load_adapter_state_dict(model, adapter_state_dict(model))
+    """
+    live = set_tensors(unwrap(model), ledger_of(model), name)
+    problems = [f"{key!r} is missing" for key in live if key not in state_dict]
+    problems += [f"{key!r} is unexpected" for key in state_dict if key not in live]
+    for key, tensor in live.items():
+        if key not in state_dict:
+            continue
+        given = state_dict[key]
+        if not isinstance(given, Tensor):
+            problems.append(f"{key!r} is {type(given).__name__}, not a tensor")
+        elif given.shape != tensor.shape:
+            problems.append(f"{key!r} has shape {list(given.shape)} where the model has {list(tensor.shape)}")
+        elif given.dtype != tensor.dtype and not torch.equal(given.to(tensor.dtype).to(given.dtype), given):
+            problems.append(f"{key!r} is {dtype_name(given)} and would lose precision in the model's {dtype_name(tensor)}")
+    if problems:
+        head = any(key.startswith("head.") for problem in problems for key in problem.split("'")[1:2])
+        mend = (
+            "Give the model a head of the saved shape before injecting or loading."
+            if head
+            else ("Inject with the layers, bottleneck and family that the tensors were made with.")
+        )
+        raise AdapterKeyError(f"The tensors do not fit the set {name!r}: {'; '.join(problems)}. {mend}")
+    with torch.no_grad():
+        for key, tensor in live.items():
+            tensor.copy_(state_dict[key])
+
+
+def load_adapters(model: ModelT, path: str | os.PathLike[str], *, name: str | None = None) -> ModelT:
+    """Loads an adapter file into a model and makes its set the active one.
+
+    If the model has no set of that name, the adapters are injected as the file describes. Nothing in the file is executed, and a
+    failing call leaves the model as it was.
+
+    Args:
+        model: The backbone that the adapters were trained on, plain or injected.
+        path: The file.
+        name: Name for the set; None is the file's own.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterFileError: The file is missing, damaged, of another kind, of a newer format, or cannot be injected into this model.
+        BackboneMismatchError: The backbone is another one; the message names the tensors.
+        AdapterKeyError: The model's set or head does not have the file's form.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters, save_adapters
+        >>> backbone = resnet18()
+        >>> weights = {key: value.clone() for key, value in backbone.state_dict().items()}
+        >>> path = os.path.join(tempfile.mkdtemp(), "adapters.pt")
+        >>> report = save_adapters(inject_adapters(backbone), path)
+        >>> fresh = resnet18()
+        >>> _ = fresh.load_state_dict(weights)
+        >>> model = load_adapters(fresh, path).eval()
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> torch.equal(model(x), backbone.eval()(x))
+        True
+    """
+    info, tensors = read_adapter_file(path)
+    restore(unwrap(model), info, tensors, name or info.set.name)
+    return model
+
+
+def restore(model: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Puts the content of a file into a model under a set name, all or nothing.
+
+    Raises:
+        AdapterFileError, BackboneMismatchError, AdapterKeyError: As `load_adapters`.
+    """
+    ledger = find_ledger(model)
+    spec = replace(info.set, name=name)
+    _check_match(model, ledger, info)
+    state = {key: tensor for key, tensor in tensors.items() if key.startswith(("adapters.", "head."))}
+    if ledger is not None and name in ledger.sets:
+        if differing := spec.differences(ledger.sets[name].spec):
+            raise AdapterKeyError(
+                f"{info.path}: the model's set {name!r} differs from the file's in {listing(differing)}. Load it under another "
+                f"name=, or call remove_adapters(model, {name!r}) first."
+            )
+        load_adapter_state_dict(model, state, name)
+        activate(model, ledger, name)
+        return
+    active = ledger.active if ledger is not None else None
+    try:
+        install(model, spec, info.example)
+    except (InjectionError, AttributeError) as error:
+        raise AdapterFileError(f"{info.path}: cannot be injected into this {type(model).__name__}: {error}") from error
+    try:
+        load_adapter_state_dict(model, state, name)
+    except BaseException:
+        uninstall(model, ledger_of(model), name)
+        if ledger is not None:
+            activate(model, ledger, active)
+        raise
+
+
+def set_tensors(model: nn.Module, ledger: Ledger, name: str) -> dict[str, Tensor]:
+    """Returns a set's own tensors, parameters and persistent buffers, by their names in a file."""
+    record = ledger.set_named(name)
+    tensors = {f"adapters.{key}": tensor for key, tensor in adapter_tensors(model, record.spec)}
+    for path, tensor in (record.parked_head or head_tensors(model, record.spec.head)).items():
+        parent, _, key = path.rpartition(".")
+        if key not in model.get_submodule(parent)._non_persistent_buffers_set:
+            tensors[f"head.{path}"] = tensor
+    return tensors
+
+
+def _check_match(model: nn.Module, ledger: Ledger | None, info: AdapterInfo) -> None:
+    plain = plain_tensors(model, ledger) if ledger is not None else dict(backbone_tensors(model))
+    outside = {path: tensor for path, tensor in plain.items() if not within(path, info.set.head)}
+    if wrong := differences(outside, info.backbone):
+        raise BackboneMismatchError(
+            f"{info.path}: the backbone is not the one these adapters were trained on; {len(wrong)} of {len(info.backbone)} "
+            f"tensors differ: {explained(wrong)}. Load the backbone's own weights into the model first; it was left as it was."
+        )

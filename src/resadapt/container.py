@@ -1,0 +1,137 @@
+"""An adapter file as bytes: a manifest and tensors in a .safetensors or .pt file, sealed by a digest over every byte.
+
+The seal is 64 hexadecimal digits inside the file: SHA-256 of the file with those digits taken as zeros. A .safetensors file has
+it, before the manifest, in its metadata entry ``resadapt``; a .pt file has it in the comment at the end of its zip archive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resadapt.errors import AdapterFileError
+
+__all__ = ["decode", "encode", "format_for"]
+
+_ENTRY = "resadapt"
+_OPENING = f'"{_ENTRY}":"'.encode()
+_COMMENT = b"resadapt:"
+_DIGITS = 64
+_BLANK = b"0" * _DIGITS
+
+
+def format_for(path: Path) -> str:
+    """Returns the format that a file name asks for: by its suffix, or the better one that is installed.
+
+    Raises:
+        AdapterFileError: The name ends in .safetensors and that package is not installed.
+    """
+    installed = find_spec("safetensors") is not None
+    match path.suffix:
+        case ".pt" | ".pth":
+            return "pt"
+        case ".safetensors" if not installed:
+            raise AdapterFileError(
+                f"{path}: the package safetensors is not installed. Install resadapt[safetensors], or choose a name ending in .pt."
+            )
+    return "safetensors" if installed else "pt"
+
+
+def encode(manifest: dict[str, Any], tensors: dict[str, Tensor], format: str) -> bytes:
+    """Returns the bytes of a file; the same content gives the same bytes."""
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
+    if format == "safetensors":
+        import safetensors.torch  # noqa: PLC0415 - an optional package
+
+        data = bytearray(safetensors.torch.save(tensors, {_ENTRY: _BLANK.decode() + text}))
+    else:
+        buffer = io.BytesIO()
+        torch.save({"manifest": text, "tensors": tensors}, buffer)
+        with zipfile.ZipFile(buffer, "a") as archive:
+            archive.comment = _COMMENT + _BLANK
+        data = bytearray(buffer.getvalue())
+    at = _seal_position(data)
+    data[at : at + _DIGITS] = _seal(data, at)
+    return bytes(data)
+
+
+def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the manifest and tensors of a file, of which every byte is checked and nothing is executed.
+
+    Args:
+        data: The bytes of the file.
+        path: Where they are from, for messages.
+
+    Raises:
+        AdapterFileError: The bytes are not those of an adapter file, or not all of them are as they were written.
+    """
+    try:
+        at = _seal_position(data)
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise AdapterFileError(
+            f"{path}: not an adapter file of resadapt, or a damaged one ({error}). Check the path; copy or save the file again."
+        ) from error
+    if data[at : at + _DIGITS] != _seal(data, at):
+        raise AdapterFileError(f"{path}: the file was changed or damaged after it was written. Copy or save it again.")
+    try:
+        if data[:2] == b"PK":
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            text, tensors = content["manifest"], content["tensors"]
+        else:
+            text = json.loads(data[8 : 8 + _header_size(data)])["__metadata__"][_ENTRY][_DIGITS:]
+            tensors = _load_safetensors(data, path)
+        manifest = json.loads(text)
+        if not isinstance(manifest, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+            raise TypeError("no manifest, or something that is no tensor")
+    except AdapterFileError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise AdapterFileError(f"{path}: sealed, but its content cannot be read: {error}. Save it again.") from error
+    return manifest, tensors
+
+
+def _seal(data: bytes | bytearray, at: int) -> bytes:
+    whole = hashlib.sha256(memoryview(data)[:at])
+    whole.update(_BLANK)
+    whole.update(memoryview(data)[at + _DIGITS :])
+    return whole.hexdigest().encode()
+
+
+def _seal_position(data: bytes | bytearray) -> int:
+    if data[:2] == b"PK":
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            comment = archive.comment
+        at = len(data) - _DIGITS
+        if len(comment) != len(_COMMENT) + _DIGITS or data[at - len(_COMMENT) : at] != _COMMENT:
+            raise ValueError("no seal at the end")
+        return at
+    return data.index(_OPENING, 8, 8 + _header_size(data)) + len(_OPENING)
+
+
+def _header_size(data: bytes | bytearray) -> int:
+    size = int.from_bytes(data[:8], "little")
+    if not 2 <= size <= len(data) - 8:
+        raise ValueError("neither a safetensors nor a zip file")
+    return size
+
+
+def _load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
+    if find_spec("safetensors") is None:
+        raise AdapterFileError(f"{path}: to read it, install resadapt[safetensors].")
+    import safetensors  # noqa: PLC0415 - an optional package
+    import safetensors.torch  # noqa: PLC0415
+
+    try:
+        return dict(safetensors.torch.load(data))
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from error

@@ -1,0 +1,107 @@
+"""Freezing that holds: no gradients, and norms whose statistics cannot move whatever the training flag says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from resadapt.slots import backbone_modules
+
+__all__ = ["NORM_POLICIES", "freeze_norms", "freeze_parameters", "thaw_norms", "within"]
+
+NORM_POLICIES = ("frozen",)
+
+
+class _FrozenStatistics(nn.modules.batchnorm._BatchNorm):
+    """Normalises with the running statistics, in training too, and never updates them."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises a batch ``[N, C, ...]``."""
+        # Only this call: the stock forward branches on the input's dimensions, which torch.fx cannot trace in a class that is
+        # not torch.nn's own.
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class FrozenBatchNorm1d(_FrozenStatistics, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` whose statistics cannot move."""
+
+
+class FrozenBatchNorm2d(_FrozenStatistics, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` whose statistics cannot move."""
+
+
+class FrozenBatchNorm3d(_FrozenStatistics, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` whose statistics cannot move."""
+
+
+class FrozenSyncBatchNorm(_FrozenStatistics, nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` whose statistics cannot move."""
+
+
+_FROZEN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: FrozenBatchNorm1d,
+    nn.BatchNorm2d: FrozenBatchNorm2d,
+    nn.BatchNorm3d: FrozenBatchNorm3d,
+    nn.SyncBatchNorm: FrozenSyncBatchNorm,
+}
+_STOCK = {frozen: stock for stock, frozen in _FROZEN.items()}
+
+
+def hold_in_eval(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of other leaf modules with buffers (a BatchNorm of one's own, spectral norm): runs them as in evaluation."""
+    module.training = False
+
+
+def within(name: str, heads: Collection[str]) -> bool:
+    """Tells whether a module or tensor name is one of the given modules or lies inside one."""
+    return any(name == head or name.startswith(f"{head}.") for head in heads)
+
+
+def freeze_parameters(model: nn.Module) -> None:
+    """Stops every gradient of the backbone and drops those that an optimizer could still apply."""
+    for _, module in backbone_modules(model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+
+def freeze_norms(model: nn.Module, head: Collection[str] = ()) -> None:
+    """Fixes the statistics of the backbone outside the head; norms inside the head run as they were built.
+
+    Args:
+        model: The whole model.
+        head: Names of modules that are trained, their norms included.
+    """
+    for name, module in backbone_modules(model):
+        if within(name, head):
+            _release(module)
+        elif type(module) in _FROZEN and module._buffers["running_mean"] is not None:
+            module.__class__ = _FROZEN[type(module)]
+        elif _holds_statistics(module) and hold_in_eval not in module._forward_pre_hooks.values():
+            # First of all hooks: torch.nn.utils.spectral_norm updates its buffers in a pre-hook of its own.
+            module.register_forward_pre_hook(hold_in_eval, prepend=True)
+
+
+def thaw_norms(model: nn.Module) -> None:
+    """Gives every norm its own class and behaviour back."""
+    for _, module in backbone_modules(model):
+        _release(module)
+
+
+def _release(module: nn.Module) -> None:
+    if type(module) in _STOCK:
+        module.__class__ = _STOCK[type(module)]
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is hold_in_eval]:
+        del module._forward_pre_hooks[key]
+
+
+def _holds_statistics(module: nn.Module) -> bool:
+    # Leaves only: a whole network may own a buffer too (its input's mean, say), and must keep its training behaviour.
+    owns_buffers = any(buffer is not None for buffer in module._buffers.values())
+    return owns_buffers and type(module) not in _STOCK and len(list(backbone_modules(module))) == 1

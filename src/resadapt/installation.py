@@ -1,0 +1,157 @@
+"""The one place where a model changes: a set goes in, becomes the active one, goes out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from resadapt.adapters import FAMILIES
+from resadapt.errors import InjectionError, listing
+from resadapt.fingerprint import fingerprint
+from resadapt.freeze import NORM_POLICIES, freeze_norms, freeze_parameters, thaw_norms, within
+from resadapt.hooks import attach, detach, unwatch, watch_first_forward
+from resadapt.ledger import LEDGER, AdapterSet, Ledger, adapter_tensors, clone_head, find_ledger, swap
+from resadapt.slots import AdapterSlot, backbone_modules, backbone_tensors, slots_of
+from resadapt.spec import SetSpec, SiteSpec
+
+__all__ = ["activate", "activated", "install", "uninstall"]
+
+
+def install(model: nn.Module, spec: SetSpec, example: Any = None) -> None:
+    """Injects the set that a description tells, all or nothing, and makes it the active one.
+
+    Args:
+        model: The model.
+        spec: The set.
+        example: Description of the example input, None if there is none.
+
+    Raises:
+        InjectionError: The model cannot take the set.
+    """
+    ledger = find_ledger(model)
+    _check_set(model, spec, ledger)
+    adapters = {site: _build(model, spec, site) for site in spec.sites}
+    record = AdapterSet(spec, example)
+    if ledger is None:
+        ledger = Ledger(
+            fingerprint=fingerprint(backbone_tensors(model)),
+            requires_grad={path: t.requires_grad for path, t in backbone_tensors(model) if isinstance(t, nn.Parameter)},
+            training={path: module.training for path, module in backbone_modules(model)},
+        )
+    with activated(model, ledger, None):
+        record.parked_head = clone_head(model, spec.head)
+    setattr(model, LEDGER, ledger)
+    ledger.sets[spec.name] = record
+    try:
+        freeze_parameters(model)
+        for site, adapter in adapters.items():
+            slot = attach(model.get_submodule(site.owner))
+            slot.sites[spec.name] = site
+            slot.add_module(spec.name, adapter)
+        activate(model, ledger, spec.name)
+        watch_first_forward(model)
+    except BaseException:
+        uninstall(model, ledger, spec.name)
+        raise
+
+
+def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
+    """Makes one set, or none, the one that the model runs with."""
+    if name == ledger.active:
+        return
+    if ledger.active is not None:
+        old = ledger.sets[ledger.active]
+        for path, tensor in adapter_tensors(model, old.spec):
+            old.parked_requires_grad[path] = tensor.requires_grad
+            tensor.requires_grad_(False)
+        old.parked_head = swap(model, ledger.parked_plain)
+        ledger.parked_plain = {}
+        ledger.active = None
+    if name is not None:
+        new = ledger.sets[name]
+        for path, tensor in adapter_tensors(model, new.spec):
+            tensor.requires_grad_(new.parked_requires_grad.get(path, tensor.requires_grad))
+        ledger.parked_plain = swap(model, new.parked_head)
+        new.parked_head, new.parked_requires_grad = {}, {}
+        ledger.active = name
+    for slot in slots_of(model):
+        slot.active = name if name in slot.sites else None
+    freeze_norms(model, ledger.sets[name].spec.head if name is not None else ())
+
+
+@contextmanager
+def activated(model: nn.Module, ledger: Ledger, name: str | None) -> Iterator[None]:
+    """Runs the body with one set, or none, active; the set that was active before becomes so again, if it is still there."""
+    active = ledger.active
+    activate(model, ledger, name)
+    try:
+        yield
+    finally:
+        activate(model, ledger, active if active in ledger.sets else None)
+
+
+def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
+    """Takes a set out; after the last one the model is what it was before the first."""
+    if ledger.active == name:
+        activate(model, ledger, None)
+    for _, module in list(backbone_modules(model)):
+        for slot in [child for child in module._modules.values() if isinstance(child, AdapterSlot)]:
+            slot.sites.pop(name, None)
+            slot._modules.pop(name, None)
+            if not slot._modules:
+                detach(module)
+    del ledger.sets[name]
+    if ledger.sets:
+        return
+    thaw_norms(model)
+    unwatch(model)
+    for path, module in backbone_modules(model):
+        module.training = ledger.training.get(path, module.training)
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                full = f"{path}.{key}" if path else key
+                parameter.requires_grad_(ledger.requires_grad.get(full, parameter.requires_grad))
+    delattr(model, LEDGER)
+
+
+def _check_set(model: nn.Module, spec: SetSpec, ledger: Ledger | None) -> None:
+    for what, value, known in (("family", spec.family, tuple(FAMILIES)), ("norm", spec.norm, NORM_POLICIES)):
+        if value not in known:
+            raise InjectionError(f"{what}={value!r} does not exist; there is {listing(list(known))}.")
+    if not 0.0 <= spec.dropout < 1.0:
+        raise InjectionError(f"dropout={spec.dropout} is not a probability in [0, 1).")
+    if not isinstance(spec.name, str) or not re.fullmatch(r"\w[\w-]*", spec.name) or hasattr(AdapterSlot(), spec.name):
+        raise InjectionError(
+            f"name={spec.name!r} cannot name a set: use letters, digits, '_' and '-', and no name that torch.nn.Module uses itself."
+        )
+    if ledger is None:
+        inside = [path for path, module in backbone_modules(model) if LEDGER in module.__dict__]
+        if inside or next(slots_of(model), None) is not None:
+            where = f"Its submodule {inside[0]!r} was injected into on its own" if inside else "It is a part of an injected model"
+            raise InjectionError(
+                f"This {type(model).__name__} carries adapters already. {where}: call remove_adapters there first."
+            )
+    elif spec.name in ledger.sets:
+        raise InjectionError(
+            f"The model has an adapter set {spec.name!r} already. Choose another name=, or call "
+            f"remove_adapters(model, {spec.name!r}) first."
+        )
+    for site in spec.sites:
+        if within(site.owner, spec.head):
+            raise InjectionError(f"Site {site.name!r} lies in the head, which is trained anyway. Take it out of layers or of head.")
+
+
+def _build(model: nn.Module, spec: SetSpec, site: SiteSpec) -> nn.Module:
+    owner = model.get_submodule(site.owner)
+    try:
+        adapter = FAMILIES[spec.family](site.channels, site.bottleneck, site.spatial_dims, dropout=spec.dropout, **spec.options)
+    except (TypeError, ValueError) as error:
+        raise InjectionError(f"family {spec.family!r} does not take these options: {error}.") from error
+    near = [t for m in (owner, model) for _, t in backbone_tensors(m) if t.is_floating_point()]
+    if near:
+        adapter.to(near[0].device, near[0].dtype)
+    return adapter.train(model.training)

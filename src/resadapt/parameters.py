@@ -1,0 +1,254 @@
+"""Which parameters are trained: iterating, grouping for an optimizer, counting, and a table of it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from resadapt.errors import AdapterKeyError
+from resadapt.freeze import within
+from resadapt.ledger import Ledger, find_ledger, ledger_of, unwrap
+from resadapt.slots import SLOT
+
+__all__ = [
+    "ModelSummary",
+    "ParameterCount",
+    "count_parameters",
+    "named_trainable_parameters",
+    "parameter_groups",
+    "summary",
+    "trainable_parameters",
+]
+
+
+def named_trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Walks the parameters to train: the active set's adapters and head.
+
+    A parameter that was frozen by hand is left out; one of the backbone is never in, whatever its `requires_grad` says.
+
+    Args:
+        model: An injected model.
+
+    Returns:
+        An iterator over names, as in ``model.named_parameters()``, and parameters, each parameter once.
+
+    Raises:
+        InjectionError: Nothing was injected.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> model = inject_adapters(resnet18(), "layer4", 8)
+        >>> [name for name, _ in named_trainable_parameters(model)][0]
+        'layer4.1.resadapt.default.down.weight'
+    """
+    adapters, head = _members(ledger_of(model))
+    return (
+        (name, parameter)
+        for name, parameter in unwrap(model).named_parameters()
+        if parameter.requires_grad and within(name, adapters + head)
+    )
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Walks the parameters to train, as `named_trainable_parameters` without the names.
+
+    Args:
+        model: An injected model.
+
+    Returns:
+        An iterator over parameters, each once.
+
+    Raises:
+        InjectionError: Nothing was injected.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> model = inject_adapters(resnet18())
+        >>> optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-4)
+    """
+    return (parameter for _, parameter in named_trainable_parameters(model))
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, *, head_lr: float | None = None, weight_decay: float = 0.0, decay_bias: bool = True
+) -> list[dict[str, Any]]:
+    """Sorts the parameters to train into groups for any torch optimizer.
+
+    Args:
+        model: An injected model.
+        lr: Learning rate of the adapters.
+        head_lr: Learning rate of the head; None is the adapters'.
+        weight_decay: Weight decay of all groups.
+        decay_bias: Whether biases and other one-dimensional parameters (norm weights) decay too.
+
+    Returns:
+        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; no empty group, no parameter twice, none of the backbone.
+
+    Raises:
+        InjectionError: Nothing was injected.
+        AdapterKeyError: No set is active, or everything in it is frozen.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> model = inject_adapters(resnet18(num_classes=3), head="fc")
+        >>> groups = parameter_groups(model, 1e-4, head_lr=5e-4, weight_decay=1e-4, decay_bias=False)
+        >>> [(group["name"], group["lr"]) for group in groups]
+        [('adapters', 0.0001), ('adapters, no decay', 0.0001), ('head', 0.0005), ('head, no decay', 0.0005)]
+        >>> optimizer = torch.optim.AdamW(groups)
+    """
+    adapters, _ = _members(ledger_of(model))
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in named_trainable_parameters(model):
+        adapter = within(name, adapters)
+        decays = decay_bias or parameter.ndim > 1
+        key = ("adapters" if adapter else "head") + ("" if decays else ", no decay")
+        rate = lr if adapter or head_lr is None else head_lr
+        group = {"params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0, "name": key}
+        groups.setdefault(key, group)["params"].append(parameter)
+    if not groups:
+        raise AdapterKeyError(
+            "There is no parameter to train: no set is active, or all of it was frozen by hand. Call "
+            "set_active_adapters(model, name), or requires_grad_(True) on what you want to train."
+        )
+    return [groups[key] for key in sorted(groups)]
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters, each counted once.
+
+    Args:
+        total: All of the model, the adapters of every set included.
+        trainable: Those that require gradients.
+        frozen: The others.
+        adapters: Those of the active set's adapters.
+        head: Those of the active set's head.
+    """
+
+    total: int
+    trainable: int
+    frozen: int
+    adapters: int
+    head: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Counts a model's parameters.
+
+    Args:
+        model: Any model. One that was not injected into has no adapters and no head.
+
+    Returns:
+        The counts. If the backbone is frozen and the set is not, ``trainable == adapters + head``.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> count_parameters(inject_adapters(resnet18(num_classes=3), head="fc"))
+        ParameterCount(total=11302147, trainable=125635, frozen=11176512, adapters=124096, head=1539)
+    """
+    ledger = find_ledger(model)
+    adapters, head = _members(ledger) if ledger else ([], [])
+    sizes = [(name, p.numel(), p.requires_grad) for name, p in unwrap(model).named_parameters()]
+    total = sum(size for _, size, _ in sizes)
+    trainable = sum(size for _, size, trained in sizes if trained)
+    return ParameterCount(
+        total=total,
+        trainable=trainable,
+        frozen=total - trainable,
+        adapters=sum(size for name, size, _ in sizes if within(name, adapters)),
+        head=sum(size for name, size, _ in sizes if within(name, head)),
+    )
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A table of the active set: one row a site and one a head module, then the totals.
+
+    Args:
+        rows: Name, family, channels, bottleneck, parameters and share of all parameters, a tuple a row.
+        count: The totals.
+    """
+
+    rows: tuple[tuple[str, str, int | None, int | None, int, float], ...]
+    count: ParameterCount
+
+    def __str__(self) -> str:
+        """Returns the table as text."""
+        table = [("site", "family", "channels", "bottleneck", "parameters", "share")]
+        for name, family, channels, bottleneck, size, share in self.rows:
+            table.append((name, family, _cell(channels), _cell(bottleneck), f"{size:,}", f"{share:.2%}"))
+        for label in ("adapters", "head", "trainable", "frozen", "total"):
+            size = getattr(self.count, label)
+            table.append((label, "", "", "", f"{size:,}", f"{size / max(1, self.count.total):.2%}"))
+        widths = [max(len(row[i]) for row in table) for i in range(6)]
+        lines = [
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in table
+        ]
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1 : 1 + len(self.rows)], rule, *lines[1 + len(self.rows) :]])
+
+
+def summary(model: nn.Module) -> ModelSummary:
+    """Describes the active set, site by site; ``print`` it.
+
+    Args:
+        model: An injected model.
+
+    Returns:
+        An object whose ``str()`` is a table.
+
+    Raises:
+        InjectionError: Nothing was injected.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> print(summary(inject_adapters(resnet18(num_classes=3), ["layer3", "layer4"], 64, head="fc")))
+        site       family  channels  bottleneck  parameters    share
+        ------------------------------------------------------------
+        layer3     pooled       256          64      33,088    0.29%
+        layer4     pooled       512          64      66,112    0.59%
+        fc         head                               1,539    0.01%
+        ------------------------------------------------------------
+        adapters                                     99,200    0.88%
+        head                                          1,539    0.01%
+        trainable                                   100,739    0.89%
+        frozen                                   11,176,512   99.11%
+        total                                    11,277,251  100.00%
+    """
+    ledger, inner, count = ledger_of(model), unwrap(model), count_parameters(model)
+    rows: list[tuple[str, str, int | None, int | None, int, float]] = []
+    if ledger.active is not None:
+        spec = ledger.sets[ledger.active].spec
+        for site in spec.sites:
+            size = _size(inner.get_submodule(f"{site.owner}.{SLOT}.{spec.name}"))
+            rows.append((site.name, spec.family, site.channels, site.bottleneck, size, size / count.total))
+        for name in spec.head:
+            size = sum(p.numel() for path, p in inner.named_parameters() if within(path, [name]))
+            rows.append((name, "head", None, None, size, size / count.total))
+    return ModelSummary(tuple(rows), count)
+
+
+def _members(ledger: Ledger) -> tuple[list[str], list[str]]:
+    """Returns the module names of the active set's adapters and head."""
+    if ledger.active is None:
+        return [], []
+    spec = ledger.sets[ledger.active].spec
+    return [f"{site.owner}.{SLOT}.{spec.name}" for site in spec.sites], list(spec.head)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _cell(value: int | None) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,96 @@
+"""The description of an adapter set: everything needed to inject it again, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from typing_extensions import Self
+
+__all__ = ["SetSpec", "SiteSpec"]
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """One site and the size of its adapter.
+
+    Args:
+        name: The site, as in ``model.named_modules()``.
+        owner: The module that carries the adapter: the site itself, or the last block of a Sequential.
+        channels: Size C of the site's output ``[N, C, ...]``.
+        spatial_dims: Number of dimensions after C (2 for images, 3 for video, 0 for ``[N, C]``).
+        bottleneck: Width of the adapter's hidden layer, in channels.
+    """
+
+    name: str
+    owner: str
+    channels: int
+    spatial_dims: int
+    bottleneck: int
+
+
+@dataclass(frozen=True)
+class SetSpec:
+    """One adapter set: the adapters at all sites, the head and the norm policy under one name.
+
+    Args:
+        name: Name of the set.
+        family: Kind of adapter.
+        options: Options of the family, JSON values.
+        dropout: Probability of dropping a hidden unit in training, in [0, 1).
+        norm: Norm policy.
+        sites: The sites, in the order of ``model.named_modules()``.
+        head: Names of the backbone's modules that are trained and saved with the adapters.
+    """
+
+    name: str
+    family: str
+    options: dict[str, Any]
+    dropout: float
+    norm: str
+    sites: tuple[SiteSpec, ...]
+    head: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the description as JSON values."""
+        return asdict(self) | {"sites": [asdict(site) for site in self.sites], "head": list(self.head)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Reads a description that came from a file, trusting nothing in it.
+
+        Args:
+            data: JSON values, as from `to_json`.
+
+        Returns:
+            The description.
+
+        Raises:
+            ValueError: The data does not have the exact form that `to_json` gives.
+        """
+        record = _typed(
+            data,
+            "set",
+            {"name": str, "family": str, "options": dict, "dropout": float, "norm": str, "sites": list, "head": list},
+        )
+        kinds = {"name": str, "owner": str, "channels": int, "spatial_dims": int, "bottleneck": int}
+        sites = tuple(SiteSpec(**_typed(site, "site", kinds)) for site in record["sites"])
+        if any(site.channels < 1 or site.bottleneck < 1 or site.spatial_dims < 0 for site in sites):
+            raise ValueError("a site has a size below 1")
+        if not all(isinstance(name, str) for name in record["head"]):
+            raise ValueError("head: expected a list of names")
+        return cls(**record | {"sites": sites, "head": tuple(record["head"])})
+
+    def differences(self, other: SetSpec) -> list[str]:
+        """Names the fields, other than the set's name, in which two descriptions differ."""
+        return [f.name for f in fields(self) if f.name != "name" and getattr(self, f.name) != getattr(other, f.name)]
+
+
+def _typed(data: Any, what: str, kinds: Mapping[str, type]) -> dict[str, Any]:
+    if not isinstance(data, dict) or set(data) != set(kinds):
+        raise ValueError(f"{what}: expected exactly the fields {sorted(kinds)}")
+    for key, kind in kinds.items():
+        if type(data[key]) is not kind:
+            raise ValueError(f"{what}.{key}: expected {kind.__name__}, found {type(data[key]).__name__}")
+    return data
