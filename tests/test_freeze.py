@@ -1,0 +1,205 @@
+"""Frozen means frozen: the four ways in which the study's backbone moved, and others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support import backbone_bytes, images, small_resnet, train
+from torch import Tensor, nn
+
+import resadapt
+
+
+def test_study_1_batchnorm_statistics_in_train_mode() -> None:
+    model = resadapt.inject_adapters(small_resnet(), head="fc")
+    frozen = backbone_bytes(model, ("fc",))
+    model.train()
+    for _ in range(3):
+        model(images() * 10 + 5)
+    assert backbone_bytes(model, ("fc",)) == frozen
+    assert resadapt.check_backbone(model).ok
+
+
+def test_study_2_a_loop_that_unfreezes_at_epoch_9(tmp_path: Path) -> None:
+    model = resadapt.inject_adapters(small_resnet(), head="fc")
+    resadapt.save_adapters(model, tmp_path / "set.pt")
+    saved = (tmp_path / "set.pt").read_bytes()
+    for epoch in range(10):
+        if epoch == 9:
+            for parameter in model.layer4.parameters():
+                parameter.requires_grad = True
+        train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3), steps=1)
+    report = resadapt.check_backbone(model)
+    assert not report.ok
+    assert "layer4.0.conv1.weight" in report.drifted
+    assert all(name.startswith("layer4.") for name in report.drifted)
+    assert not any("running" in name or "resadapt" in name for name in report.drifted)
+    with pytest.raises(resadapt.BackboneDriftError, match=r"'layer4\.0\.conv1\.weight' has other values.*then inject"):
+        resadapt.save_adapters(model, tmp_path / "set.pt")
+    with pytest.raises(resadapt.BackboneDriftError):
+        resadapt.save_adapters(model, tmp_path / "set.pt", verify=False)
+    assert (tmp_path / "set.pt").read_bytes() == saved
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["set.pt"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, weight_decay=0.1),
+    ],
+)
+def test_study_3_an_optimizer_built_before_injection(make: Callable[..., torch.optim.Optimizer]) -> None:
+    model = small_resnet()
+    optimizer = make(model.parameters())
+    train(model, optimizer)  # with momentum from real steps, and gradients left over
+    resadapt.inject_adapters(model, head="fc")
+    frozen = backbone_bytes(model, ("fc",))
+    optimizer.step()
+    model.train()
+    for _ in range(3):
+        model(images()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert backbone_bytes(model, ("fc",)) == frozen
+
+
+def test_study_4_a_stage_1_file_loaded_after_injection(tmp_path: Path) -> None:
+    model = resadapt.inject_adapters(small_resnet(0), head="fc")
+    other = small_resnet(1).state_dict()
+    model.load_state_dict(other, strict=False)
+    drifted = resadapt.check_backbone(model).drifted
+    assert "conv1.weight" in drifted
+    assert "bn1.running_mean" in drifted
+    assert not any(name.startswith("fc.") for name in drifted), "the head is meant to change"
+    with pytest.raises(resadapt.BackboneDriftError, match=r"'conv1\.weight'"):
+        resadapt.save_adapters(model, tmp_path / "set.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_mode_and_any_optimizer_over_all_parameters() -> None:
+    model = resadapt.inject_adapters(small_resnet(), ["layer1", "layer4"], 4)
+    frozen, adapter = backbone_bytes(model), resadapt.adapter_state_dict(model)
+    for mode in (True, False, True):
+        model.train(mode)
+        model.layer1.train(not mode)
+        model.bn1.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+        model(images()).square().sum().backward()
+        optimizer.step()
+    assert backbone_bytes(model) == frozen
+    assert any(not torch.equal(adapter[key], value) for key, value in resadapt.adapter_state_dict(model).items())
+
+
+class OwnNorm(nn.Module):
+    """A BatchNorm that somebody wrote, whose statistics are buffers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(x.mean((0, 2, 3)), alpha=0.1)
+        return x - self.mean[:, None, None]
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(super().forward(input))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        OwnNorm,
+        lambda: BatchNormAct(4),
+        lambda: nn.InstanceNorm2d(4, track_running_stats=True),
+        lambda: nn.SyncBatchNorm(4),
+        lambda: nn.BatchNorm2d(4, momentum=None),
+        lambda: nn.BatchNorm2d(4, affine=False),
+        lambda: nn.utils.spectral_norm(nn.Conv2d(4, 4, 1)),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)),
+    ],
+)
+def test_other_statistics_than_torchvisions(norm: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(), nn.Conv2d(4, 4, 1))
+    model.eval()
+    x = images()
+    plain = model(x)
+    resadapt.inject_adapters(model, "2", 2, init="identity")
+    frozen = backbone_bytes(model)
+    model.train()
+    assert torch.equal(model(x), plain), "in training mode too, the norm does what it does in evaluation"
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert backbone_bytes(model) == frozen
+    resadapt.remove_adapters(model)
+    model.train()
+    before = backbone_bytes(model)
+    if not isinstance(model[1], nn.SyncBatchNorm):  # which trains on accelerators only
+        model(x)
+        assert backbone_bytes(model) != before, "thawed"
+
+
+def test_a_norm_without_statistics_is_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 1))
+    x = images()
+    plain = model(x)
+    resadapt.inject_adapters(model, "2", 2, init="identity")
+    assert type(model[1]) is nn.BatchNorm2d
+    assert torch.equal(model(x), plain)
+
+
+def test_a_network_that_owns_a_buffer_keeps_its_training_behaviour(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.steps += 1
+            return self.conv(x)
+
+    model = resadapt.inject_adapters(Net(), "conv", 2)
+    model.train()(images())
+    assert model.steps == 1
+    assert resadapt.check_backbone(model).drifted == ["steps"]
+    with pytest.raises(resadapt.BackboneDriftError, match="'steps'"):
+        resadapt.save_adapters(model, tmp_path / "set.pt")
+
+
+def test_a_head_trains_its_norms() -> None:
+    model = resadapt.inject_adapters(small_resnet(), ["layer1"], 4, head=["layer4.1", "fc"])
+    frozen, head = backbone_bytes(model, ("layer4.1", "fc")), model.layer4[1].bn1.running_mean.clone()
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert backbone_bytes(model, ("layer4.1", "fc")) == frozen
+    assert not torch.equal(model.layer4[1].bn1.running_mean, head)
+    assert "head.layer4.1.bn1.running_mean" in resadapt.adapter_state_dict(model)
+    resadapt.set_active_adapters(model, None)
+    assert torch.equal(model.layer4[1].bn1.running_mean, head)
+    model.train()(images())
+    assert torch.equal(model.layer4[1].bn1.running_mean, head), "the plain backbone is frozen, head included"
+
+
+def test_frozen_by_hand_stays_frozen() -> None:
+    model = resadapt.inject_adapters(small_resnet(), head="fc")
+    model.layer1.requires_grad_(False)
+    names = [name for name, _ in resadapt.named_trainable_parameters(model)]
+    assert not any(name.startswith("layer1") for name in names)
+    with resadapt.adapters_disabled(model):
+        pass
+    assert [name for name, _ in resadapt.named_trainable_parameters(model)] == names
+
+
+def test_sync_batchnorm_conversion_is_found_out() -> None:
+    model = resadapt.inject_adapters(small_resnet())
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.bn1.running_mean.add_(1)
+    assert resadapt.check_backbone(model).drifted == ["bn1.running_mean"]
