@@ -14,7 +14,7 @@ from resadapt.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.errors import AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError, listing
 from resadapt.fingerprint import differences, dtype_name, explained
 from resadapt.freeze import within
-from resadapt.installation import activate, install, uninstall
+from resadapt.installation import activate, check_model, install, uninstall
 from resadapt.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, ledger_of, plain_tensors, unwrap
 from resadapt.slots import backbone_tensors
 
@@ -175,7 +175,11 @@ def load_adapters(model: ModelT, path: str | os.PathLike[str], *, name: str | No
         True
     """
     info, tensors = read_adapter_file(path)
-    restore(unwrap(model), info, tensors, name or info.set.name)
+    name = name or info.set.name
+    ledger = find_ledger(model)
+    if ledger is None or name not in ledger.sets:
+        check_model(model)
+    restore(unwrap(model), info, tensors, name)
     return model
 
 

@@ -7,18 +7,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from resadapt.adapters import FAMILIES
 from resadapt.errors import InjectionError, listing
 from resadapt.fingerprint import fingerprint
 from resadapt.freeze import NORM_POLICIES, freeze_norms, freeze_parameters, thaw_norms, within
 from resadapt.hooks import attach, detach, unwatch, watch_first_forward
-from resadapt.ledger import LEDGER, AdapterSet, Ledger, adapter_tensors, clone_head, find_ledger, swap
+from resadapt.ledger import LEDGER, AdapterSet, Ledger, adapter_tensors, clone_head, find_ledger, swap, unwrap
 from resadapt.slots import AdapterSlot, backbone_modules, backbone_tensors, slots_of
 from resadapt.spec import SetSpec, SiteSpec
 
-__all__ = ["activate", "activated", "install", "uninstall"]
+__all__ = ["activate", "activated", "check_model", "install", "uninstall"]
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuses what cannot be injected into at all.
+
+    Raises:
+        InjectionError: It is no module, a wrapper, or has parts that cannot be read or frozen.
+    """
+    if not isinstance(model, nn.Module):
+        raise InjectionError(f"model is {type(model).__name__}, not a torch.nn.Module.")
+    if unwrap(model) is not model:
+        raise InjectionError(f"{type(model).__name__} wraps the model: inject into the model first, then wrap it.")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InjectionError(f"Module {path!r} is compiled TorchScript, which cannot be frozen. Inject first, then script or trace.")
+    for path, tensor in backbone_tensors(model):
+        if is_lazy(tensor) or tensor.is_meta:
+            raise InjectionError(f"Tensor {path!r} has no values yet. Load the weights, or run the model once, before injecting.")
 
 
 def install(model: nn.Module, spec: SetSpec, example: Any = None) -> None:
@@ -122,8 +142,8 @@ def _check_set(model: nn.Module, spec: SetSpec, ledger: Ledger | None) -> None:
     for what, value, known in (("family", spec.family, tuple(FAMILIES)), ("norm", spec.norm, NORM_POLICIES)):
         if value not in known:
             raise InjectionError(f"{what}={value!r} does not exist; there is {listing(list(known))}.")
-    if not 0.0 <= spec.dropout < 1.0:
-        raise InjectionError(f"dropout={spec.dropout} is not a probability in [0, 1).")
+    if not isinstance(spec.dropout, float) or not 0.0 <= spec.dropout < 1.0:
+        raise InjectionError(f"dropout={spec.dropout!r} is not a probability in [0, 1).")
     if not isinstance(spec.name, str) or not re.fullmatch(r"\w[\w-]*", spec.name) or hasattr(AdapterSlot(), spec.name):
         raise InjectionError(
             f"name={spec.name!r} cannot name a set: use letters, digits, '_' and '-', and no name that torch.nn.Module uses itself."

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.video import resnet as video
@@ -126,8 +125,6 @@ def owner_of(model: nn.Module, name: str) -> str:
             f"Module {name!r} ({kind}) is a container with a forward of its own, which would meet an adapter among its "
             "children. Choose a module inside it."
         )
-    if isinstance(module, torch.jit.ScriptModule):
-        raise InjectionError(f"Module {name!r} is a TorchScript module and takes no adapter. Inject before scripting.")
     if SLOT in module._modules and not isinstance(module._modules[SLOT], AdapterSlot):
         raise InjectionError(f"Module {name!r} has a child of its own called {SLOT!r}, the name where adapters live. Rename it.")
     aliases = [other for other, candidate in backbone_modules(model) if candidate is module]

@@ -12,7 +12,7 @@ from torch import nn
 
 from resadapt.errors import InjectionError
 from resadapt.freeze import within
-from resadapt.installation import activate, activated, install, uninstall
+from resadapt.installation import activate, activated, check_model, install, uninstall
 from resadapt.ledger import adapter_tensors, find_ledger, head_tensors, ledger_of, unwrap
 from resadapt.quiet import describe
 from resadapt.select import expand, expand_argument, select_sites
@@ -78,15 +78,12 @@ def inject_adapters(
         >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
         125635
     """
-    if not isinstance(model, nn.Module):
-        raise InjectionError(f"model is {type(model).__name__}, not a torch.nn.Module.")
-    if unwrap(model) is not model:
-        raise InjectionError(f"{type(model).__name__} wraps the model: inject into the model first, then wrap it.")
+    check_model(model)
     spec = SetSpec(
         name=name,
         family=family,
         options=dict(family_options),
-        dropout=float(dropout),
+        dropout=float(dropout) if isinstance(dropout, int) else dropout,
         norm=norm,
         sites=select_sites(model, layers, bottleneck, example_input),
         head=_select_head(model, head),

@@ -1,0 +1,58 @@
+"""The documentation is executed, complete, and names nothing that does not exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import resadapt
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")])
+
+
+def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    printed = "\n".join(str(names["report"]).splitlines()[1:])
+    shown = re.sub(r"\d", "9", (ROOT / "README.md").read_text())
+    # The file's size and the numbers in it may differ between versions of torch; the rest is what is printed.
+    assert re.sub(r"\d", "9", printed) in shown
+
+
+def test_the_examples_in_the_pages_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-b", "doctest", "-W", "-n", "-q", "-d", tmp_path / "trees", DOCS, tmp_path / "out"]
+    # One thread: a test of numbers, not of speed, beside other tests on the same cores.
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = (tmp_path / "out" / "output.txt").read_text()
+    for page in ("getting_started", "freezing", "checkpoints", "file_format", "codec_example"):
+        assert f"Document: {page}\n" in results
+    assert re.search(r"^ +0 failures in tests$", results, re.MULTILINE)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    listed = re.findall(r"^\.\. auto\w+:: (\w+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(resadapt.__all__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for path in re.findall(r"`((?:tests|examples|docs)/[\w./*]+)`", (ROOT / "README.md").read_text()):
+        assert list(ROOT.glob(path)) or path == "docs/_build/html", path
