@@ -21,9 +21,7 @@ def picture(model: nn.Module) -> dict[str, Any]:
             "children": list(module._modules),
             "attributes": sorted(module.__dict__),
             "hooks": {
-                key: list(value.values())
-                for key, value in module.__dict__.items()
-                if "hook" in key and isinstance(value, dict)
+                key: list(value.values()) for key, value in module.__dict__.items() if "hook" in key and isinstance(value, dict)
             },
             "requires_grad": {key: p.requires_grad for key, p in module._parameters.items() if p is not None},
             "objects": {key: id(p) for key, p in module._parameters.items()},

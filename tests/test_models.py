@@ -100,7 +100,11 @@ def _big(case: Case) -> bool:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=pytest.mark.slow if _big(case) else (), id=f"{case.build.__module__.rsplit('.', 1)[-1]}-{case.build.__name__}")
+        pytest.param(
+            case,
+            marks=pytest.mark.slow if _big(case) else (),
+            id=f"{case.build.__module__.rsplit('.', 1)[-1]}-{case.build.__name__}",
+        )
         for case in CASES
     ],
 )
@@ -183,5 +187,3 @@ def test_features_without_positions() -> None:
     plain = nn.functional.linear(x, model[0].weight, model[0].bias)
     expected = plain + adapter.up(torch.relu(adapter.down(plain)))
     assert torch.equal(model.eval()[0](x), expected)
-
-

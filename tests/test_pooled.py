@@ -20,9 +20,7 @@ class StudyAdapter(nn.Module):
     def __init__(self, channels: int, bottleneck: int, dropout: float) -> None:
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.net = nn.Sequential(
-            nn.Linear(channels, bottleneck), nn.ReLU(), nn.Dropout(dropout), nn.Linear(bottleneck, channels)
-        )
+        self.net = nn.Sequential(nn.Linear(channels, bottleneck), nn.ReLU(), nn.Dropout(dropout), nn.Linear(bottleneck, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, _, _ = x.shape
@@ -83,9 +81,7 @@ def test_bit_identical_to_the_study_in_outputs_and_gradients(training: bool) -> 
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    n=st.integers(1, 3), c=st.integers(1, 5), b=st.integers(1, 4), spatial=st.lists(st.integers(1, 4), max_size=3)
-)
+@given(n=st.integers(1, 3), c=st.integers(1, 5), b=st.integers(1, 4), spatial=st.lists(st.integers(1, 4), max_size=3))
 def test_against_loops(n: int, c: int, b: int, spatial: list[int]) -> None:
     adapter = PooledAdapter(c, b, len(spatial)).double().eval()
     nn.init.normal_(adapter.down.weight)

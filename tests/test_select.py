@@ -178,7 +178,11 @@ def test_modules_that_cannot_be_sites(layers: str, example: Any, message: str) -
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [("twice", r"Site 'twice' ran more than once in one forward"), ("iterates.conv", None), ("iterates", "runs over its own children")],
+    [
+        ("twice", r"Site 'twice' ran more than once in one forward"),
+        ("iterates.conv", None),
+        ("iterates", "runs over its own children"),
+    ],
 )
 def test_what_only_the_first_forward_can_tell(layers: str, message: str | None) -> None:
     model = Shared()
@@ -200,7 +204,9 @@ def test_first_forward_tells_about_shapes() -> None:
             return super().forward(input)[:, :2]
 
     model = resadapt.inject_adapters(nn.Sequential(Lies(3, 4, 1)), "0", 2)
-    with pytest.raises(resadapt.InjectionError, match=r"returned shape \[2, 2, 8, 8\], but its adapter was built for \[N, 4, \*, \*\]"):
+    with pytest.raises(
+        resadapt.InjectionError, match=r"returned shape \[2, 2, 8, 8\], but its adapter was built for \[N, 4, \*, \*\]"
+    ):
         model(X)
     model = resadapt.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", 2)
     with pytest.raises(resadapt.InjectionError, match=r"built for \[N, 4\]"):

@@ -236,7 +236,7 @@ def _plain(record: TensorRecord) -> list[Any]:
 def _records(data: Any) -> dict[str, TensorRecord]:
     records = {}
     for name, (dtype, shape, sha256) in dict(data).items():
-        if not isinstance(getattr(torch, dtype), torch.dtype) or not all(type(size) is int for size in shape):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype) or not all(type(size) is int for size in shape):
             raise ValueError(f"no record of a tensor: {name!r}")
         records[name] = TensorRecord(dtype, tuple(shape), str(sha256))
     return records

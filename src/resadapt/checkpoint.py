@@ -14,7 +14,7 @@ from resadapt.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.errors import AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError, listing
 from resadapt.fingerprint import differences, dtype_name, explained
 from resadapt.freeze import within
-from resadapt.installation import activate, check_model, install, uninstall
+from resadapt.installation import check_model, install, switch, uninstall
 from resadapt.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, ledger_of, plain_tensors, unwrap
 from resadapt.slots import backbone_tensors
 
@@ -200,19 +200,18 @@ def restore(model: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor], 
                 f"name=, or call remove_adapters(model, {name!r}) first."
             )
         load_adapter_state_dict(model, state, name)
-        activate(model, ledger, name)
+        switch(model, ledger, name)
         return
     active = ledger.active if ledger is not None else None
     try:
-        install(model, spec, info.example)
+        with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
+            install(model, spec, info.example)
     except (InjectionError, AttributeError) as error:
         raise AdapterFileError(f"{info.path}: cannot be injected into this {type(model).__name__}: {error}") from error
     try:
         load_adapter_state_dict(model, state, name)
     except BaseException:
-        uninstall(model, ledger_of(model), name)
-        if ledger is not None:
-            activate(model, ledger, active)
+        uninstall(model, ledger_of(model), name, then=active)
         raise
 
 
@@ -232,6 +231,6 @@ def _check_match(model: nn.Module, ledger: Ledger | None, info: AdapterInfo) -> 
     outside = {path: tensor for path, tensor in plain.items() if not within(path, info.set.head)}
     if wrong := differences(outside, info.backbone):
         raise BackboneMismatchError(
-            f"{info.path}: the backbone is not the one these adapters were trained on; {len(wrong)} of {len(info.backbone)} "
-            f"tensors differ: {explained(wrong)}. Load the backbone's own weights into the model first; it was left as it was."
+            f"{info.path}: the backbone is not the one these adapters were trained on; {len(wrong)} tensors are "
+            f"not those of the file: {explained(wrong)}. Load the backbone's own weights into the model first; it was left as it was."
         )

@@ -71,12 +71,9 @@ def differences(tensors: Mapping[str, Tensor], records: Mapping[str, TensorRecor
             found[name] = "is missing"
         elif tuple(tensor.shape) != record.shape:
             found[name] = f"has shape {list(tensor.shape)} where {list(record.shape)} was recorded"
-        elif digest(narrowed := _narrowed(tensor, record.dtype)) != record:
-            found[name] = (
-                f"is {dtype_name(tensor)} where {record.dtype} was recorded"
-                if dtype_name(narrowed) != record.dtype
-                else "has other values"
-            )
+        elif digest(_narrowed(tensor, record.dtype)) != record:
+            same_dtype = dtype_name(tensor) == record.dtype
+            found[name] = "has other values" if same_dtype else f"is {dtype_name(tensor)} where {record.dtype} was recorded"
     return found
 
 

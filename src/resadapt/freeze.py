@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from resadapt.slots import backbone_modules
+from resadapt.slots import backbone_modules, is_leaf
 
 __all__ = ["NORM_POLICIES", "freeze_norms", "freeze_parameters", "thaw_norms", "within"]
 
@@ -104,4 +104,4 @@ def _release(module: nn.Module) -> None:
 def _holds_statistics(module: nn.Module) -> bool:
     # Leaves only: a whole network may own a buffer too (its input's mean, say), and must keep its training behaviour.
     owns_buffers = any(buffer is not None for buffer in module._buffers.values())
-    return owns_buffers and type(module) not in _STOCK and len(list(backbone_modules(module))) == 1
+    return owns_buffers and type(module) not in _STOCK and is_leaf(module)

@@ -48,8 +48,8 @@ def begin_first_forward(root: nn.Module, args: Any) -> None:
 
 
 def end_first_forward(root: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook of the root: a forward came to its end, every site ran once, so nobody need count again."""
-    if not torch.compiler.is_compiling():
+    """Forward hook of the root: once a forward came to its end with no site run twice, nobody need count again."""
+    if not torch.compiler.is_compiling() and all(slot.calls in (0, 1) for slot in slots_of(root)):
         unwatch(root)
 
 

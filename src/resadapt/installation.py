@@ -17,10 +17,11 @@ from resadapt.fingerprint import fingerprint
 from resadapt.freeze import NORM_POLICIES, freeze_norms, freeze_parameters, thaw_norms, within
 from resadapt.hooks import attach, detach, unwatch, watch_first_forward
 from resadapt.ledger import LEDGER, AdapterSet, Ledger, adapter_tensors, clone_head, find_ledger, swap, unwrap
+from resadapt.select import owner_of
 from resadapt.slots import AdapterSlot, backbone_modules, backbone_tensors, slots_of
 from resadapt.spec import SetSpec, SiteSpec
 
-__all__ = ["activate", "activated", "check_model", "install", "uninstall"]
+__all__ = ["activate", "activated", "check_model", "install", "switch", "uninstall"]
 
 
 def check_model(model: nn.Module) -> None:
@@ -35,7 +36,9 @@ def check_model(model: nn.Module) -> None:
         raise InjectionError(f"{type(model).__name__} wraps the model: inject into the model first, then wrap it.")
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise InjectionError(f"Module {path!r} is compiled TorchScript, which cannot be frozen. Inject first, then script or trace.")
+            raise InjectionError(
+                f"Module {path!r} is compiled TorchScript, which cannot be frozen. Inject first, then script or trace."
+            )
     for path, tensor in backbone_tensors(model):
         if is_lazy(tensor) or tensor.is_meta:
             raise InjectionError(f"Tensor {path!r} has no values yet. Load the weights, or run the model once, before injecting.")
@@ -64,9 +67,11 @@ def install(model: nn.Module, spec: SetSpec, example: Any = None) -> None:
         )
     with activated(model, ledger, None):
         record.parked_head = clone_head(model, spec.head)
+    active = ledger.active
     setattr(model, LEDGER, ledger)
     ledger.sets[spec.name] = record
     try:
+        switch(model, ledger, None)
         freeze_parameters(model)
         for site, adapter in adapters.items():
             slot = attach(model.get_submodule(site.owner))
@@ -75,7 +80,7 @@ def install(model: nn.Module, spec: SetSpec, example: Any = None) -> None:
         activate(model, ledger, spec.name)
         watch_first_forward(model)
     except BaseException:
-        uninstall(model, ledger, spec.name)
+        uninstall(model, ledger, spec.name, then=active)
         raise
 
 
@@ -114,10 +119,26 @@ def activated(model: nn.Module, ledger: Ledger, name: str | None) -> Iterator[No
         activate(model, ledger, active if active in ledger.sets else None)
 
 
-def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
-    """Takes a set out; after the last one the model is what it was before the first."""
+def switch(model: nn.Module, ledger: Ledger, name: str | None) -> None:
+    """Activates a set for good: the one that is left loses its gradients, so that no optimizer can apply them later."""
+    left = ledger.sets[ledger.active] if ledger.active not in (None, name) else None
+    activate(model, ledger, name)
+    if left is not None:
+        for tensor in (*dict(adapter_tensors(model, left.spec)).values(), *left.parked_head.values()):
+            tensor.grad = None
+
+
+def uninstall(model: nn.Module, ledger: Ledger, name: str, then: str | None = None) -> None:
+    """Takes a set out; after the last one the model is what it was before the first.
+
+    Args:
+        model: The whole model.
+        ledger: Its ledger.
+        name: The set.
+        then: The set to activate instead if it was the active one.
+    """
     if ledger.active == name:
-        activate(model, ledger, None)
+        activate(model, ledger, then)
     for _, module in list(backbone_modules(model)):
         for slot in [child for child in module._modules.values() if isinstance(child, AdapterSlot)]:
             slot.sites.pop(name, None)
@@ -161,6 +182,8 @@ def _check_set(model: nn.Module, spec: SetSpec, ledger: Ledger | None) -> None:
             f"remove_adapters(model, {spec.name!r}) first."
         )
     for site in spec.sites:
+        if (owner := owner_of(model, site.name)) != site.owner:
+            raise InjectionError(f"Site {site.name!r} is {owner!r} in this model, where {site.owner!r} was described.")
         if within(site.owner, spec.head):
             raise InjectionError(f"Site {site.name!r} lies in the head, which is trained anyway. Take it out of layers or of head.")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resadapt.adapter_file import ProbeRecord
 from resadapt.fingerprint import raw_bytes
 from resadapt.quiet import call, generate, undisturbed
-from resadapt.slots import backbone_modules
+from resadapt.slots import backbone_modules, is_leaf
 
 __all__ = ["default_form", "farthest", "input_digest", "outputs_of", "probe_input", "record_probe", "same"]
 
@@ -23,7 +23,7 @@ _SIZES = {nn.Conv1d: (64,), nn.Conv2d: (64, 64), nn.Conv3d: (4, 32, 32)}
 
 def default_form(model: nn.Module) -> Any:
     """Guesses the form of a model's input from its first leaf, if that is a convolution; None if it is not."""
-    first = next((m for name, m in backbone_modules(model) if name and not m._modules), None)
+    first = next((module for _, module in backbone_modules(model) if is_leaf(module)), None)
     for kind, size in _SIZES.items():
         if isinstance(first, kind):
             return {"shape": [2, first.in_channels, *size], "dtype": str(first.weight.dtype).removeprefix("torch.")}

@@ -12,7 +12,7 @@ from torch import nn
 
 from resadapt.errors import InjectionError
 from resadapt.freeze import within
-from resadapt.installation import activate, activated, check_model, install, uninstall
+from resadapt.installation import activate, activated, check_model, install, switch, uninstall
 from resadapt.ledger import adapter_tensors, find_ledger, head_tensors, ledger_of, unwrap
 from resadapt.quiet import describe
 from resadapt.select import expand, expand_argument, select_sites
@@ -157,15 +157,9 @@ def set_active_adapters(model: nn.Module, name: str | None) -> None:
         ['day']
     """
     ledger = ledger_of(model)
-    inner = unwrap(model)
-    left = ledger.active
     if name is not None:
         ledger.set_named(name)
-    activate(inner, ledger, name)
-    if left is not None and left != name:
-        record = ledger.sets[left]
-        for tensor in (*dict(adapter_tensors(inner, record.spec)).values(), *record.parked_head.values()):
-            tensor.grad = None
+    switch(unwrap(model), ledger, name)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing_extensions import override
 from resadapt.errors import InjectionError
 from resadapt.spec import SiteSpec
 
-__all__ = ["SLOT", "AdapterSlot", "backbone_modules", "backbone_tensors", "slots_of"]
+__all__ = ["SLOT", "AdapterSlot", "backbone_modules", "backbone_tensors", "is_leaf", "slots_of"]
 
 SLOT = "resadapt"
 """Name of the reserved child."""
@@ -32,6 +32,8 @@ class AdapterSlot(nn.Module):
 
     def adapt(self, output: Tensor) -> Tensor:
         """Returns the active adapter's result for the owner's output ``[N, C, ...]``."""
+        if self.calls is not None:
+            self.calls += 1
         if self.active is None:
             return output
         if not isinstance(output, fx.Proxy):  # a symbolic value has no type or shape to look at
@@ -53,13 +55,11 @@ class AdapterSlot(nn.Module):
                 f"Site {site.name!r} returned shape {list(output.shape)}, but its adapter was built for [{dims}]. "
                 "Call remove_adapters(model) and inject with example_input=, a real input, so that shapes are measured."
             )
-        if self.calls is not None:
-            self.calls += 1
-            if self.calls > 1:
-                raise InjectionError(
-                    f"Site {site.name!r} ran more than once in one forward, and one adapter cannot serve several places. "
-                    "Call remove_adapters(model) and choose a module that runs once, such as the block around it."
-                )
+        if self.calls is not None and self.calls > 1:
+            raise InjectionError(
+                f"Site {site.name!r} ran more than once in one forward, and one adapter cannot serve several places. "
+                "Call remove_adapters(model) and choose a module that runs once, such as the block around it."
+            )
 
     @override
     def forward(self, *args: object) -> None:
@@ -85,6 +85,11 @@ def backbone_tensors(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 yield f"{name}.{key}" if name else key, tensor
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Tells whether a module has no children of the backbone's."""
+    return all(child is None or isinstance(child, AdapterSlot) for child in module._modules.values())
 
 
 def slots_of(model: nn.Module) -> Iterator[AdapterSlot]:

@@ -1,0 +1,418 @@
+"""Loading trusts nothing: wrong bytes, wrong backbone, wrong shapes; and the model is exactly as before."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import importlib.util
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import images, picture, small_resnet, train
+from torch import Tensor, nn
+from torchvision.models import resnet50
+
+import resadapt
+from resadapt.adapter_file import read_adapter_file, staged
+from resadapt.container import decode, encode
+
+FORMATS = ["pt", "safetensors"]
+X = images()
+
+
+@pytest.fixture(params=FORMATS)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path / f"set.{request.param}"
+
+
+def tiny(classes: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, classes)).eval()
+
+
+def trained_tiny() -> nn.Module:
+    model = resadapt.inject_adapters(tiny(), ["0", "1"], 2, head="3")
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    return model.eval()
+
+
+def test_round_trip(path: Path) -> None:
+    model = resadapt.inject_adapters(small_resnet(), head="fc")
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    assert resadapt.save_adapters(model, path, metadata={"f1": 0.5, "notes": ["a", None]}).ok
+    assert path.stat().st_size < 600_000
+    fresh = resadapt.load_adapters(small_resnet(), path)
+    assert torch.equal(fresh.eval()(X), model.eval()(X))
+    assert [p.requires_grad for p in fresh.parameters()] == [p.requires_grad for p in model.parameters()]
+    info = resadapt.read_adapter_info(path)
+    assert info.metadata == {"f1": 0.5, "notes": ["a", None]}
+    assert info.size == path.stat().st_size
+    assert info.set == replace(info.set, name="default", family="pooled", dropout=0.1, norm="frozen", head=("fc",))
+    assert [(s.name, s.channels, s.bottleneck) for s in info.set.sites] == [(f"layer{i}", 32 * 2**i, 64) for i in range(1, 5)]
+    assert "fc.weight" not in info.backbone
+    assert "bn1.running_mean" in info.backbone
+    assert set(info.versions) == {"resadapt", "torch", "torchvision"}
+
+
+def test_same_seed_same_bytes(path: Path) -> None:
+    written = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        model = resadapt.inject_adapters(small_resnet(), head="fc")
+        train(model, torch.optim.AdamW(resadapt.parameter_groups(model, 0.01)))
+        resadapt.save_adapters(model, path, metadata={"b": 1, "a": 2})
+        written.append(path.read_bytes())
+        path.unlink()
+    assert written[0] == written[1]
+    model.fc.bias.data[0] += 1
+    resadapt.save_adapters(model, path)
+    assert path.read_bytes() != written[0]
+
+
+def test_saving_does_not_disturb_the_training(path: Path) -> None:
+    results = []
+    for saving in (False, True):
+        torch.manual_seed(7)
+        model = resadapt.inject_adapters(small_resnet(), head="fc", dropout=0.5)
+        optimizer = torch.optim.AdamW(resadapt.parameter_groups(model, 0.01))
+        for _ in range(3):
+            train(model, optimizer, steps=1)
+            if saving:
+                resadapt.save_adapters(model, path, metric=lambda m: m(X + torch.rand(())).sum().item())
+                assert model.training
+        results.append(resadapt.adapter_state_dict(model))
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_every_bit_of_the_file_counts(path: Path) -> None:
+    resadapt.save_adapters(trained_tiny(), path)
+    data = path.read_bytes()
+    decode(data, path)
+    for position in range(len(data)):
+        with pytest.raises(resadapt.AdapterFileError, match="damaged"):
+            decode(data[:position] + bytes([data[position] ^ (1 << position % 8)]) + data[position + 1 :], path)
+    for position in range(0, len(data), 37):
+        for changed in (data[:position], data[:position] + data[position + 1 :], data[:position] + b"\0" + data[position:]):
+            with pytest.raises(resadapt.AdapterFileError, match="damaged"):
+                decode(changed, path)
+    with pytest.raises(resadapt.AdapterFileError):
+        decode(data + b"\0", path)
+
+
+def test_a_damaged_file_leaves_the_model_as_it_was(path: Path) -> None:
+    resadapt.save_adapters(trained_tiny(), path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    for model in (tiny(), trained_tiny()):
+        before = picture(model)
+        for call in (resadapt.load_adapters, resadapt.verify_adapters):
+            with pytest.raises(resadapt.AdapterFileError, match="damaged"):
+                call(model, path)
+        assert picture(model) == before
+
+
+def plain_pt(path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(3)}, path)
+
+
+def evil(path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (open, (str(path) + ".executed", "w"))
+
+    buffer = io.BytesIO()
+    torch.save({"manifest": Evil(), "tensors": {}}, buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = b"resadapt:" + b"0" * 64
+    data = bytearray(buffer.getvalue())
+    from resadapt.container import _seal
+
+    data[-64:] = _seal(data, len(data) - 64)
+    path.write_bytes(data)
+
+
+def foreign_safetensors(path: Path) -> None:
+    import safetensors.torch
+
+    safetensors.torch.save_file({"a": torch.zeros(3)}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p.write_bytes(b""), "not an adapter file"),
+        (lambda p: p.write_bytes(b"PK"), "not an adapter file"),
+        (lambda p: p.write_bytes(b"\x80\x04N."), "not an adapter file"),
+        (lambda p: p.write_bytes(b"\xff" * 100), "not an adapter file"),
+        (lambda p: p.write_bytes((9).to_bytes(8, "little") + b'{"a":"b"}'), "not an adapter file"),
+        (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "not an adapter file"),
+        (plain_pt, "not an adapter file"),
+        (foreign_safetensors, "not an adapter file"),
+        (evil, "cannot be read"),
+        (lambda p: p.mkdir(), "cannot be read"),
+        (lambda p: None, "No such file"),
+    ],
+)
+def test_other_files(make: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    make(path)
+    with pytest.raises(resadapt.AdapterFileError, match=message):
+        resadapt.read_adapter_info(path)
+    with pytest.raises(resadapt.AdapterFileError, match=message):
+        resadapt.load_adapters(tiny(), path)
+    assert not list(tmp_path.glob("*.executed"))
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> None:
+    """Writes a file again with a valid seal and another content."""
+    manifest, tensors = decode(path.read_bytes(), path)
+    change(manifest, tensors)
+    path.write_bytes(encode(manifest, tensors, path.suffix[1:]))
+
+
+def _digest(key: str) -> Callable[[dict[str, Any], dict[str, Tensor]], Any]:
+    def change(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        manifest["tensors"][key][2] = resadapt.fingerprint.digest(tensors[key]).sha256
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda m, t: m.update(format_version=2), resadapt.AdapterFileError, "written in format 2 by .* Install a newer resadapt"),
+        (lambda m, t: m.pop("format_version"), resadapt.AdapterFileError, "format None"),
+        (lambda m, t: m.pop("backbone"), resadapt.AdapterFileError, "manifest is not one of format 1.*backbone"),
+        (lambda m, t: m["set"].pop("family"), resadapt.AdapterFileError, "expected exactly the fields"),
+        (lambda m, t: m["set"].update(extra=1), resadapt.AdapterFileError, "expected exactly the fields"),
+        (lambda m, t: m["set"].update(dropout="0.1"), resadapt.AdapterFileError, "set.dropout: expected float"),
+        (lambda m, t: m["set"]["sites"][0].update(channels=True), resadapt.AdapterFileError, "site.channels: expected int"),
+        (lambda m, t: m["set"]["sites"][0].update(bottleneck=0), resadapt.AdapterFileError, "below 1"),
+        (lambda m, t: m["set"].update(head=[3]), resadapt.AdapterFileError, "list of names"),
+        (lambda m, t: m["set"].update(family="lora"), resadapt.AdapterFileError, "family='lora' does not exist"),
+        (lambda m, t: m["set"].update(norm="train"), resadapt.AdapterFileError, "norm='train' does not exist"),
+        (lambda m, t: m["set"].update(name="a.b"), resadapt.AdapterFileError, "cannot name a set"),
+        (lambda m, t: m["set"].update(options={"init": 3}), resadapt.AdapterFileError, "does not take these options"),
+        (lambda m, t: m["set"]["sites"][0].update(name="9", owner="9"), resadapt.AdapterFileError, "cannot be injected"),
+        (lambda m, t: m["set"]["sites"][0].update(owner="1"), resadapt.AdapterFileError, "cannot be injected"),
+        (lambda m, t: m["set"].update(head=["3", "9"]), resadapt.AdapterFileError, "cannot be injected"),
+        (lambda m, t: m["tensors"].pop("head.3.bias"), resadapt.AdapterFileError, "'head.3.bias' is new"),
+        (lambda m, t: t.pop("head.3.bias"), resadapt.AdapterFileError, "'head.3.bias' is missing"),
+        (lambda m, t: t["head.3.bias"].add_(1), resadapt.AdapterFileError, "'head.3.bias' has other values"),
+        (lambda m, t: m["tensors"]["head.3.bias"].__setitem__(0, "mess"), resadapt.AdapterFileError, "not one of format 1"),
+        (
+            lambda m, t: (m["tensors"].pop("head.3.bias"), t.pop("head.3.bias")),
+            resadapt.AdapterKeyError,
+            "'head.3.bias' is missing",
+        ),
+        (lambda m, t: m["backbone"]["1.running_mean"].__setitem__(2, "0"), resadapt.BackboneMismatchError, "'1.running_mean'"),
+        (lambda m, t: m.update(probe={"source": "x"}), resadapt.AdapterFileError, "not one of format 1"),
+    ],
+)
+def test_sealed_files_with_wrong_content(change: Any, error: type[Exception], message: str, path: Path) -> None:
+    trained = trained_tiny()
+    resadapt.save_adapters(trained, path)
+    rewritten(path, change)
+    for model in (tiny(), resadapt.inject_adapters(tiny(), "0", 2, name="other")):
+        before = picture(model)
+        with pytest.raises(error, match=message):
+            resadapt.load_adapters(model, path)
+        assert picture(model) == before
+
+
+def _drifted_norm(model: nn.Module) -> nn.Module:
+    model.bn1.running_mean[0] += 1e-6
+    return model
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: small_resnet(1), r"'conv1\.weight' has other values"),
+        (lambda: _drifted_norm(small_resnet()), r"1 tensors are not those of the file: 'bn1\.running_mean' has other values"),
+        (lambda: resnet50(num_classes=3), r"has shape \[64, 64, 1, 1\] where \[64, 64, 3, 3\]"),
+        (lambda: small_resnet().half(), r"is float16 where float32 was recorded"),
+        (lambda: tiny(), r"'conv1\.weight' is missing"),
+    ],
+)
+def test_wrong_backbones(other: Callable[[], nn.Module], message: str, tmp_path: Path) -> None:
+    resadapt.save_adapters(resadapt.inject_adapters(small_resnet(), head="fc"), tmp_path / "set.pt")
+    model = other()
+    before = picture(model)
+    with pytest.raises(resadapt.BackboneMismatchError, match=message):
+        resadapt.load_adapters(model, tmp_path / "set.pt")
+    assert picture(model) == before
+    report = resadapt.verify_adapters(model, tmp_path / "set.pt")
+    assert not report.ok
+    assert report["backbone"].outcome == "failed"
+    assert report["tensors"].outcome == report["outputs"].outcome == "not checked"
+
+
+def test_wrong_head_shape(path: Path) -> None:
+    resadapt.save_adapters(trained_tiny(), path)
+    model = tiny(classes=5)
+    before = picture(model)
+    with pytest.raises(
+        resadapt.AdapterKeyError, match=r"'head.3.weight' has shape \[2, 3600\] where the model has \[5, 3600\].*Give"
+    ):
+        resadapt.load_adapters(model, path)
+    assert picture(model) == before
+
+
+def test_a_double_model_takes_a_float_file(path: Path) -> None:
+    model = trained_tiny()
+    resadapt.save_adapters(model, path)
+    double = resadapt.load_adapters(tiny().double(), path)
+    assert torch.allclose(double(X.double()), model(X).double(), atol=1e-4)
+    with pytest.raises(resadapt.AdapterKeyError, match="is float64 and would lose precision in the model's float32"):
+        state = {k: v + 1e-12 for k, v in resadapt.adapter_state_dict(double).items()}
+        resadapt.load_adapter_state_dict(model, state)
+
+
+def test_state_dict_is_strict_and_all_or_nothing() -> None:
+    model = trained_tiny()
+    state = resadapt.adapter_state_dict(model)
+    assert all(key.startswith(("adapters.0.", "adapters.1.", "head.3.")) for key in state)
+    before = picture(model)
+    zeros = {key: torch.zeros_like(value) for key, value in state.items()}
+    for change, message in (
+        (lambda s: s.pop("adapters.1.up.bias"), "'adapters.1.up.bias' is missing"),
+        (lambda s: s.update(typo=torch.zeros(1)), "'typo' is unexpected"),
+        (lambda s: s.update({"head.3.bias": torch.zeros(3)}), r"'head.3.bias' has shape \[3\] where the model has \[2\]"),
+        (lambda s: s.update({"head.3.bias": [0, 0]}), "'head.3.bias' is list, not a tensor"),
+    ):
+        wrong: Any = dict(zeros)
+        change(wrong)
+        with pytest.raises(resadapt.AdapterKeyError, match=message):
+            resadapt.load_adapter_state_dict(model, wrong)
+        assert picture(model) == before
+    kept = {key: value.clone() for key, value in state.items()}
+    resadapt.load_adapter_state_dict(model, zeros)
+    assert all(torch.equal(state[key], kept[key]) for key in state), "what was handed out is a copy"
+    assert not any(value.any() for value in resadapt.adapter_state_dict(model).values())
+
+
+def test_loading_into_sets(path: Path) -> None:
+    model = trained_tiny()
+    resadapt.save_adapters(model, path)
+    expected = model(X)
+    resadapt.load_adapters(model, path, name="copy")
+    assert [(info.name, info.active) for info in resadapt.list_adapters(model)] == [("default", False), ("copy", True)]
+    assert torch.equal(model(X), expected)
+    state = resadapt.adapter_state_dict(model)
+    resadapt.load_adapter_state_dict(model, {k: torch.zeros_like(v) for k, v in state.items()})
+    resadapt.load_adapters(model, path)
+    assert [info.active for info in resadapt.list_adapters(model)] == [True, False]
+    assert torch.equal(model(X), expected)
+    resadapt.inject_adapters(model, "0", 3, name="else")
+    before = picture(model)
+    with pytest.raises(resadapt.AdapterKeyError, match="set 'else' differs from the file's in 'sites', 'head'"):
+        resadapt.load_adapters(model, path, name="else")
+    assert picture(model) == before
+
+
+def test_a_set_that_is_not_active_is_saved_as_itself(path: Path) -> None:
+    model = trained_tiny()
+    expected = model(X)
+    resadapt.inject_adapters(model, "1", 2, name="other", head="3")
+    model(X)
+    before = picture(model)
+    assert resadapt.save_adapters(model, path, name="default", metric=lambda m: m(X).sum().item()).ok
+    assert picture(model) == before
+    assert torch.equal(resadapt.load_adapters(tiny(), path)(X), expected)
+    resadapt.set_active_adapters(model, None)
+    assert resadapt.verify_adapters(model, path, metric=lambda m: m(X).sum().item())["metric"].outcome == "passed"
+    assert [info.name for info in resadapt.list_adapters(model) if info.active] == []
+
+
+def test_wrapped_models(tmp_path: Path) -> None:
+    resadapt.save_adapters(nn.DataParallel(trained_tiny()), tmp_path / "set.pt")
+    with pytest.raises(resadapt.InjectionError, match="wraps the model"):
+        resadapt.load_adapters(nn.DataParallel(tiny()), tmp_path / "set.pt")
+    resadapt.load_adapters(nn.DataParallel(trained_tiny()), tmp_path / "set.pt")
+
+
+def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained_tiny()
+    resadapt.save_adapters(model, tmp_path / "with.safetensors")
+    find, real = importlib.util.find_spec, builtins.__import__
+    monkeypatch.setattr("resadapt.container.find_spec", lambda name: None if name == "safetensors" else find(name))
+
+    def no_import(name: str, *args: Any) -> Any:
+        if name.startswith("safetensors"):
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", no_import)
+    with pytest.raises(resadapt.AdapterFileError, match=r"Install resadapt\[safetensors\]"):
+        resadapt.save_adapters(model, tmp_path / "new.safetensors")
+    with pytest.raises(resadapt.AdapterFileError, match=r"install resadapt\[safetensors\]"):
+        resadapt.load_adapters(tiny(), tmp_path / "with.safetensors")
+    for name in ("set", "set.pt"):
+        assert resadapt.save_adapters(model, tmp_path / name).ok
+        assert (tmp_path / name).read_bytes()[:2] == b"PK"
+
+
+def test_a_name_without_suffix_prefers_safetensors(tmp_path: Path) -> None:
+    resadapt.save_adapters(trained_tiny(), tmp_path / "set")
+    assert (tmp_path / "set").read_bytes()[8:9] == b"{"
+    resadapt.load_adapters(tiny(), tmp_path / "set")
+
+
+def test_pt_files_are_plain_for_other_readers(tmp_path: Path) -> None:
+    model = trained_tiny()
+    resadapt.save_adapters(model, tmp_path / "set.pt")
+    content = torch.load(tmp_path / "set.pt", weights_only=True)
+    state = resadapt.adapter_state_dict(model)
+    assert all(torch.equal(content["tensors"][key], value) for key, value in state.items())
+    assert json.loads(content["manifest"])["set"]["family"] == "pooled"
+
+
+def test_head_norms_travel(path: Path) -> None:
+    model = resadapt.inject_adapters(small_resnet(), "layer1", 2, head=["layer4", "fc"])
+    train(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    resadapt.save_adapters(model, path)
+    fresh = resadapt.load_adapters(small_resnet(), path)
+    assert torch.equal(fresh.layer4[1].bn2.running_var, model.layer4[1].bn2.running_var)
+    assert fresh.layer4[1].bn2.num_batches_tracked == model.layer4[1].bn2.num_batches_tracked == 3
+    assert torch.equal(fresh.eval()(X), model.eval()(X))
+
+
+def test_non_persistent_buffers_of_a_head_stay_at_home(path: Path) -> None:
+    class Head(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.register_buffer("cache", torch.ones(2), persistent=False)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Head())
+    twin = copy.deepcopy(model)
+    resadapt.save_adapters(resadapt.inject_adapters(model, "0", 2, head="3"), path)
+    assert "head.3.cache" not in resadapt.read_adapter_info(path).tensors
+    assert torch.equal(resadapt.load_adapters(twin, path).eval()(X), model.eval()(X))
+
+
+def test_staged_refuses_a_manifest_that_does_not_come_back(tmp_path: Path) -> None:
+    resadapt.save_adapters(trained_tiny(), tmp_path / "set.pt")
+    info, tensors = read_adapter_file(tmp_path / "set.pt")
+    for metadata, message in (
+        ({"a": float("nan")}, "metadata is not JSON"),
+        ({"a": torch.zeros(1)}, "metadata is not JSON"),
+        ({1: "a"}, "metadata would come back"),
+        ({"a": (1, 2)}, "metadata would come back"),
+    ):
+        with (
+            pytest.raises(resadapt.AdapterFileError, match=message),
+            staged(tmp_path / "new.pt", info.set, {}, tensors, example=None, probe=None, metadata=metadata),  # type: ignore[arg-type]
+        ):
+            raise AssertionError("not reached")
+    assert [p.name for p in tmp_path.iterdir()] == ["set.pt"]

@@ -1,0 +1,317 @@
+"""The hooks survive whatever PyTorch does to a model: same numbers as eager, and a copy is independent."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support import backbone_bytes, images, small_resnet, train
+from torch import Tensor, nn, optim
+from torch.utils.checkpoint import checkpoint
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import resadapt
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """An injected model that has been trained far enough for its adapters to matter."""
+    model = resadapt.inject_adapters(small_resnet(), head="fc", bottleneck=8)
+    train(model, optim.AdamW(model.parameters(), lr=0.1))
+    return model.eval()
+
+
+X = images()
+
+
+def _torch_save(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _torch_save])
+@pytest.mark.parametrize("ran", [False, True])
+def test_copies_are_equal_and_independent(model: nn.Module, copier: Callable[[nn.Module], nn.Module], ran: bool) -> None:
+    if not ran:
+        fresh = resadapt.inject_adapters(small_resnet(), head="fc", bottleneck=8).eval()
+        resadapt.load_adapter_state_dict(fresh, resadapt.adapter_state_dict(model))
+        model = fresh
+    twin = copier(model)
+    expected = model(X)
+    assert torch.equal(twin(X), expected)
+    train(twin, optim.SGD(twin.parameters(), lr=1.0))
+    assert torch.equal(model.eval()(X), expected), "training the copy changes the original"
+    assert not torch.equal(twin.eval()(X), expected), "the copy runs its own adapters"
+    resadapt.remove_adapters(twin)
+    assert torch.equal(model(X), expected)
+    with resadapt.adapters_disabled(model):
+        assert torch.equal(twin.eval()(X), model(X))
+
+
+def test_a_pickle_is_read_by_another_process(model: nn.Module, tmp_path: Path) -> None:
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((X, model(X)), tmp_path / "io.pt")
+    script = f"""
+        import torch
+        model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+        x, y = torch.load({str(tmp_path / "io.pt")!r})
+        assert torch.equal(model(x), y)
+        import resadapt
+        assert resadapt.check_backbone(model).ok
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
+    expected = model(X)
+    assert torch.allclose(model.to(dtype)(X.to(dtype)).float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+    assert resadapt.check_backbone(model).ok == (dtype == torch.float64), "a wider dtype holds the same numbers"
+
+
+def test_memory_format_and_autocast(model: nn.Module) -> None:
+    expected = model(X)
+    assert torch.allclose(model.to(memory_format=torch.channels_last)(X), expected, atol=1e-5)
+    assert resadapt.check_backbone(model).ok
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(X)
+    assert torch.allclose(output.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+    output.float().sum().backward()
+    assert all(p.grad is not None for p in resadapt.trainable_parameters(model))
+
+
+def test_a_model_in_low_precision_gets_adapters_in_it() -> None:
+    model = resadapt.inject_adapters(small_resnet().bfloat16(), head="fc")
+    assert {p.dtype for p in resadapt.trainable_parameters(model)} == {torch.bfloat16}
+    assert model(X.bfloat16()).dtype == torch.bfloat16
+
+
+def test_slicing_and_feature_extractors(model: nn.Module) -> None:
+    sliced = nn.Sequential(*list(model.children())[:-1])
+    taken: list[Tensor] = []
+    handle = model.avgpool.register_forward_hook(lambda m, a, o: taken.append(o))
+    model(X)
+    handle.remove()
+    assert torch.equal(sliced(X), taken[0])
+    seen: list[Tensor] = []
+    model.layer4[-1].register_forward_hook(lambda m, a, o: seen.append(o))
+    model(X)
+    assert torch.equal(IntermediateLayerGetter(model, {"layer4": "out"})(X)["out"], seen[0])
+    assert torch.equal(create_feature_extractor(model, ["layer4"])(X)["layer4"], seen[0])
+    with resadapt.adapters_disabled(model):
+        model(X)
+    assert not torch.equal(seen[-1], seen[0]), "what layer4[-1] gives is adapted"
+
+
+def test_grad_cam(model: nn.Module) -> None:
+    """Activations and gradients at layer4[-1] are those of the adapted output."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(_m: nn.Module, _a: object, output: Tensor) -> None:
+        kept["activation"] = output
+        output.register_hook(lambda gradient: kept.__setitem__("gradient", gradient))
+
+    model.layer4[-1].register_forward_hook(keep)
+    model(X)[:, 0].sum().backward()
+    cam = torch.relu((kept["gradient"].mean((2, 3), keepdim=True) * kept["activation"]).sum(1))
+    pooled = kept["activation"].mean((2, 3))
+    assert torch.allclose(model.fc(pooled), model(X), atol=1e-5)
+    assert cam.shape == (2, 1, 1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_fx(model: nn.Module, training: bool) -> None:
+    model.train(training)
+    traced = torch.fx.symbolic_trace(model)
+    torch.manual_seed(0)
+    expected = model(X)
+    torch.manual_seed(0)
+    assert torch.equal(traced(X), expected)
+
+
+def test_jit_trace(model: nn.Module) -> None:
+    traced = torch.jit.trace(model, X)
+    assert torch.equal(traced(X), model(X))
+    larger = images(3, 64)
+    assert torch.allclose(traced(larger), model(larger), atol=1e-5)
+
+
+def test_export(model: nn.Module) -> None:
+    program = torch.export.export(model, (X,))
+    assert torch.allclose(program.module()(X), model(X), atol=1e-6)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_compile_fullgraph(ran: bool) -> None:
+    torch._dynamo.reset()
+    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    model = resadapt.inject_adapters(small, ["0", "3"], 4, dropout=0.0)
+    with torch.no_grad():
+        for parameter in resadapt.trainable_parameters(model):
+            parameter.normal_()
+    if ran:
+        model(X)
+    frozen = backbone_bytes(model)
+    compiled = torch.compile(model, fullgraph=True)
+    for mode in (False, True):
+        model.train(mode)
+        assert torch.allclose(compiled(X), model(X), atol=1e-4)
+    compiled(X).sum().backward()
+    got = [p.grad.clone() for p in resadapt.trainable_parameters(model)]
+    model.zero_grad()
+    model(X).sum().backward()
+    for ours, eager in zip(got, resadapt.trainable_parameters(model), strict=True):
+        assert torch.allclose(ours, eager.grad, rtol=1e-3, atol=1e-3)
+    assert backbone_bytes(model) == frozen
+    with resadapt.adapters_disabled(compiled):
+        disabled = compiled(X)
+        assert torch.allclose(disabled, model(X), atol=1e-4)
+        assert not torch.allclose(disabled, got[0].new_zeros(()))
+    assert torch.allclose(compiled(X), model(X), atol=1e-4)
+    assert resadapt.count_parameters(compiled).trainable > 0
+    resadapt.remove_adapters(model)
+    model.eval()
+    assert torch.allclose(compiled(X), model(X), atol=1e-4)
+
+
+def test_compile_of_a_resnet(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(X), model(X), atol=1e-5)
+    model.train()
+    compiled(X).sum().backward()
+    assert all(p.grad is not None for p in resadapt.trainable_parameters(model))
+    assert resadapt.check_backbone(model).ok
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(model: nn.Module, reentrant: bool) -> None:
+    model.zero_grad()
+    x = X.clone().requires_grad_()
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in resadapt.trainable_parameters(model)]
+    model.zero_grad()
+    fresh = copy.deepcopy(model)
+    layer4 = fresh.layer4.forward
+    fresh.layer4.forward = lambda x: checkpoint(layer4, x, use_reentrant=reentrant)  # type: ignore[method-assign]
+    fresh(X.clone().requires_grad_()).square().sum().backward()
+    for p, gradient in zip(resadapt.trainable_parameters(fresh), expected, strict=True):
+        assert torch.equal(p.grad, gradient)
+
+
+def test_data_parallel_replicas(model: nn.Module) -> None:
+    """What DataParallel does, without the accelerators: replicas share hooks and hold other tensors."""
+    replica = model._replicate_for_data_parallel()
+    for key, child in model._modules.items():
+        replica._modules[key] = child._replicate_for_data_parallel()
+        replica._modules[key]._modules = child._modules
+        replica._modules[key]._parameters = child._parameters
+    assert torch.equal(replica(X), model(X))
+
+
+PARALLEL = """
+    import os, sys, torch, torch.distributed as dist, torch.nn as nn
+    sys.path.insert(0, {tests!r})
+    from support import images, small_resnet, backbone_bytes
+    import resadapt
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    def injected():
+        model = resadapt.inject_adapters(small_resnet(), head="fc", bottleneck=8, dropout=0.0)
+        with torch.no_grad():
+            for p in model.layer4[-1].resadapt.parameters():
+                p.fill_(0.01)
+        return model
+    x = images(4)
+    eager = injected()
+    frozen = backbone_bytes(eager, ("fc",))
+    eager.train()
+    optimizer = torch.optim.SGD(resadapt.trainable_parameters(eager), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        eager(x).square().mean().backward()
+        optimizer.step()
+    expected = eager.eval()(x)
+"""
+
+DDP = """
+    model = nn.parallel.DistributedDataParallel(injected())
+    optimizer = torch.optim.SGD(resadapt.parameter_groups(model, 0.1))
+    model.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+        optimizer.step()
+    model.eval()
+    assert torch.allclose(model(x), expected, atol=1e-5), (model(x) - expected).abs().max()
+    assert backbone_bytes(model.module, ("fc",)) == frozen
+    if rank == 0:
+        assert resadapt.save_adapters(model, {out!r}).ok
+        torch.save(small_resnet().state_dict(), {out!r} + ".backbone")
+"""
+
+FSDP2 = """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    mesh = init_device_mesh("cpu", (2,))
+    model = injected()
+    for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
+        for block in layer:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(resadapt.parameter_groups(model, 0.1))
+    model.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+        optimizer.step()
+    model.eval()
+    assert torch.allclose(model(x), expected, atol=1e-5), (model(x) - expected).abs().max()
+    state = resadapt.adapter_state_dict(model)
+    full = {{k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}}
+    for key, value in resadapt.adapter_state_dict(eager).items():
+        assert torch.allclose(full[key], value, atol=1e-6), key
+    assert resadapt.check_backbone(model).ok
+"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        DDP,
+        pytest.param(
+            FSDP2,
+            marks=pytest.mark.skipif(
+                not hasattr(torch.distributed, "fsdp") or torch.__version__ < "2.6", reason="FSDP2 is public from torch 2.6"
+            ),
+        ),
+    ],
+    ids=["ddp", "fsdp2"],
+)
+def test_two_processes(body: str, tmp_path: Path) -> None:
+    out = tmp_path / "set.pt"
+    script = tmp_path / "script.py"
+    text = textwrap.dedent(PARALLEL) + textwrap.dedent(body)
+    script.write_text(text.format(tests=str(Path(__file__).parent), out=str(out)))
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        check=True,
+        timeout=300,
+    )
+    if body is DDP:
+        plain = small_resnet()
+        plain.load_state_dict(torch.load(f"{out}.backbone"))
+        resadapt.load_adapters(plain, out)
+        assert resadapt.verify_adapters(plain, out).ok
