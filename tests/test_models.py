@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import LAYERS, backbone_bytes, images, picture, total, train
-from torch import Tensor, nn
+from torch import nn
 from torchvision import models
 from torchvision.models import detection, quantization, segmentation, video
 

@@ -288,7 +288,7 @@ def test_wrapped_and_nested_models() -> None:
         resadapt.inject_adapters(nn.DataParallel(small_resnet()))
     with pytest.raises(resadapt.InjectionError, match="OptimizedModule wraps the model"):
         resadapt.inject_adapters(torch.compile(small_resnet()))
-    with pytest.raises(resadapt.InjectionError, match="not a torch.nn.Module"):
+    with pytest.raises(resadapt.InjectionError, match=r"not a torch.nn.Module"):
         resadapt.inject_adapters("resnet18")  # type: ignore[type-var]
     net = Net()
     with pytest.raises(resadapt.InjectionError, match=r"Did you mean .*'backbone.layer4'"):

@@ -232,5 +232,5 @@ def _check_match(model: nn.Module, ledger: Ledger | None, info: AdapterInfo) -> 
     if wrong := differences(outside, info.backbone):
         raise BackboneMismatchError(
             f"{info.path}: the backbone is not the one these adapters were trained on; {len(wrong)} tensors are "
-            f"not those of the file: {explained(wrong)}. Load the backbone's own weights into the model first; it was left as it was."
+            f"not those of the file: {explained(wrong)}. Load the backbone's own weights into the model first."
         )

@@ -166,8 +166,8 @@ def _refuse_drift(model: nn.Module) -> None:
     if not report.ok:
         raise BackboneDriftError(
             f"{len(report.drifted)} tensors of the backbone are not what was injected into: {explained(report.reasons)}. The "
-            "adapter file would not contain these changes. Keep the backbone frozen (no requires_grad=True on it, no loading into it "
-            "after the injection), or change it first, then inject."
+            "adapter file would not contain these changes. Keep the backbone frozen (no requires_grad=True on it, no loading into "
+            "it after the injection), or change it first, then inject."
         )
 
 
