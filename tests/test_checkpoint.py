@@ -202,7 +202,7 @@ def _digest(key: str) -> Callable[[dict[str, Any], dict[str, Tensor]], Any]:
         (lambda m, t: m["set"].update(norm="train"), resadapt.AdapterFileError, "norm='train' does not exist"),
         (lambda m, t: m["set"].update(name="a.b"), resadapt.AdapterFileError, "cannot name a set"),
         (lambda m, t: m["set"].update(options={"init": 3}), resadapt.AdapterFileError, "does not take these options"),
-        (lambda m, t: m["set"]["sites"][0].update(name="9", owner="9"), resadapt.AdapterFileError, "cannot be injected"),
+        (lambda m, t: m["set"]["sites"][0].update(name="9", owner="9"), resadapt.AdapterFileError, "tensors it does not have"),
         (lambda m, t: m["set"]["sites"][0].update(owner="1"), resadapt.AdapterFileError, "cannot be injected"),
         (lambda m, t: m["set"].update(head=["3", "9"]), resadapt.AdapterFileError, "cannot be injected"),
         (lambda m, t: m["tensors"].pop("head.3.bias"), resadapt.AdapterFileError, "'head.3.bias' is new"),
@@ -216,11 +216,16 @@ def _digest(key: str) -> Callable[[dict[str, Any], dict[str, Tensor]], Any]:
         ),
         (lambda m, t: m["backbone"]["1.running_mean"].__setitem__(2, "0"), resadapt.BackboneMismatchError, "'1.running_mean'"),
         (lambda m, t: m.update(probe={"source": "x"}), resadapt.AdapterFileError, "not one of format 1"),
+        (lambda m, t: m["probe"].update(outputs=[]), resadapt.AdapterFileError, "not one of format 1"),
+        (lambda m, t: m["probe"]["outputs"]["output"].pop("step"), resadapt.AdapterFileError, "no record of an output"),
+        (lambda m, t: m.update(format_version=0), resadapt.AdapterFileError, "format 0"),
+        (lambda m, t: m["set"]["sites"][0].update(bottleneck=10**15), resadapt.AdapterFileError, "whose tensors it does not have"),
+        (lambda m, t: m["set"]["sites"][0].update(bottleneck=2**62), resadapt.AdapterFileError, "cannot be injected"),
+        (lambda m, t: m["set"]["sites"][0].update(spatial_dims=10**9), resadapt.AdapterFileError, "more than 8"),
     ],
 )
 def test_sealed_files_with_wrong_content(change: Any, error: type[Exception], message: str, path: Path) -> None:
-    trained = trained_tiny()
-    resadapt.save_adapters(trained, path)
+    resadapt.save_adapters(trained_tiny(), path, probe=X)
     rewritten(path, change)
     for model in (tiny(), resadapt.inject_adapters(tiny(), "0", 2, name="other")):
         before = picture(model)

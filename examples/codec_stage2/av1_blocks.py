@@ -180,7 +180,7 @@ def _read_luma(path: Path, size_wh: list[int]) -> npt.NDArray[np.uint8]:
         with Image.open(path) as image:
             if image.mode != "L" or list(image.size) != size_wh:
                 raise DatasetError(f"{path}: {image.mode} {image.size}, expected 8-bit luma of {tuple(size_wh)}")
-            return np.frombuffer(image.tobytes(), dtype=np.uint8).reshape(image.height, image.width)
+            return np.asarray(image, dtype=np.uint8)
     except OSError as error:
         raise DatasetError(f"{path}: cannot read the frame ({error}); restore the data folder") from error
 
@@ -194,9 +194,9 @@ def _cut(
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
         raise DatasetError(
-            f"frame {frame!r}: node at row {rows[first]}, col {cols[first]} is not on the 16x16 grid of "
-            f"{width}x{height} pixels"
+            f"frame {frame!r}: node at row {rows[first]}, col {cols[first]} is not on the 16x16 grid of {width}x{height} pixels"
         )
     grid = luma[: height // BLOCK * BLOCK, : width // BLOCK * BLOCK]
     grid = grid.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK).swapaxes(1, 2)
-    return grid[rows // BLOCK, cols // BLOCK]
+    blocks: npt.NDArray[np.uint8] = grid[rows // BLOCK, cols // BLOCK]
+    return blocks

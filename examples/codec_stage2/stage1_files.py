@@ -61,8 +61,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise Stage1FileError(f"{path}: no such file; make one with train_stage1.py") from error
-    except Exception as error:  # torch.load has no common base for what damaged files raise.
-        raise Stage1FileError(f"{path}: cannot be read as tensors ({type(error).__name__}: {error})") from error
+    except Exception as error:  # No common base; and its texts advise weights_only=False.
+        raise Stage1FileError(f"{path}: cannot be read as tensors ({type(error).__name__})") from error
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise Stage1FileError(f"{path}: has no 'model_state_dict' of tensors; is it a Stage 1 file?")

@@ -200,6 +200,4 @@ def adapt_for_stage2(backbone: nn.Module, kind: BackboneKind, bottleneck: int = 
     backbone.fc = stage2_head()
     # The example input tells the channels of the attention modules, which are not torchvision's.
     example = torch.zeros(1, 1, BLOCK, BLOCK)
-    return inject_adapters(
-        backbone, ADAPTER_SITES[kind], bottleneck, head=("fc",), dropout=dropout, example_input=example
-    )
+    return inject_adapters(backbone, ADAPTER_SITES[kind], bottleneck, head=("fc",), dropout=dropout, example_input=example)

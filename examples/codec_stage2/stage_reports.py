@@ -28,9 +28,7 @@ def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str
         Numbers, lists and dictionaries only, ready for JSON. In the confusion matrix a row is a true class.
     """
     truth, predicted, numbers = labels.numpy(), classes_of(logits).numpy(), list(range(len(classes)))
-    report = classification_report(
-        truth, predicted, labels=numbers, target_names=list(classes), output_dict=True, zero_division=0
-    )
+    report = classification_report(truth, predicted, labels=numbers, target_names=list(classes), output_dict=True, zero_division=0)
     per_class = {
         name: {
             "precision": float(report[name]["precision"]),
@@ -69,9 +67,7 @@ def draw_learning_curves(history: list[dict[str, Any]], path: Path, title: str) 
     scores.plot(epochs, [record["macro_f1"] for record in history], marker=".", label="macro-F1")
     scores.plot(epochs, [record["val_accuracy"] for record in history], marker=".", label="accuracy")
     scores.axvline(best["epoch"], color="0.6", linestyle=":", zorder=0)
-    scores.plot(
-        [best["epoch"]], [best["macro_f1"]], "*", color="C3", markersize=11, label=f"kept: {best['macro_f1']:.4f}"
-    )
+    scores.plot([best["epoch"]], [best["macro_f1"]], "*", color="C3", markersize=11, label=f"kept: {best['macro_f1']:.4f}")
     scores.set_ylabel("on validation blocks")
     for axes in (losses, scores):
         axes.set_xlabel("epoch")
@@ -91,6 +87,7 @@ def draw_confusion_matrix(metrics: dict[str, Any], path: Path, title: str) -> No
     display.plot(ax=axes, cmap="Blues", values_format=".1%", im_kw={"vmin": 0.0, "vmax": 1.0})
     for (row, col), text in np.ndenumerate(display.text_):
         text.set_text(f"{shares[row, col]:.1%}\n{counts[row, col]}")
+    display.im_.colorbar.set_label("share of the true class")
     axes.set_title(title)
     axes.set_xlabel("predicted")
     axes.set_ylabel("chosen by AV1")

@@ -194,9 +194,7 @@ def _batches(data: TensorDataset, schedule: Schedule) -> DataLoader[tuple[Tensor
     return DataLoader(data, sampler=sampler, batch_size=None, num_workers=schedule.num_workers)
 
 
-def _scores(
-    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, val: TensorDataset, device: torch.device
-) -> dict[str, float]:
+def _scores(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, val: TensorDataset, device: torch.device) -> dict[str, float]:
     labels = val.tensors[1]
     return {
         "val_loss": float(loss(logits.to(device), labels.to(device))),

@@ -69,14 +69,12 @@ def read_study_file(path: str | Path) -> BlockSet:
     path = Path(path)
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no common base for what damaged files raise.
-        raise DatasetError(f"{path}: cannot be read as tensors ({type(error).__name__}: {error})") from error
+    except Exception as error:  # No common base; and its texts advise weights_only=False.
+        raise DatasetError(f"{path}: cannot be read as tensors ({type(error).__name__})") from error
     _check_keys(path, content)
     samples: Tensor = content["samples"]
     if not samples.is_floating_point() or samples.ndim != 4 or samples.shape[1:] != (1, BLOCK, BLOCK):
-        raise DatasetError(
-            f"{path}: 'samples' is {samples.dtype} {list(samples.shape)}, expected float [N, 1, {BLOCK}, {BLOCK}]"
-        )
+        raise DatasetError(f"{path}: 'samples' is {samples.dtype} {list(samples.shape)}, expected float [N, 1, {BLOCK}, {BLOCK}]")
     if not len(samples):
         raise DatasetError(f"{path}: 'samples' is empty")
     low, high = samples.aminmax()
@@ -85,9 +83,7 @@ def read_study_file(path: str | Path) -> BlockSet:
     for key in KEYS[1:]:
         values: Tensor = content[key]
         if values.is_floating_point() or values.is_complex() or values.shape != samples.shape[:1]:
-            raise DatasetError(
-                f"{path}: {key!r} is {values.dtype} {list(values.shape)}, expected integers [{len(samples)}]"
-            )
+            raise DatasetError(f"{path}: {key!r} is {values.dtype} {list(values.shape)}, expected integers [{len(samples)}]")
     _check_range(path, "labels_stage0", content["labels_stage0"], len(PARTITIONS) - 1)
     _check_range(path, "qps", content["qps"], 255)
     blocks = BlockSet(samples.float(), content["labels_stage0"].long(), content["qps"].long())

@@ -73,10 +73,8 @@ def load_state(path: Path, config: Config) -> TrainingState | None:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
         before = content.pop("config")
         state = TrainingState(**content)
-    except Exception as error:  # torch.load has no common base for what damaged files raise.
-        raise TrainingStateError(
-            f"{path}: not a training state ({type(error).__name__}: {error}); delete it to start over"
-        ) from error
+    except Exception as error:  # No common base; and its texts advise weights_only=False.
+        raise TrainingStateError(f"{path}: not a training state ({type(error).__name__}); delete it to start over") from error
     differing = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
     if differing:
         changes = "; ".join(f"{key} was {before.get(key)!r}, now is {config.get(key)!r}" for key in differing)

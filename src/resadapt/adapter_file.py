@@ -118,7 +118,7 @@ def read_adapter_file(path: str | os.PathLike[str]) -> tuple[AdapterInfo, dict[s
         raise AdapterFileError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
     manifest, tensors = decode(data, path)
     number = manifest.get("format_version")
-    if type(number) is not int or number > FORMAT_VERSION:
+    if type(number) is not int or not 1 <= number <= FORMAT_VERSION:
         raise AdapterFileError(
             f"{path}: written in format {number!r} by resadapt {manifest.get('versions', {})}; this version reads format "
             f"{FORMAT_VERSION}. Install a newer resadapt."
@@ -133,7 +133,7 @@ def read_adapter_file(path: str | os.PathLike[str]) -> tuple[AdapterInfo, dict[s
             backbone=_records(manifest["backbone"]),
             tensors=_records(manifest["tensors"]),
             example=manifest["example"],
-            probe=ProbeRecord(**manifest["probe"]) if manifest["probe"] is not None else None,
+            probe=_probe(manifest["probe"]),
             metadata=dict(manifest["metadata"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -231,6 +231,18 @@ def _as_json(metadata: Mapping[str, Any], target: Path) -> dict[str, Any]:
 
 def _plain(record: TensorRecord) -> list[Any]:
     return [record.dtype, list(record.shape), record.sha256]
+
+
+def _probe(data: Any) -> ProbeRecord | None:
+    if data is None:
+        return None
+    record = ProbeRecord(**data)
+    if not isinstance(record.outputs, dict):
+        raise ValueError("no records of outputs")
+    for output in record.outputs.values():
+        if set(output) != {"shape", "step"} or type(output["step"]) is not int or output["step"] < 1:
+            raise ValueError(f"no record of an output: {output!r}")
+    return record
 
 
 def _records(data: Any) -> dict[str, TensorRecord]:

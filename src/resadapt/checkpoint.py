@@ -14,7 +14,7 @@ from resadapt.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.errors import AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError, listing
 from resadapt.fingerprint import differences, dtype_name, explained
 from resadapt.freeze import within
-from resadapt.installation import check_model, install, switch, uninstall
+from resadapt.installation import adapter_shapes, check_model, install, switch, uninstall
 from resadapt.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, ledger_of, plain_tensors, unwrap
 from resadapt.slots import backbone_tensors
 
@@ -81,7 +81,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
         name: The set; it need not be the active one.
 
     Returns:
-        Tensors by name: ``adapters.<site>.<tensor>`` and ``head.<name in the model>``.
+        Tensors by name, as ``adapters.<site>.<tensor>`` and ``head.<name in the model>``.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -204,9 +204,10 @@ def restore(model: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor], 
         return
     active = ledger.active if ledger is not None else None
     try:
+        _check_description(info)
         with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
             install(model, spec, info.example)
-    except (InjectionError, AttributeError) as error:
+    except (InjectionError, AttributeError) as error:  # AttributeError: there is no module of that name
         raise AdapterFileError(f"{info.path}: cannot be injected into this {type(model).__name__}: {error}") from error
     try:
         load_adapter_state_dict(model, state, name)
@@ -224,6 +225,17 @@ def set_tensors(model: nn.Module, ledger: Ledger, name: str) -> dict[str, Tensor
         if key not in model.get_submodule(parent)._non_persistent_buffers_set:
             tensors[f"head.{path}"] = tensor
     return tensors
+
+
+def _check_description(info: AdapterInfo) -> None:
+    """Holds the adapters that a file describes against the tensors that it has, before memory is given to any of them."""
+    for site in info.set.sites:
+        described = {f"adapters.{site.name}.{key}": shape for key, shape in adapter_shapes(info.set, site).items()}
+        if wrong := [key for key, shape in described.items() if key not in info.tensors or info.tensors[key].shape != shape]:
+            raise AdapterFileError(
+                f"{info.path}: it describes an adapter at site {site.name!r} whose tensors it does not have: {listing(wrong)}. "
+                "Save it again."
+            )
 
 
 def _check_match(model: nn.Module, ledger: Ledger | None, info: AdapterInfo) -> None:

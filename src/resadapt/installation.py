@@ -21,7 +21,7 @@ from resadapt.select import owner_of
 from resadapt.slots import AdapterSlot, backbone_modules, backbone_tensors, slots_of
 from resadapt.spec import SetSpec, SiteSpec
 
-__all__ = ["activate", "activated", "check_model", "install", "switch", "uninstall"]
+__all__ = ["activate", "activated", "adapter_shapes", "check_model", "install", "switch", "uninstall"]
 
 
 def check_model(model: nn.Module) -> None:
@@ -160,9 +160,8 @@ def uninstall(model: nn.Module, ledger: Ledger, name: str, then: str | None = No
 
 
 def _check_set(model: nn.Module, spec: SetSpec, ledger: Ledger | None) -> None:
-    for what, value, known in (("family", spec.family, tuple(FAMILIES)), ("norm", spec.norm, NORM_POLICIES)):
-        if value not in known:
-            raise InjectionError(f"{what}={value!r} does not exist; there is {listing(list(known))}.")
+    if spec.norm not in NORM_POLICIES:
+        raise InjectionError(f"norm={spec.norm!r} does not exist; there is {listing(list(NORM_POLICIES))}.")
     if not isinstance(spec.dropout, float) or not 0.0 <= spec.dropout < 1.0:
         raise InjectionError(f"dropout={spec.dropout!r} is not a probability in [0, 1).")
     if not isinstance(spec.name, str) or not re.fullmatch(r"\w[\w-]*", spec.name) or hasattr(AdapterSlot(), spec.name):
@@ -188,12 +187,30 @@ def _check_set(model: nn.Module, spec: SetSpec, ledger: Ledger | None) -> None:
             raise InjectionError(f"Site {site.name!r} lies in the head, which is trained anyway. Take it out of layers or of head.")
 
 
-def _build(model: nn.Module, spec: SetSpec, site: SiteSpec) -> nn.Module:
-    owner = model.get_submodule(site.owner)
+def adapter_shapes(spec: SetSpec, site: SiteSpec) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the parameters and buffers that an adapter will have, without memory for them.
+
+    Raises:
+        InjectionError: The set's family or options do not exist, or no tensor can be of that size.
+    """
+    with torch.device("meta"):
+        return {key: tuple(tensor.shape) for key, tensor in backbone_tensors(_new_adapter(spec, site))}
+
+
+def _new_adapter(spec: SetSpec, site: SiteSpec) -> nn.Module:
+    if spec.family not in FAMILIES:
+        raise InjectionError(f"family={spec.family!r} does not exist; there is {listing(list(FAMILIES))}.")
     try:
-        adapter = FAMILIES[spec.family](site.channels, site.bottleneck, site.spatial_dims, dropout=spec.dropout, **spec.options)
+        return FAMILIES[spec.family](site.channels, site.bottleneck, site.spatial_dims, dropout=spec.dropout, **spec.options)
     except (TypeError, ValueError) as error:
         raise InjectionError(f"family {spec.family!r} does not take these options: {error}.") from error
+    except RuntimeError as error:
+        raise InjectionError(f"Site {site.name!r} cannot have an adapter of bottleneck {site.bottleneck}: {error}") from error
+
+
+def _build(model: nn.Module, spec: SetSpec, site: SiteSpec) -> nn.Module:
+    owner = model.get_submodule(site.owner)
+    adapter = _new_adapter(spec, site)
     near = [t for m in (owner, model) for _, t in backbone_tensors(m) if t.is_floating_point()]
     if near:
         adapter.to(near[0].device, near[0].dtype)

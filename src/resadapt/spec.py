@@ -11,6 +11,9 @@ from typing_extensions import Self
 __all__ = ["SetSpec", "SiteSpec"]
 
 
+_MOST_DIMS = 8
+
+
 @dataclass(frozen=True)
 class SiteSpec:
     """One site and the size of its adapter.
@@ -78,6 +81,8 @@ class SetSpec:
         sites = tuple(SiteSpec(**_typed(site, "site", kinds)) for site in record["sites"])
         if any(site.channels < 1 or site.bottleneck < 1 or site.spatial_dims < 0 for site in sites):
             raise ValueError("a site has a size below 1")
+        if any(site.spatial_dims > _MOST_DIMS for site in sites):
+            raise ValueError(f"a site has more than {_MOST_DIMS} spatial dimensions")
         if not all(isinstance(name, str) for name in record["head"]):
             raise ValueError("head: expected a list of names")
         return cls(**record | {"sites": sites, "head": tuple(record["head"])})

@@ -104,7 +104,7 @@ def test_labels_of_every_stage(number: int) -> None:
 
 
 def test_tiny_folder_is_valid(tiny_frames: Path) -> None:
-    assert {split: len(blocks) for split, blocks in cut_blocks(tiny_frames).items()} == dict(train=6, val=6, test=6)
+    assert {split: len(blocks) for split, blocks in cut_blocks(tiny_frames).items()} == dict.fromkeys(("train", "val", "test"), 6)
 
 
 def edit_manifest(folder: Path, change: Callable[[Any], None]) -> None:

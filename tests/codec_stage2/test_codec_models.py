@@ -223,3 +223,18 @@ def test_damaged_and_absent_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", [SqueezeExcitation(32), SpatialAttention()])
 def test_attention_has_no_bias(module: nn.Module) -> None:
     assert all(name.endswith("weight") for name, _ in module.named_parameters())
+
+
+class Opens:
+    """Would open a file when unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, ("opened-by-pickle", "w"))
+
+
+def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model_state_dict": Opens()}, tmp_path / "stage1.pt")
+    with pytest.raises(Stage1FileError, match="cannot be read as tensors"):
+        load_stage1_backbone(tmp_path / "stage1.pt")
+    assert not (tmp_path / "opened-by-pickle").exists()

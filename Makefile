@@ -1,0 +1,37 @@
+# Everything runs in .venv, which the first target that needs it builds: python3, make and gcc are all a machine must have.
+
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install --editable ".[dev]"
+	@touch "$@"
+
+demo: $(STAMP)  ## the codec example from data to pictures, at most 10 minutes
+	rm -rf runs/demo
+	"$(BIN)/python" examples/codec_stage2/demo.py
+
+test: $(STAMP)  ## all tests, the examples in docstrings and docs, and branch coverage
+	"$(BIN)/python" -m pytest src tests --doctest-modules --numprocesses auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered
+
+check: $(STAMP) docs  ## formatting, lint, types, layering, strict docs
+	"$(BIN)/python" -m ruff format --check .
+	"$(BIN)/python" -m ruff check .
+	"$(BIN)/python" -m mypy
+	"$(BIN)/python" -m pytest --quiet tests/test_layering.py
+
+docs: $(STAMP)  ## the documentation, in docs/_build/html; any warning is an error
+	"$(BIN)/python" -m sphinx -b html -W -n --keep-going -q docs docs/_build/html
+
+clean:  ## remove what the other targets made, the environment excepted
+	rm -rf build dist docs/_build runs/demo .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} +

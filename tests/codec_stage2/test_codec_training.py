@@ -1,0 +1,277 @@
+"""Real, short runs of the training scripts: outputs, determinism, and being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_stage1
+import train_stage2
+import verify_run
+from PIL import Image
+from sklearn.metrics import f1_score
+from stage1_files import load_stage1_backbone
+from stage2_trainees import frozen_features, reload_stage2
+from stage_models import BackboneKind
+from stage_training import macro_f1, predict_logits
+from study_layout import load_dataset, read_study_file, write_study_file
+from torch.utils.data import TensorDataset
+from training_state import TrainingStateError
+
+from resadapt import BackboneMismatchError, load_adapters
+
+EPOCHS = 8
+OUTPUTS = {"history.json", "metrics.json", "learning_curves.png", "confusion_matrix.png", "training_state.pt",
+           "best_validation_logits.pt"}  # fmt: skip
+SAME_BYTES = ("history.json", "metrics.json", "best_validation_logits.pt")
+
+
+def options(dataset: Path, stage1: Path, output: Path, *more: str) -> list[str]:
+    # Large steps, so that a few epochs on a few blocks change something.
+    rates = ["--lr-adapter", "1e-2", "--lr-head", "1e-2", "--batch-size", "64", "--epochs", str(EPOCHS)]
+    where = ["--dataset-dir", str(dataset), "--stage1-model", str(stage1), "--output-dir", str(output)]
+    return [*where, *rates, "--device", "cpu", *more]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+Run = tuple[list[str], Path]
+
+
+@pytest.fixture(scope="module")
+def adapter_run(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path]) -> Run:
+    output = tmp_path_factory.mktemp("adapters")
+    arguments = options(tiny_dataset, stage1_file("plain"), output, "--use-adapters")
+    train_stage2.main(arguments)
+    return arguments, output
+
+
+def elsewhere(arguments: list[str], output: Path, **changed: str) -> list[str]:
+    changes = {"--output-dir": str(output)} | {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
+    before = ["", *arguments[:-1]]
+    return [changes.get(flag, value) for flag, value in zip(before, arguments, strict=True)]
+
+
+def test_outputs(adapter_run: Run, tiny_dataset: Path) -> None:
+    _, output = adapter_run
+    assert {path.name for path in output.iterdir()} == OUTPUTS | {"adapters.pt"}
+    history, metrics = read(output / "history.json"), read(output / "metrics.json")
+    assert [record["epoch"] for record in history] == list(range(1, EPOCHS + 1))
+    assert metrics["parameters"] == {"trainable": 125_635, "adapters": 124_096, "head": 1_539}
+    assert metrics["file"] == {"name": "adapters.pt", "bytes": (output / "adapters.pt").stat().st_size}
+    for picture in ("learning_curves.png", "confusion_matrix.png"):
+        with Image.open(output / picture) as image:
+            assert min(image.size) >= 400
+    divided = sum(int((read_study_file(tiny_dataset / "val.pt").labels_stage2 == k).sum()) for k in range(3))
+    assert metrics["blocks"]["val"] == divided
+
+
+def test_metrics_follow_from_the_logits(adapter_run: Run, tiny_dataset: Path) -> None:
+    _, output = adapter_run
+    metrics = read(output / "metrics.json")
+    logits = torch.load(output / "best_validation_logits.pt", weights_only=True)
+    labels = read_study_file(tiny_dataset / "val.pt").labels_stage2
+    pairs = list(zip(labels[labels >= 0].tolist(), logits.argmax(1).tolist(), strict=True))
+    matrix = [[pairs.count((true, guess)) for guess in range(3)] for true in range(3)]
+    assert metrics["confusion_matrix"] == matrix
+    assert metrics["accuracy"] == pytest.approx(sum(matrix[k][k] for k in range(3)) / len(pairs))
+    scores, supports = [], []
+    for k, name in enumerate(("SPLIT", "RECT", "AB")):
+        right, guessed, there = matrix[k][k], sum(row[k] for row in matrix), sum(matrix[k])
+        precision, recall = right / guessed if guessed else 0.0, right / there
+        f1 = 2 * right / (guessed + there)
+        expected = {"precision": precision, "recall": recall, "f1": f1, "support": there}
+        assert metrics["per_class"][name] == pytest.approx(expected)
+        scores.append(f1)
+        supports.append(there)
+    assert metrics["macro_f1"] == pytest.approx(sum(scores) / 3)
+    weighted = sum(f1 * there for f1, there in zip(scores, supports, strict=True)) / len(pairs)
+    assert metrics["weighted_f1"] == pytest.approx(weighted)
+
+
+def test_history_and_metrics_are_of_the_same_model(adapter_run: Run) -> None:
+    _, output = adapter_run
+    history, metrics = read(output / "history.json"), read(output / "metrics.json")
+    best = max(record["macro_f1"] for record in history)
+    assert metrics["macro_f1"] == best
+    assert history[metrics["best_epoch"] - 1]["macro_f1"] == best
+    improved = [r for n, r in enumerate(history) if r["macro_f1"] > max([-1.0, *(b["macro_f1"] for b in history[:n])])]
+    assert [record["epoch"] for record in history if "proof" in record] == [record["epoch"] for record in improved]
+
+
+def test_every_kept_epoch_was_proven(adapter_run: Run) -> None:
+    proofs = [record["proof"] for record in read(adapter_run[1] / "history.json") if "proof" in record]
+    assert proofs
+    for proof in proofs:
+        assert proof["macro_f1_live"] == proof["macro_f1_reloaded"] > 0
+        assert proof["macro_f1_difference"] == 0
+        assert {proof["checks"][name] for name in ("backbone", "tensors", "outputs", "metric")} == {"passed"}
+
+
+def test_learning_rates_are_cosines_of_two_groups(adapter_run: Run) -> None:
+    history = read(adapter_run[1] / "history.json")
+    assert history[0]["learning_rates"] == pytest.approx([1e-2, 1e-2])
+    middle = history[EPOCHS // 2]["learning_rates"]
+    assert middle == pytest.approx([(1e-2 + 1e-6) / 2] * 2)
+
+
+def test_training_learns(adapter_run: Run) -> None:
+    history = read(adapter_run[1] / "history.json")
+    assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
+
+
+def test_defaults_are_the_specified_ones() -> None:
+    defaults = vars(train_stage2.parse_options(["--stage1-model", "stage1.pt"]))
+    expected = {"epochs": 50, "batch_size": 128, "adapter_bottleneck": 64, "lr_adapter": 1e-4, "lr_head": 5e-4}
+    assert {name: defaults[name] for name in expected} == expected
+    assert not defaults["use_adapters"]
+
+
+def test_same_seed_same_bytes_whatever_the_workers(adapter_run: Run, tmp_path: Path) -> None:
+    arguments, output = adapter_run
+    train_stage2.main([*elsewhere(arguments, tmp_path), "--num-workers", "1"])
+    for name in ("adapters.pt", *SAME_BYTES):
+        assert (tmp_path / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_another_seed_other_bytes(adapter_run: Run, tmp_path: Path) -> None:
+    arguments, output = adapter_run
+    train_stage2.main([*elsewhere(arguments, tmp_path, epochs="1"), "--seed", "1"])
+    assert (tmp_path / "adapters.pt").read_bytes() != (output / "adapters.pt").read_bytes()
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(adapter_run: Run, tmp_path: Path) -> None:
+    arguments, output = adapter_run
+    script = Path(train_stage2.__file__)
+    command = [sys.executable, str(script), *elsewhere(arguments, tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "training_state.pt").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (tmp_path / "metrics.json").exists()
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "resumed after epoch" in done.stderr
+    for name in ("adapters.pt", *SAME_BYTES):
+        assert (tmp_path / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_resuming_with_other_options_is_refused(adapter_run: Run) -> None:
+    arguments, output = adapter_run
+    with pytest.raises(TrainingStateError, match=r"epochs was 8, now is 9; seed was 0, now is 5.*--output-dir"):
+        train_stage2.main([*elsewhere(arguments, output, epochs="9"), "--seed", "5"])
+
+
+def test_resuming_with_other_data_is_refused(adapter_run: Run, tiny_dataset: Path, tmp_path: Path) -> None:
+    arguments, output = adapter_run
+    for name in ("train.pt", "val.pt"):
+        blocks = read_study_file(tiny_dataset / name)
+        write_study_file(blocks.take(torch.arange(len(blocks) - 1)), tmp_path / name)
+    with pytest.raises(TrainingStateError, match="data was"):
+        train_stage2.main(elsewhere(arguments, output, dataset_dir=str(tmp_path)))
+
+
+def test_damaged_training_state_is_named(adapter_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "training_state.pt").write_bytes(b"no")
+    with pytest.raises(TrainingStateError, match=r"training_state\.pt: not a training state .* delete it to start over"):
+        train_stage2.main(elsewhere(adapter_run[0], tmp_path))
+
+
+def test_files_alone_give_the_live_logits(adapter_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    where = adapter_run[0][:6]
+    verify_run.main([*where, "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out) == {"macro_f1": 0.0, "logits": 0.0}
+
+
+def test_verification_can_fail(adapter_run: Run, tmp_path: Path) -> None:
+    where, output = adapter_run[0][:6], adapter_run[1]
+    (tmp_path / "adapters.pt").write_bytes((output / "adapters.pt").read_bytes())
+    logits = torch.load(output / "best_validation_logits.pt", weights_only=True)
+    logits[0, 0] += 1e-6
+    torch.save(logits, tmp_path / "best_validation_logits.pt")
+    with pytest.raises(SystemExit, match="the files do not give the live model's outputs"):
+        verify_run.main(elsewhere([*where, "--device", "cpu"], tmp_path))
+
+
+def test_adapters_of_another_backbone_are_refused(
+    adapter_run: Run, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path
+) -> None:
+    content = torch.load(stage1_file("plain"), weights_only=True)
+    content["model_state_dict"]["backbone.layer2.0.bn1.running_mean"][3] += 1e-3
+    torch.save(content, tmp_path / "stage1.pt")
+    with pytest.raises(BackboneMismatchError, match=r"layer2\.0\.bn1\.running_mean"):
+        reload_stage2(tmp_path / "stage1.pt", adapter_run[1])
+
+
+def test_baseline_trains_the_head_alone(tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path) -> None:
+    train_stage2.main(options(tiny_dataset, stage1_file("plain"), tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == OUTPUTS | {"head.pt"}
+    metrics = read(tmp_path / "metrics.json")
+    assert metrics["parameters"] == {"trainable": 1_539, "adapters": 0, "head": 1_539}
+    model = reload_stage2(stage1_file("plain"), tmp_path)
+    stage1, _ = load_stage1_backbone(stage1_file("plain"))
+    for name, tensor in stage1.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    history = read(tmp_path / "history.json")
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    verify_run.main([*options(tiny_dataset, stage1_file("plain"), tmp_path)[:6], "--device", "cpu"])
+
+
+def test_features_leave_the_backbone_alone(stage1_file: Callable[[BackboneKind], Path]) -> None:
+    backbone, _ = load_stage1_backbone(stage1_file("attention"))
+    backbone.train()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    data = TensorDataset(torch.rand(40, 1, 16, 16), torch.zeros(40, dtype=torch.long))
+    features = frozen_features(backbone, data, torch.device("cpu"))
+    assert features.tensors[0].shape == (40, 512)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+
+
+def test_attention_backbone_from_stage1_to_verified_run(
+    tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage1, stage2 = tmp_path / "stage1", tmp_path / "stage2"
+    common = ["--dataset-dir", str(tiny_dataset), "--epochs", "2", "--device", "cpu"]
+    train_stage1.main([*common, "--output-dir", str(stage1), "--attention"])
+    assert {"stage1.pt", "history.json", "metrics.json"} <= {path.name for path in stage1.iterdir()}
+    where = ["--stage1-model", str(stage1 / "stage1.pt"), "--output-dir", str(stage2)]
+    train_stage2.main([*common, *where, "--use-adapters"])
+    assert read(stage2 / "metrics.json")["parameters"]["adapters"] == 124_096
+    capsys.readouterr()
+    verify_run.main([*where, "--dataset-dir", str(tiny_dataset), "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out) == {"macro_f1": 0.0, "logits": 0.0}
+    model = load_adapters(load_stage2_shape(stage1 / "stage1.pt"), stage2 / "adapters.pt")
+    _, val = load_dataset(tiny_dataset)
+    divided = val.take(val.labels_stage2 >= 0)
+    logits = predict_logits(model, divided.samples, torch.device("cpu"))
+    expected = f1_score(divided.labels_stage2, logits.argmax(1), average="macro", labels=[0, 1, 2], zero_division=0)
+    assert macro_f1(logits, divided.labels_stage2) == expected
+
+
+def load_stage2_shape(stage1: Path) -> torch.nn.Module:
+    backbone, _ = load_stage1_backbone(stage1)
+    backbone.fc = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(512, 3))
+    return backbone
+
+
+def test_stage1_resumes(tiny_dataset: Path, tmp_path: Path) -> None:
+    arguments = ["--dataset-dir", str(tiny_dataset), "--epochs", "2", "--device", "cpu"]
+    train_stage1.main([*arguments, "--output-dir", str(tmp_path / "whole")])
+    state = torch.load(tmp_path / "whole" / "training_state.pt", weights_only=True)
+    assert len(state["history"]) == 2
+    train_stage1.main([*arguments, "--output-dir", str(tmp_path / "whole")])
+    train_stage1.main([*arguments, "--output-dir", str(tmp_path / "again")])
+    for name in ("stage1.pt", "history.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
