@@ -326,5 +326,21 @@ def test_torchscript_cannot_be_frozen() -> None:
 def test_an_injected_module_that_was_replaced() -> None:
     model = resadapt.inject_adapters(small_resnet(), ["layer3", "layer4"])
     model.layer4[1] = small_resnet().layer4[1]
-    with pytest.raises(resadapt.InjectionError, match=r"'layer4.1' has lost its adapter"):
-        resadapt.adapter_state_dict(model)
+    before = picture(model)
+    for call in (
+        lambda: resadapt.adapter_state_dict(model),
+        lambda: resadapt.set_active_adapters(model, None),
+        lambda: resadapt.remove_adapters(model),
+    ):
+        with pytest.raises(resadapt.InjectionError, match=r"'layer4.1' has lost its adapter"):
+            call()
+        assert picture(model) == before
+
+
+def test_a_head_that_was_replaced() -> None:
+    model = resadapt.inject_adapters(small_resnet(), head="fc")
+    model.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 3))
+    before = picture(model)
+    with pytest.raises(resadapt.InjectionError, match=r"The head has lost 'fc.weight', 'fc.bias': it was replaced"):
+        resadapt.remove_adapters(model)
+    assert picture(model) == before

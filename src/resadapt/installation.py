@@ -88,24 +88,26 @@ def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
     """Makes one set, or none, the one that the model runs with."""
     if name == ledger.active:
         return
-    if ledger.active is not None:
-        old = ledger.sets[ledger.active]
-        for path, tensor in adapter_tensors(model, old.spec):
+    old = ledger.sets[ledger.active] if ledger.active is not None else None
+    new = ledger.sets[name] if name is not None else None
+    leaving = list(adapter_tensors(model, old.spec)) if old else []  # which fails, if it does, before anything changes
+    entering = list(adapter_tensors(model, new.spec)) if new else []
+    if old:
+        old.parked_head = swap(model, ledger.parked_plain)
+        for path, tensor in leaving:
             old.parked_requires_grad[path] = tensor.requires_grad
             tensor.requires_grad_(False)
-        old.parked_head = swap(model, ledger.parked_plain)
         ledger.parked_plain = {}
         ledger.active = None
-    if name is not None:
-        new = ledger.sets[name]
-        for path, tensor in adapter_tensors(model, new.spec):
-            tensor.requires_grad_(new.parked_requires_grad.get(path, tensor.requires_grad))
+    if new:
         ledger.parked_plain = swap(model, new.parked_head)
+        for path, tensor in entering:
+            tensor.requires_grad_(new.parked_requires_grad.get(path, tensor.requires_grad))
         new.parked_head, new.parked_requires_grad = {}, {}
         ledger.active = name
     for slot in slots_of(model):
         slot.active = name if name in slot.sites else None
-    freeze_norms(model, ledger.sets[name].spec.head if name is not None else ())
+    freeze_norms(model, new.spec.head if new else ())
 
 
 @contextmanager

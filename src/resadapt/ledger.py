@@ -126,19 +126,20 @@ def swap(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     The objects are exchanged, not their values: an optimizer keeps the set it was built for, and a graph that is waiting for its
     backward pass keeps what it was computed with.
     """
-    before: dict[str, Tensor] = {}
+    before = dict(backbone_tensors(model))
+    if gone := [path for path in tensors if path not in before]:
+        raise InjectionError(
+            f"The head has lost {listing(gone)}: it was replaced after the injection. Put the injected module back."
+        )
     for path, tensor in tensors.items():
         parent, _, key = path.rpartition(".")
         module = model.get_submodule(parent)
         place = module._parameters if key in module._parameters else module._buffers
-        live = place[key]
-        if live is None:
-            raise InjectionError(f"The head's tensor {path!r} was taken away after the injection; put it back first.")
+        live = before[path]
         if (tensor.device, tensor.dtype) != (live.device, live.dtype):  # the model moved while this one was parked
             tensor.data = tensor.data.to(live.device, live.dtype)
-        before[path] = live
         place[key] = tensor  # type: ignore[assignment]
-    return before
+    return {path: before[path] for path in tensors}
 
 
 @torch.no_grad()
