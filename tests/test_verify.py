@@ -80,7 +80,9 @@ def test_what_was_not_checked_says_so(model: nn.Module, path: Path) -> None:
     report = resadapt.save_adapters(model, path, verify=False)
     assert set(outcomes(report).values()) == {"not checked"}
     assert not report.ok
-    plain = resadapt.verify_adapters(net(), path, metric=lambda m: 1.0)
+    plain = resadapt.verify_adapters(net(), path)
+    with pytest.raises(resadapt.VerificationError, match="Load the file first, or leave out metric="):
+        resadapt.verify_adapters(net(), path, metric=lambda m: 1.0)
     assert outcomes(plain) == {
         "file": "passed",
         "backbone": "passed",
@@ -230,8 +232,11 @@ def test_verifying_another_models_file(model: nn.Module, path: Path) -> None:
     assert not report.ok
     assert (outcomes(report)["tensors"], outcomes(report)["outputs"], outcomes(report)["metric"]) == ("failed",) * 3
     assert outcomes(report)["recorded outputs"] == "passed"
-    other = resadapt.inject_adapters(net(), "conv", 2, name="other")
-    assert outcomes(resadapt.verify_adapters(other, path))["tensors"] == "not checked"
+    for name in ("default", "other"):
+        other = resadapt.inject_adapters(net(), "conv", 2, name=name)
+        report = resadapt.verify_adapters(other, path)
+        assert not report.ok
+        assert f"set '{name}' differs from the file's in 'sites', 'head'" in report["tensors"].detail
 
 
 def test_verifying_under_another_name(model: nn.Module, path: Path) -> None:
@@ -293,6 +298,8 @@ def test_generated_probes_are_the_same_everywhere() -> None:
     for wrong in ({"shape": [-1], "dtype": "float32"}, {"shape": [1], "dtype": "int64"}, {"shape": [True], "dtype": "nope"}, 3):
         with pytest.raises(ValueError, match="not the form"):
             generate(wrong)
+    with pytest.raises(ValueError, match="elements"):
+        generate({"shape": [10**6, 10**6], "dtype": "float32"})
     assert default_form(small_resnet().double()) == {"shape": [2, 3, 64, 64], "dtype": "float64"}
 
 

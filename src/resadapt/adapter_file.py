@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor
 
 from resadapt.container import decode, encode, format_for
-from resadapt.errors import AdapterFileError
+from resadapt.errors import AdapterFileError, listing
 from resadapt.fingerprint import TensorRecord, differences, explained, fingerprint
 from resadapt.spec import SetSpec
 from resadapt.version import __version__
@@ -111,11 +111,11 @@ def read_adapter_file(path: str | os.PathLike[str]) -> tuple[AdapterInfo, dict[s
     Raises:
         AdapterFileError: As `read_adapter_info`.
     """
-    path = Path(path)
     try:
+        path = Path(path)
         data = path.read_bytes()
-    except OSError as error:
-        raise AdapterFileError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise AdapterFileError(f"{path!r}: cannot be read: {error}. Check the path.") from error
     manifest, tensors = decode(data, path)
     number = manifest.get("format_version")
     if type(number) is not int or not 1 <= number <= FORMAT_VERSION:
@@ -138,6 +138,10 @@ def read_adapter_file(path: str | os.PathLike[str]) -> tuple[AdapterInfo, dict[s
         )
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path}: its manifest is not one of format {number}: {error!r}. Save it again.") from error
+    if strange := [name for name in tensors if not name.startswith(("adapters.", "head.", "probe."))]:
+        raise AdapterFileError(f"{path}: it has tensors of no known kind: {listing(strange)}. Save it again.")
+    if info.probe and (lost := [place for place in info.probe.outputs if f"probe.{place}" not in tensors]):
+        raise AdapterFileError(f"{path}: the recorded outputs {listing(lost)} are missing. Save it again.")
     if wrong := differences(tensors, info.tensors):
         raise AdapterFileError(f"{path}: its tensors are not those of its manifest: {explained(wrong)}. Save it again.")
     return info, tensors
@@ -149,10 +153,15 @@ def target_of(path: str | os.PathLike[str]) -> Path:
     Raises:
         AdapterFileError: It cannot.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(os.fsdecode(path)))
+        exists = target.exists()
+    except (OSError, TypeError, ValueError) as error:
+        raise AdapterFileError(f"{path!r}: is no path of a file: {error}.") from error
     format_for(target)
-    if target.is_dir():
-        raise AdapterFileError(f"{target}: is a directory. Give the path of a file.")
+    if exists and not target.is_file():
+        kind = "a directory" if target.is_dir() else "no ordinary file"
+        raise AdapterFileError(f"{target}: is {kind}. Give the path of a file.")
     if not target.parent.is_dir():
         raise AdapterFileError(f"{target}: the directory {target.parent} does not exist. Create it first.")
     return target
@@ -190,10 +199,12 @@ def staged(
         "metadata": _as_json(metadata or {}, target),
     }
     data = encode(manifest, dict(tensors), format_for(target))
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    beside = target.with_name(f".resadapt-{secrets.token_hex(8)}.tmp")  # short, whatever the target's name
     try:
         try:
             with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+                if target.exists():
+                    os.chmod(beside, target.stat().st_mode & 0o7777)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -209,17 +220,18 @@ def staged(
     finally:
         beside.unlink(missing_ok=True)
     if os.name == "posix":  # the renaming itself reaches the disk with the directory
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        with suppress(OSError):  # a directory that may be written but not read
+            directory = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
 
 def _as_json(metadata: Mapping[str, Any], target: Path) -> dict[str, Any]:
     try:
         text = json.dumps(dict(metadata), allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise AdapterFileError(
             f"{target}: metadata is not JSON: {error}. Use dict, list, str, int, finite float, bool, None."
         ) from error

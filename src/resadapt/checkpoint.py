@@ -16,7 +16,7 @@ from resadapt.fingerprint import differences, dtype_name, explained
 from resadapt.freeze import within
 from resadapt.installation import adapter_shapes, check_model, install, switch, uninstall
 from resadapt.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, ledger_of, plain_tensors, unwrap
-from resadapt.slots import backbone_tensors
+from resadapt.slots import backbone_tensors, fleeting
 
 __all__ = [
     "BackboneReport",
@@ -53,7 +53,8 @@ def check_backbone(model: nn.Module) -> BackboneReport:
         model: An injected model.
 
     Returns:
-        The report. A tensor that was only converted to a wider dtype counts as the same.
+        The report. A tensor that was only converted to a wider dtype counts as the same; a non-persistent buffer that was made
+        since is not looked at.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -69,7 +70,8 @@ def check_backbone(model: nn.Module) -> BackboneReport:
         ['bn1.running_mean']
     """
     ledger = ledger_of(model)
-    reasons = differences(plain_tensors(unwrap(model), ledger), ledger.fingerprint)
+    inner = unwrap(model)
+    reasons = differences(plain_tensors(inner, ledger), ledger.fingerprint, fleeting(inner))
     return BackboneReport(not reasons, list(reasons), reasons)
 
 
@@ -115,29 +117,10 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], 
         >>> load_adapter_state_dict(model, adapter_state_dict(model))
     """
     live = set_tensors(unwrap(model), ledger_of(model), name)
-    problems = [f"{key!r} is missing" for key in live if key not in state_dict]
-    problems += [f"{key!r} is unexpected" for key in state_dict if key not in live]
-    for key, tensor in live.items():
-        if key not in state_dict:
-            continue
-        given = state_dict[key]
-        if not isinstance(given, Tensor):
-            problems.append(f"{key!r} is {type(given).__name__}, not a tensor")
-        elif given.shape != tensor.shape:
-            problems.append(f"{key!r} has shape {list(given.shape)} where the model has {list(tensor.shape)}")
-        elif given.dtype != tensor.dtype and not torch.equal(given.to(tensor.dtype).to(given.dtype), given):
-            problems.append(f"{key!r} is {dtype_name(given)} and would lose precision in the model's {dtype_name(tensor)}")
-    if problems:
-        head = any(key.startswith("head.") for problem in problems for key in problem.split("'")[1:2])
-        mend = (
-            "Give the model a head of the saved shape before injecting or loading."
-            if head
-            else ("Inject with the layers, bottleneck and family that the tensors were made with.")
-        )
-        raise AdapterKeyError(f"The tensors do not fit the set {name!r}: {'; '.join(problems)}. {mend}")
+    ready = _fitting(live, state_dict, name)
     with torch.no_grad():
         for key, tensor in live.items():
-            tensor.copy_(state_dict[key])
+            tensor.copy_(ready[key])
 
 
 def load_adapters(model: ModelT, path: str | os.PathLike[str], *, name: str | None = None) -> ModelT:
@@ -205,6 +188,8 @@ def restore(model: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor], 
     active = ledger.active if ledger is not None else None
     try:
         _check_description(info)
+        head = {f"head.{key}": tensor for key, tensor in persistent(model, head_tensors(model, spec.head)).items()}
+        _fitting(head, {key: tensor for key, tensor in state.items() if key.startswith("head.")}, name)
         with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
             install(model, spec, info.example)
     except (InjectionError, AttributeError) as error:  # AttributeError: there is no module of that name
@@ -220,11 +205,46 @@ def set_tensors(model: nn.Module, ledger: Ledger, name: str) -> dict[str, Tensor
     """Returns a set's own tensors, parameters and persistent buffers, by their names in a file."""
     record = ledger.set_named(name)
     tensors = {f"adapters.{key}": tensor for key, tensor in adapter_tensors(model, record.spec)}
-    for path, tensor in (record.parked_head or head_tensors(model, record.spec.head)).items():
-        parent, _, key = path.rpartition(".")
-        if key not in model.get_submodule(parent)._non_persistent_buffers_set:
-            tensors[f"head.{path}"] = tensor
-    return tensors
+    head = persistent(model, record.parked_head or head_tensors(model, record.spec.head))
+    return tensors | {f"head.{path}": tensor for path, tensor in head.items()}
+
+
+def persistent(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out the buffers that a module does not save."""
+    skipped = fleeting(model)
+    return {path: tensor for path, tensor in tensors.items() if path not in skipped}
+
+
+def _fitting(live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Returns copies of the given tensors that can take the place of the live ones, or raises with all that is wrong."""
+    if not isinstance(given, Mapping):
+        raise AdapterKeyError(f"state_dict is {type(given).__name__}, not a mapping from names to tensors.")
+    problems = {key: "is missing" for key in live if key not in given}
+    problems |= {key: "is unexpected" for key in given if key not in live}
+    ready: dict[str, Tensor] = {}
+    for key, tensor in live.items():
+        value = given.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            problems[key] = f"is {type(value).__name__}, not a tensor"
+        elif value.shape != tensor.shape:
+            problems[key] = f"has shape {list(value.shape)} where the model has {list(tensor.shape)}"
+        elif value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            problems[key] = "is no dense tensor with values"
+        else:
+            ready[key] = value.detach().to(tensor.device, tensor.dtype, copy=True)
+            if not torch.equal(ready[key].to(value.device, value.dtype), value) and value.dtype != tensor.dtype:
+                problems[key] = f"is {dtype_name(value)} and would lose precision in the model's {dtype_name(tensor)}"
+    if problems:
+        head = any(key.startswith("head.") for key in problems)
+        mend = (
+            "Give the model a head of the saved shape before injecting or loading."
+            if head
+            else "Inject with the layers, bottleneck and family that the tensors were made with."
+        )
+        raise AdapterKeyError(f"The tensors do not fit the set {name!r}: {explained(problems)}. {mend}")
+    return ready
 
 
 def _check_description(info: AdapterInfo) -> None:
@@ -241,8 +261,8 @@ def _check_description(info: AdapterInfo) -> None:
 def _check_match(model: nn.Module, ledger: Ledger | None, info: AdapterInfo) -> None:
     plain = plain_tensors(model, ledger) if ledger is not None else dict(backbone_tensors(model))
     outside = {path: tensor for path, tensor in plain.items() if not within(path, info.set.head)}
-    if wrong := differences(outside, info.backbone):
+    if wrong := differences(outside, info.backbone, fleeting(model)):
         raise BackboneMismatchError(
             f"{info.path}: the backbone is not the one these adapters were trained on; {len(wrong)} tensors are "
-            f"not those of the file: {explained(wrong)}. Load the backbone's own weights into the model first."
+            f"not those of the file: {explained(wrong)}. Load the backbone's own weights, in their own dtype, into the model first."
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resadapt.adapter_file import AdapterInfo, ProbeRecord
 from resadapt.checkpoint import adapter_state_dict, restore
-from resadapt.errors import BackboneMismatchError, VerificationError
+from resadapt.errors import AdapterError, BackboneMismatchError, VerificationError
 from resadapt.ledger import find_ledger
 from resadapt.probe import default_form, farthest, input_digest, outputs_of, probe_input, same
 from resadapt.quiet import undisturbed
@@ -110,9 +110,11 @@ def compare(
         detail = f"differ: {', '.join(wrong)}" if wrong else f"{len(live)} tensors equal bit for bit"
         checks.append(Check("tensors", "failed" if wrong else "passed", detail))
 
-    probed = run_probe(clean, probe, info.example if info.probe is None else info.probe.form)
+    form = info.example if info.probe is None else info.probe.form
+    probed = run_probe(clean, probe, form)
     if isinstance(probed, str):
-        checks.append(Check("outputs", "not checked", probed))
+        alone = name is not None and not isinstance(run_probe(model, probe, form), str)
+        checks.append(Check("outputs", "failed" if alone else "not checked", f"reloaded model: {probed}" if alone else probed))
     else:
         _, _, inputs, outputs = probed
         found = [
@@ -126,7 +128,16 @@ def compare(
     if metric is None or name is None:
         checks.append(Check("metric", "not checked", absent if metric else "no metric was given"))
         return VerificationReport(path, tuple(checks))
-    values = _evaluate(metric, model), _evaluate(metric, clean)
+    value_live = _evaluate(metric, model)
+    astray: list[bool] = []
+    watch = model.register_forward_pre_hook(lambda _module, _args: astray.append(True))
+    try:
+        values = value_live, _evaluate(metric, clean)
+    finally:
+        watch.remove()
+    if astray:
+        detail = "it ran the live model when it was given the reloaded one: use the model that it is called with"
+        return VerificationReport(path, (*checks, Check("metric", "failed", detail)))
     difference = abs(values[0] - values[1])
     passed = difference <= tolerance  # false for NaN
     detail = f"live {values[0]!r}, reloaded {values[1]!r}, difference {difference!r}, tolerance {tolerance!r}"
@@ -145,6 +156,8 @@ def run_probe(model: nn.Module, probe: object, form: Any) -> tuple[str, Any, obj
     try:
         inputs = probe_input(model, form)
         outputs = outputs_of(model, inputs)
+    except AdapterError:
+        raise
     except Exception as error:
         return f"the model does not take the input {form} that was made for it ({type(error).__name__}): pass probe="
     if not outputs or any(tensor.isnan().any() for tensor in outputs.values()):
@@ -156,10 +169,14 @@ def _check_outputs(model: nn.Module, inputs: object, reloaded: dict[str, Tensor]
     live = outputs_of(model, inputs)
     if any(tensor.isnan().any() for tensor in live.values()):
         return Check("outputs", "failed", "the outputs on the probe contain NaN, which proves nothing")
+    count = sum(tensor.numel() for tensor in live.values())
+    if not count and same(live, reloaded):
+        return Check("outputs", "not checked", "the model returned no numbers on the probe")
     if same(live, reloaded):
-        count = sum(tensor.numel() for tensor in live.values())
         return Check("outputs", "passed", f"{count:,} numbers on the probe equal bit for bit")
-    return Check("outputs", "failed", "live and reloaded model differ on the probe")
+    return Check(
+        "outputs", "failed", "live and reloaded model differ on the probe: a hook or a state of yours that the file does not carry?"
+    )
 
 
 def _check_recorded(record: ProbeRecord | None, stored: Mapping[str, Tensor], inputs: object, outputs: dict[str, Tensor]) -> Check:
@@ -175,8 +192,10 @@ def _evaluate(metric: Metric, model: nn.Module) -> float:
     with undisturbed(model):
         value = metric(model)
     try:
+        if isinstance(value, str | bytes):
+            raise TypeError(f"{value!r} is text")
         return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise VerificationError(f"metric returned {type(value).__name__}, not a number: {error}. Return a float.") from error
 
 
@@ -187,4 +206,10 @@ def _clean_copy(model: nn.Module) -> nn.Module:
         raise VerificationError(
             f"The model cannot be copied for the round trip: {error}. Mend that, or save with verify=False."
         ) from error
+    own = {id(each) for each in (*model.modules(), *model.parameters(), *model.buffers())}
+    if any(id(each) in own for each in (*clean.modules(), *clean.parameters(), *clean.buffers())):
+        raise VerificationError(
+            "A copy.deepcopy of the model shares parts with it (a __deepcopy__ of its own?), so nothing could be proven and the "
+            "model itself would be changed. Mend that, or save with verify=False."
+        )
     return remove_adapters(clean) if find_ledger(clean) is not None else clean

@@ -84,19 +84,32 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise AdapterFileError(f"{path}: the file was changed or damaged after it was written. Copy or save it again.")
     try:
         if data[:2] == b"PK":
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("compressed content, which resadapt never writes")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             text, tensors = content["manifest"], content["tensors"]
         else:
             text = json.loads(data[8 : 8 + _header_size(data)])["__metadata__"][_ENTRY][_DIGITS:]
             tensors = _load_safetensors(data, path)
         manifest = json.loads(text)
-        if not isinstance(manifest, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-            raise TypeError("no manifest, or something that is no tensor")
+        if not isinstance(manifest, dict) or not all(_is_plain(tensor) for tensor in tensors.values()):
+            raise TypeError("no manifest, or something that is no plain tensor")
     except AdapterFileError:
         raise
     except Exception as error:  # whatever the readers make of bytes that somebody sealed
         raise AdapterFileError(f"{path}: sealed, but its content cannot be read: {error}. Save it again.") from error
     return manifest, tensors
+
+
+def _is_plain(tensor: object) -> bool:
+    """Tells whether something is a dense tensor with as many elements as it has memory for."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _seal(data: bytes | bytearray, at: int) -> bytes:

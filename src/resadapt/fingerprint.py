@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     """Returns the elements of a tensor, in row-major order, as bytes."""
     if hasattr(tensor, "full_tensor"):  # a sharded DTensor: every rank sees the whole
         tensor = tensor.full_tensor()
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
@@ -50,7 +50,9 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, TensorRecord
     return {name: digest(tensor) for name, tensor in tensors}
 
 
-def differences(tensors: Mapping[str, Tensor], records: Mapping[str, TensorRecord]) -> dict[str, str]:
+def differences(
+    tensors: Mapping[str, Tensor], records: Mapping[str, TensorRecord], may_be_new: Collection[str] = ()
+) -> dict[str, str]:
     """Compares tensors with their records.
 
     A tensor that was only converted to a wider dtype still holds the recorded numbers and counts as the same.
@@ -58,12 +60,13 @@ def differences(tensors: Mapping[str, Tensor], records: Mapping[str, TensorRecor
     Args:
         tensors: The tensors of today, by name.
         records: The records to hold them against.
+        may_be_new: Names that need no record.
 
     Returns:
         A reason for each name that differs; empty when all are the same.
     """
     found: dict[str, str] = {}
-    for name in [*records, *(name for name in tensors if name not in records)]:
+    for name in [*records, *(name for name in tensors if name not in records and name not in may_be_new)]:
         tensor, record = tensors.get(name), records.get(name)
         if record is None:
             found[name] = "is new"
@@ -86,7 +89,10 @@ def explained(reasons: Mapping[str, str], most: int = 8) -> str:
 def _narrowed(tensor: Tensor, dtype: str) -> Tensor:
     """Converts back to the recorded dtype if that loses nothing."""
     if dtype_name(tensor) != dtype and isinstance(target := getattr(torch, dtype, None), torch.dtype):
-        back = tensor.to(target)
-        if bytes(raw_bytes(back.to(tensor.dtype))) == bytes(raw_bytes(tensor)):
-            return back
+        try:
+            back = tensor.to(target)
+            if raw_bytes(back.to(tensor.dtype)) == raw_bytes(tensor):
+                return back
+        except RuntimeError:  # a dtype that nothing is converted to
+            return tensor
     return tensor

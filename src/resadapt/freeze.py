@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from resadapt.slots import backbone_modules, is_leaf
 
-__all__ = ["NORM_POLICIES", "freeze_norms", "freeze_parameters", "thaw_norms", "within"]
+__all__ = ["NORM_POLICIES", "freeze_norms", "freeze_parameters", "is_frozen", "thaw_norms", "within"]
 
 NORM_POLICIES = ("frozen",)
 
@@ -25,6 +25,10 @@ class _FrozenStatistics(nn.modules.batchnorm._BatchNorm):
         # Only this call: the stock forward branches on the input's dimensions, which torch.fx cannot trace in a class that is
         # not torch.nn's own.
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    @override
+    def reset_running_stats(self) -> None:
+        """Keeps the statistics: `torch.optim.swa_utils.update_bn`, for one, would start them anew."""
 
 
 class FrozenBatchNorm1d(_FrozenStatistics, nn.BatchNorm1d):
@@ -80,7 +84,8 @@ def freeze_norms(model: nn.Module, head: Collection[str] = ()) -> None:
     """
     for name, module in backbone_modules(model):
         if within(name, head):
-            _release(module)
+            if _release(module):
+                module.training = model.training
         elif type(module) in _FROZEN and module._buffers["running_mean"] is not None:
             module.__class__ = _FROZEN[type(module)]
         elif _holds_statistics(module) and hold_in_eval not in module._forward_pre_hooks.values():
@@ -94,14 +99,23 @@ def thaw_norms(model: nn.Module) -> None:
         _release(module)
 
 
-def _release(module: nn.Module) -> None:
+def is_frozen(module: nn.Module) -> bool:
+    """Tells whether a module's statistics are fixed."""
+    return type(module) in _STOCK or hold_in_eval in module._forward_pre_hooks.values()
+
+
+def _release(module: nn.Module) -> bool:
+    """Lets a norm run as it was built; tells whether its training flag was held."""
     if type(module) in _STOCK:
         module.__class__ = _STOCK[type(module)]
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook is hold_in_eval]:
         del module._forward_pre_hooks[key]
+        return True
+    return False
 
 
 def _holds_statistics(module: nn.Module) -> bool:
-    # Leaves only: a whole network may own a buffer too (its input's mean, say), and must keep its training behaviour.
+    # Norms and leaves only: a whole network may own a buffer too (its input's mean, say), and must keep its training behaviour.
     owns_buffers = any(buffer is not None for buffer in module._buffers.values())
-    return owns_buffers and type(module) not in _STOCK and is_leaf(module)
+    norm = isinstance(module, nn.modules.batchnorm._NormBase)
+    return owns_buffers and type(module) not in _STOCK and (norm or is_leaf(module))

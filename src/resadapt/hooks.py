@@ -7,6 +7,7 @@ carries them can be copied, pickled, replicated and compiled.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -44,28 +45,32 @@ def begin_first_forward(root: nn.Module, args: Any) -> None:
     """Forward pre-hook of the root: starts counting how often each site runs."""
     if not torch.compiler.is_compiling():  # a count is a side effect that a compiled or exported graph must not have
         for slot in slots_of(root):
-            slot.calls = 0
+            slot.calls[get_ident()] = 0
 
 
 def end_first_forward(root: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook of the root: once a forward came to its end with no site run twice, nobody need count again."""
-    if not torch.compiler.is_compiling() and all(slot.calls in (0, 1) for slot in slots_of(root)):
-        unwatch(root)
+    """Forward hook of the root, called after errors too: once every site ran once in a forward, nobody need count again."""
+    if not torch.compiler.is_compiling():
+        counts = [slot.calls.pop(get_ident(), None) for slot in slots_of(root)]
+        if all(count == 1 for count in counts):
+            unwatch(root)
 
 
 def watch_first_forward(root: nn.Module) -> None:
     """Has the next complete forward of the root checked for sites that run more than once."""
     if begin_first_forward not in root._forward_pre_hooks.values():
         root.register_forward_pre_hook(begin_first_forward)
-        root.register_forward_hook(end_first_forward)
+        root.register_forward_hook(end_first_forward, always_call=True)
 
 
 def unwatch(root: nn.Module) -> None:
     """Ends the watch."""
     drop_hook(root._forward_pre_hooks, begin_first_forward)
     drop_hook(root._forward_hooks, end_first_forward)
+    for key in set(root._forward_hooks_always_called) - set(root._forward_hooks):
+        del root._forward_hooks_always_called[key]
     for slot in slots_of(root):
-        slot.calls = None
+        slot.calls = {}
 
 
 def drop_hook(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any]) -> None:

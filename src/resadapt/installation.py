@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from resadapt.adapters import FAMILIES
 from resadapt.errors import InjectionError, listing
 from resadapt.fingerprint import fingerprint
-from resadapt.freeze import NORM_POLICIES, freeze_norms, freeze_parameters, thaw_norms, within
+from resadapt.freeze import NORM_POLICIES, freeze_norms, freeze_parameters, is_frozen, thaw_norms, within
 from resadapt.hooks import attach, detach, unwatch, watch_first_forward
 from resadapt.ledger import LEDGER, AdapterSet, Ledger, adapter_tensors, clone_head, find_ledger, swap, unwrap
 from resadapt.select import owner_of
@@ -30,8 +30,6 @@ def check_model(model: nn.Module) -> None:
     Raises:
         InjectionError: It is no module, a wrapper, or has parts that cannot be read or frozen.
     """
-    if not isinstance(model, nn.Module):
-        raise InjectionError(f"model is {type(model).__name__}, not a torch.nn.Module.")
     if unwrap(model) is not model:
         raise InjectionError(f"{type(model).__name__} wraps the model: inject into the model first, then wrap it.")
     for path, module in model.named_modules():
@@ -42,8 +40,11 @@ def check_model(model: nn.Module) -> None:
     for path, tensor in backbone_tensors(model):
         if is_lazy(tensor) or tensor.is_meta:
             raise InjectionError(f"Tensor {path!r} has no values yet. Load the weights, or run the model once, before injecting.")
+        if tensor.layout is not torch.strided:
+            raise InjectionError(f"Tensor {path!r} is {tensor.layout}, of which no fingerprint can be taken. Make it dense.")
 
 
+@torch.inference_mode(False)  # what is made here is to be trained
 def install(model: nn.Module, spec: SetSpec, example: Any = None) -> None:
     """Injects the set that a description tells, all or nothing, and makes it the active one.
 
@@ -68,7 +69,7 @@ def install(model: nn.Module, spec: SetSpec, example: Any = None) -> None:
     with activated(model, ledger, None):
         record.parked_head = clone_head(model, spec.head)
     active = ledger.active
-    setattr(model, LEDGER, ledger)
+    model.__dict__[LEDGER] = ledger
     ledger.sets[spec.name] = record
     try:
         switch(model, ledger, None)
@@ -158,7 +159,7 @@ def uninstall(model: nn.Module, ledger: Ledger, name: str, then: str | None = No
             if parameter is not None:
                 full = f"{path}.{key}" if path else key
                 parameter.requires_grad_(ledger.requires_grad.get(full, parameter.requires_grad))
-    delattr(model, LEDGER)
+    del model.__dict__[LEDGER]
 
 
 def _check_set(model: nn.Module, spec: SetSpec, ledger: Ledger | None) -> None:
@@ -176,6 +177,11 @@ def _check_set(model: nn.Module, spec: SetSpec, ledger: Ledger | None) -> None:
             where = f"Its submodule {inside[0]!r} was injected into on its own" if inside else "It is a part of an injected model"
             raise InjectionError(
                 f"This {type(model).__name__} carries adapters already. {where}: call remove_adapters there first."
+            )
+        if shared := [path for path, module in backbone_modules(model) if is_frozen(module)]:
+            raise InjectionError(
+                f"Module {shared[0]!r} was frozen by an injection into another model, which shares it. Inject into a "
+                "model that holds all, or into a copy.deepcopy of this one."
             )
     elif spec.name in ledger.sets:
         raise InjectionError(
@@ -212,8 +218,9 @@ def _new_adapter(spec: SetSpec, site: SiteSpec) -> nn.Module:
 
 def _build(model: nn.Module, spec: SetSpec, site: SiteSpec) -> nn.Module:
     owner = model.get_submodule(site.owner)
-    adapter = _new_adapter(spec, site)
-    near = [t for m in (owner, model) for _, t in backbone_tensors(m) if t.is_floating_point()]
+    with torch.device("cpu"):  # the same numbers from the same seed, wherever the model is
+        adapter = _new_adapter(spec, site)
+    near = [t for m in (owner, model) for _, t in backbone_tensors(m) if isinstance(t, nn.Parameter) and t.is_floating_point()]
     if near:
         adapter.to(near[0].device, near[0].dtype)
     return adapter.train(model.training)

@@ -63,6 +63,8 @@ class Ledger:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the model inside DataParallel, DistributedDataParallel or torch.compile."""
+    if not isinstance(model, nn.Module):
+        raise InjectionError(f"model is {type(model).__name__}, not a torch.nn.Module.")
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -127,7 +129,7 @@ def swap(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     backward pass keeps what it was computed with.
     """
     before = dict(backbone_tensors(model))
-    if gone := [path for path in tensors if path not in before]:
+    if gone := [path for path, tensor in tensors.items() if path not in before or before[path].shape != tensor.shape]:
         raise InjectionError(
             f"The head has lost {listing(gone)}: it was replaced after the injection. Put the injected module back."
         )
@@ -145,7 +147,10 @@ def swap(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def clone_head(model: nn.Module, head: tuple[str, ...]) -> dict[str, Tensor]:
     """Returns trainable copies of the head's tensors."""
-    return {
-        path: nn.Parameter(tensor.clone(), tensor.is_floating_point()) if isinstance(tensor, nn.Parameter) else tensor.clone()
-        for path, tensor in head_tensors(model, head).items()
-    }
+    clones: dict[int, Tensor] = {}  # by the identity of the original, so that what was tied stays tied
+    for tensor in head_tensors(model, head).values():
+        if id(tensor) not in clones:
+            trains = tensor.is_floating_point() or tensor.is_complex()
+            copy = tensor.clone()
+            clones[id(tensor)] = nn.Parameter(copy, trains) if isinstance(tensor, nn.Parameter) else copy
+    return {path: clones[id(tensor)] for path, tensor in head_tensors(model, head).items()}

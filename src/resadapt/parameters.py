@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from resadapt.errors import AdapterKeyError
-from resadapt.freeze import within
-from resadapt.ledger import Ledger, find_ledger, ledger_of, unwrap
+from resadapt.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, ledger_of, unwrap
 from resadapt.slots import SLOT
 
 __all__ = [
@@ -45,12 +44,9 @@ def named_trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Param
         >>> [name for name, _ in named_trainable_parameters(model)][0]
         'layer4.1.resadapt.default.down.weight'
     """
-    adapters, head = _members(ledger_of(model))
-    return (
-        (name, parameter)
-        for name, parameter in unwrap(model).named_parameters()
-        if parameter.requires_grad and within(name, adapters + head)
-    )
+    inner = unwrap(model)
+    adapters, head = _members(inner, ledger_of(model))
+    return ((name, p) for name, p in _named(inner) if p.requires_grad and id(p) in adapters | head)
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -104,10 +100,10 @@ def parameter_groups(
         [('adapters', 0.0001), ('adapters, no decay', 0.0001), ('head', 0.0005), ('head, no decay', 0.0005)]
         >>> optimizer = torch.optim.AdamW(groups)
     """
-    adapters, _ = _members(ledger_of(model))
+    adapters, _ = _members(unwrap(model), ledger_of(model))
     groups: dict[str, dict[str, Any]] = {}
-    for name, parameter in named_trainable_parameters(model):
-        adapter = within(name, adapters)
+    for parameter in trainable_parameters(model):
+        adapter = id(parameter) in adapters
         decays = decay_bias or parameter.ndim > 1
         key = ("adapters" if adapter else "head") + ("" if decays else ", no decay")
         rate = lr if adapter or head_lr is None else head_lr
@@ -155,17 +151,17 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         >>> count_parameters(inject_adapters(resnet18(num_classes=3), head="fc"))
         ParameterCount(total=11302147, trainable=125635, frozen=11176512, adapters=124096, head=1539)
     """
-    ledger = find_ledger(model)
-    adapters, head = _members(ledger) if ledger else ([], [])
-    sizes = [(name, p.numel(), p.requires_grad) for name, p in unwrap(model).named_parameters()]
-    total = sum(size for _, size, _ in sizes)
-    trainable = sum(size for _, size, trained in sizes if trained)
+    ledger, inner = find_ledger(model), unwrap(model)
+    adapters, head = _members(inner, ledger) if ledger else (set(), set())
+    parameters = [parameter for _, parameter in _named(inner)]
+    total = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return ParameterCount(
         total=total,
         trainable=trainable,
         frozen=total - trainable,
-        adapters=sum(size for name, size, _ in sizes if within(name, adapters)),
-        head=sum(size for name, size, _ in sizes if within(name, head)),
+        adapters=sum(p.numel() for p in parameters if id(p) in adapters),
+        head=sum(p.numel() for p in parameters if id(p) in head),
     )
 
 
@@ -233,17 +229,25 @@ def summary(model: nn.Module) -> ModelSummary:
             size = _size(inner.get_submodule(f"{site.owner}.{SLOT}.{spec.name}"))
             rows.append((site.name, spec.family, site.channels, site.bottleneck, size, size / count.total))
         for name in spec.head:
-            size = sum(p.numel() for path, p in inner.named_parameters() if within(path, [name]))
+            size = sum(
+                t.numel() for t in {id(t): t for t in head_tensors(inner, (name,)).values() if isinstance(t, nn.Parameter)}.values()
+            )
             rows.append((name, "head", None, None, size, size / count.total))
     return ModelSummary(tuple(rows), count)
 
 
-def _members(ledger: Ledger) -> tuple[list[str], list[str]]:
-    """Returns the module names of the active set's adapters and head."""
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Walks all parameters, even if the model has a `named_parameters` of its own that hides some."""
+    return nn.Module.named_parameters(model)
+
+
+def _members(model: nn.Module, ledger: Ledger) -> tuple[set[int], set[int]]:
+    """Returns the identities of the active set's tensors, those of the adapters and those of the head."""
     if ledger.active is None:
-        return [], []
+        return set(), set()
     spec = ledger.sets[ledger.active].spec
-    return [f"{site.owner}.{SLOT}.{spec.name}" for site in spec.sites], list(spec.head)
+    adapters = {id(tensor) for _, tensor in adapter_tensors(model, spec)}
+    return adapters, {id(tensor) for tensor in head_tensors(model, spec.head).values()}
 
 
 def _size(module: nn.Module) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,13 +33,14 @@ def default_form(model: nn.Module) -> Any:
 def probe_input(model: nn.Module, form: Any) -> object:
     """Makes the input of a form on the model's device."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    return _moved(generate(form), device)
+    return _mapped(generate(form), lambda tensor: tensor.to(device))
 
 
 def outputs_of(model: nn.Module, inputs: object) -> dict[str, Tensor]:
     """Runs a model in evaluation mode and returns every tensor of its output by its place there; the model is left as it was."""
+    own = _mapped(inputs, torch.clone)  # which the model may change in place
     with undisturbed(model):
-        return dict(_flat(call(model, inputs)))
+        return dict(_flat(call(model, own)))
 
 
 def input_digest(inputs: object) -> str:
@@ -75,11 +76,14 @@ def farthest(record: ProbeRecord, stored: Mapping[str, Tensor], outputs: Mapping
         return float("nan"), False
     worst, ok = 0.0, True
     for place, tensor in outputs.items():
-        old, new = stored[f"probe.{place}"].double(), sample(tensor, record.outputs[place]["step"]).double()
+        old, new = stored[f"probe.{place}"], sample(tensor, record.outputs[place]["step"])
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            return float("nan"), False
         if not old.numel() or torch.equal(old, new):
             continue
-        difference = ((old - new).abs().max() / old.abs().max()).item()
-        allowed = torch.finfo(tensor.dtype).eps ** 0.5 if tensor.is_floating_point() else 0.0
+        inexact = tensor.is_floating_point() or tensor.is_complex()
+        difference = float((old - new).abs().max() / old.abs().max()) if inexact else math.inf
+        allowed = torch.finfo(tensor.dtype).eps ** 0.5 if inexact else 0.0
         worst = difference if math.isnan(difference) else max(worst, difference)
         ok = ok and difference <= allowed
     return worst, ok
@@ -99,9 +103,11 @@ def _flat(value: object, place: str = "output") -> list[tuple[str, Tensor]]:
     return [pair for key, item in items for pair in _flat(item, f"{place}.{key}")]
 
 
-def _moved(value: object, device: torch.device) -> object:
+def _mapped(value: object, function: Callable[[Tensor], Tensor]) -> object:
     if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(item, device) for item in value)
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, function) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(item, function) for item in value)  # type: ignore[call-arg, attr-defined]
     return value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,22 +12,34 @@ from torch import Tensor, nn
 
 __all__ = ["call", "describe", "generate", "undisturbed"]
 
+_MOST_ELEMENTS = 2**26
+"""A form may come from a file, which must not be able to take all memory."""
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Runs the body in evaluation mode without gradients; training flags, buffers and random state are put back after it."""
     training = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    buffers = [(module, {k: (b, None if b is None else b.clone()) for k, b in module._buffers.items()}) for module, _ in training]
+    kinds = {tensor.device for tensor in model.parameters()} or {torch.device("cpu")}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=sorted(kind.index for kind in kinds if kind.type == "cuda")))
+        stack.enter_context(torch.no_grad())
+        for kind in {kind.type for kind in kinds}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         try:
             model.eval()
             yield
         finally:
             for module, mode in training:
                 module.training = mode
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for module, before in buffers:
+                for key in [key for key in module._buffers if key not in before]:
+                    del module._buffers[key]
+                for key, (buffer, value) in before.items():
+                    module._buffers[key] = buffer  # the module may have put another one there
+                    if buffer is not None and value is not None and not torch.equal(buffer, value):
+                        buffer.copy_(value)
 
 
 def call(model: nn.Module, inputs: object) -> object:
@@ -61,8 +74,10 @@ def generate(form: Any) -> object:
             dtype = getattr(torch, name, None)
             if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
                 # Integer arithmetic, exact everywhere: Knuth's multiplicative hash of the position, its high bits.
-                count = torch.Size(shape).numel()
-                bits = torch.arange(1, count + 1, dtype=torch.int64).mul_(2654435761).bitwise_and_(0xFFFFFFFF) >> 16
+                count = math.prod(shape)
+                if count > _MOST_ELEMENTS:
+                    raise ValueError(f"an input of {count} elements")
+                bits = torch.arange(1, count + 1, dtype=torch.int64, device="cpu").mul_(2654435761).bitwise_and_(0xFFFFFFFF) >> 16
                 return (bits.to(torch.float64) / 2**15 - 1).reshape(shape).to(dtype)
         case {"list": [*items]}:
             return [generate(item) for item in items]

@@ -38,7 +38,8 @@ def select_sites(
     Raises:
         InjectionError: A pattern matches nothing, two meet at one place, or a module cannot be a site.
     """
-    sizes = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(expand_argument(layers, "layers"), bottleneck)
+    patterns = expand_argument(layers, "layers")
+    sizes = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(patterns, bottleneck)
     if not sizes:
         raise InjectionError("layers is empty: name at least one module to adapt, such as layers=('layer4',).")
     modules = dict(backbone_modules(model))
@@ -74,6 +75,8 @@ def select_sites(
 
 def expand_argument(names: str | Iterable[str], argument: str) -> list[str]:
     """Returns a names argument as a list, and refuses what is not text."""
+    if not isinstance(names, Iterable):
+        raise InjectionError(f"{argument} takes names of modules, found {names!r}. Give a name, or a list of them.")
     listed = [names] if isinstance(names, str) else list(names)
     for name in listed:
         if not isinstance(name, str):
@@ -88,13 +91,17 @@ def expand(modules: Mapping[str, nn.Module], pattern: str, argument: str) -> lis
         InjectionError: Nothing matches; the message lists near misses.
     """
     parts = pattern.split(".")
-    found = [
-        name
-        for name in modules
-        if name
-        and len(segments := name.split(".")) == len(parts)
-        and all(fnmatchcase(segment, part) for segment, part in zip(segments, parts, strict=True))
-    ]
+    found = (
+        [pattern]
+        if pattern and pattern in modules
+        else [
+            name
+            for name in modules
+            if name
+            and len(segments := name.split(".")) == len(parts)
+            and all(fnmatchcase(segment, part) for segment, part in zip(segments, parts, strict=True))
+        ]
+    )
     if not found:
         near = difflib.get_close_matches(pattern, [name for name in modules if name], n=5, cutoff=0.5)
         near += [name for name in modules if name.endswith(f".{pattern}") and name not in near][:5]
@@ -112,7 +119,7 @@ def owner_of(model: nn.Module, name: str) -> str:
         InjectionError: The module cannot be a site.
     """
     module = model.get_submodule(name)
-    while type(module).forward is nn.Sequential.forward:
+    while type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__:
         if not module._modules:
             raise InjectionError(f"Module {name!r} is an empty container with no output of its own. Choose another layer.")
         name = f"{name}.{list(module._modules)[-1]}"
@@ -209,14 +216,10 @@ def _declared(module: nn.Module) -> tuple[int, int] | None:
         case nn.Linear():
             return module.out_features, 0
         case SqueezeExcitation():
-            return module.fc2.out_channels, 2
-        case Bottleneck():
-            return module.conv3.out_channels, 2
-        case BasicBlock():
-            return module.conv2.out_channels, 2
-        case video.Bottleneck():
+            return _declared(module.fc2)
+        case Bottleneck() | video.Bottleneck():
             return _declared(module.conv3)
-        case video.BasicBlock():
+        case BasicBlock() | video.BasicBlock():
             return _declared(module.conv2)
         case nn.Sequential() if type(module).forward is nn.Sequential.forward:
             telling = [child for child in module if not isinstance(child, _KEEPS_SHAPE)]

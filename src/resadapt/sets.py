@@ -120,9 +120,11 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
     ledger = ledger_of(model)
     inner = unwrap(model)
     going = list(ledger.sets) if name is None else [ledger.set_named(name).spec.name]
-    kept = (ledger.active if name is None else name) if keep_head else None
+    kept = (name or ledger.active or (going[0] if len(going) == 1 else None)) if keep_head else None
     if keep_head and len(going) < len(ledger.sets):
         raise InjectionError("keep_head would change the backbone under the other sets. Remove them first.")
+    if keep_head and kept is None:
+        raise InjectionError("keep_head: none of the sets is active, so whose head? Call set_active_adapters(model, name) first.")
     trained = {}
     if kept is not None:
         activate(inner, ledger, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import get_ident
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +12,7 @@ from typing_extensions import override
 from resadapt.errors import InjectionError
 from resadapt.spec import SiteSpec
 
-__all__ = ["SLOT", "AdapterSlot", "backbone_modules", "backbone_tensors", "is_leaf", "slots_of"]
+__all__ = ["SLOT", "AdapterSlot", "backbone_modules", "backbone_tensors", "fleeting", "is_leaf", "slots_of"]
 
 SLOT = "resadapt"
 """Name of the reserved child."""
@@ -27,21 +28,27 @@ class AdapterSlot(nn.Module):
         super().__init__()
         self.sites: dict[str, SiteSpec] = {}
         self.active: str | None = None
-        self.calls: int | None = None
-        """How often the owner ran in the current forward of the whole model; None when nobody counts."""
+        self.calls: dict[int, int] = {}
+        """How often the owner ran in the current forward of the whole model, by thread; empty when nobody counts."""
 
     def adapt(self, output: Tensor) -> Tensor:
         """Returns the active adapter's result for the owner's output ``[N, C, ...]``."""
-        if self.calls is not None:
-            self.calls += 1
+        runs = self._counted() if self.calls else 1
         if self.active is None:
             return output
         if not isinstance(output, fx.Proxy):  # a symbolic value has no type or shape to look at
-            self._check(output, self.sites[self.active])
+            self._check(output, self.sites[self.active], runs)
         adapted: Tensor = self._modules[self.active](output)  # type: ignore[misc]
         return adapted
 
-    def _check(self, output: object, site: SiteSpec) -> None:
+    def _counted(self) -> int:
+        """Counts one run of the owner in this thread's forward, if that is counted."""
+        calls = self.calls  # another thread may end the count by putting a new one in its place
+        if get_ident() in calls:
+            calls[get_ident()] += 1
+        return calls.get(get_ident(), 1)
+
+    def _check(self, output: object, site: SiteSpec, runs: int) -> None:
         if not isinstance(output, Tensor):
             raise InjectionError(
                 f"Site {site.name!r} returned {type(output).__name__}, but an adapter needs one tensor [N, C, ...]. "
@@ -55,7 +62,7 @@ class AdapterSlot(nn.Module):
                 f"Site {site.name!r} returned shape {list(output.shape)}, but its adapter was built for [{dims}]. "
                 "Call remove_adapters(model) and inject with example_input=, a real input, so that shapes are measured."
             )
-        if self.calls is not None and self.calls > 1:
+        if runs > 1:
             raise InjectionError(
                 f"Site {site.name!r} ran more than once in one forward, and one adapter cannot serve several places. "
                 "Call remove_adapters(model) and choose a module that runs once, such as the block around it."
@@ -94,4 +101,13 @@ def is_leaf(module: nn.Module) -> bool:
 
 def slots_of(model: nn.Module) -> Iterator[AdapterSlot]:
     """Walks the slots of a model."""
-    return (module for module in model.modules() if isinstance(module, AdapterSlot))
+    for _, module in backbone_modules(model):
+        if isinstance(slot := module._modules.get(SLOT), AdapterSlot):
+            yield slot
+
+
+def fleeting(model: nn.Module) -> set[str]:
+    """Returns the names of non-persistent buffers, which a module may make while it runs."""
+    return {
+        f"{name}.{key}" if name else key for name, module in backbone_modules(model) for key in module._non_persistent_buffers_set
+    }

@@ -85,6 +85,9 @@ class SetSpec:
             raise ValueError(f"a site has more than {_MOST_DIMS} spatial dimensions")
         if not all(isinstance(name, str) for name in record["head"]):
             raise ValueError("head: expected a list of names")
+        names, owners = {site.name for site in sites}, {site.owner for site in sites}
+        if not sites or not len(sites) == len(names) == len(owners) or len(set(record["head"])) != len(record["head"]):
+            raise ValueError("there is no site, or a site, owner or head stands twice")
         return cls(**record | {"sites": sites, "head": tuple(record["head"])})
 
     def differences(self, other: SetSpec) -> list[str]:

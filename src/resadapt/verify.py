@@ -12,7 +12,7 @@ from torch import nn
 from resadapt.adapter_file import read_adapter_file, staged, target_of
 from resadapt.checkpoint import adapter_state_dict, check_backbone
 from resadapt.compare import Check, Metric, VerificationReport, compare, run_probe
-from resadapt.errors import BackboneDriftError, VerificationError
+from resadapt.errors import BackboneDriftError, VerificationError, listing
 from resadapt.fingerprint import explained
 from resadapt.freeze import within
 from resadapt.installation import activated
@@ -47,7 +47,8 @@ def save_adapters(
         probe: An input for the model (a tuple: its arguments; a dict: its keywords). None makes one from the example input's
             form, or from the first convolution where that comes first; if neither can be, outputs are not checked.
         metric: A function from a model to a number. It is called on the live and the reloaded model in evaluation mode from the
-            same random state, and must use the same data both times.
+            same random state of torch, and must use the model it is given (not one it knows from elsewhere) and the same data
+            both times.
         tolerance: Largest allowed absolute difference of the metric, in the metric's own units: for an F1 kept as a fraction,
             1.0 allows everything. Compare full figures with full figures: a metric over a subset says nothing about one over the
             whole. NaN never passes.
@@ -76,7 +77,7 @@ def save_adapters(
     target = target_of(path)
     ledger, inner = ledger_of(model), unwrap(model)
     record = ledger.set_named(name)
-    _check_tolerance(tolerance)
+    _check_arguments(metric, tolerance)
     _refuse_drift(inner)
     with activated(inner, ledger, name):
         tensors = adapter_state_dict(inner, name)
@@ -146,16 +147,21 @@ def verify_adapters(
         >>> verify_adapters(model, path).ok
         False
     """
-    _check_tolerance(tolerance)
+    _check_arguments(metric, tolerance)
     info, tensors = read_adapter_file(path)
     inner = unwrap(model)
     ledger = find_ledger(inner)
     name = None
     if ledger is not None:
         name = info.set.name if info.set.name in ledger.sets else ledger.active
-        if name is not None and info.set.differences(ledger.sets[name].spec):
-            name = None
+        if name is not None and (differing := info.set.differences(ledger.sets[name].spec)):
+            detail = f"the model's set {name!r} differs from the file's in {listing(differing)}"
+            return VerificationReport(info.path, (Check("tensors", "failed", detail),))
     if ledger is None or name is None:
+        if metric is not None:
+            raise VerificationError(
+                "The model has no active set whose metric could be compared. Load the file first, or leave out metric=."
+            )
         return compare(inner, None, info.path, info, tensors, probe, metric, tolerance)
     with activated(inner, ledger, name):
         return compare(inner, name, info.path, info, tensors, probe, metric, tolerance)
@@ -171,6 +177,8 @@ def _refuse_drift(model: nn.Module) -> None:
         )
 
 
-def _check_tolerance(tolerance: float) -> None:
+def _check_arguments(metric: object, tolerance: float) -> None:
+    if metric is not None and not callable(metric):
+        raise VerificationError(f"metric is {type(metric).__name__}: give a function from a model to a number.")
     if not (isinstance(tolerance, int | float) and math.isfinite(tolerance) and tolerance >= 0):
         raise VerificationError(f"tolerance={tolerance!r}: give a finite number, 0 or more, in the units of the metric.")
