@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+# The models are small, and threads that wait for each other cost more than they give.
+torch.set_num_threads(1)
+
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 

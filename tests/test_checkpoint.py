@@ -300,6 +300,7 @@ def test_state_dict_is_strict_and_all_or_nothing() -> None:
         (lambda s: s.update(typo=torch.zeros(1)), "'typo' is unexpected"),
         (lambda s: s.update({"head.3.bias": torch.zeros(3)}), r"'head.3.bias' has shape \[3\] where the model has \[2\]"),
         (lambda s: s.update({"head.3.bias": [0, 0]}), "'head.3.bias' is list, not a tensor"),
+        (lambda s: s.update({"head.3.bias": None}), "'head.3.bias' is NoneType, not a tensor"),
     ):
         wrong: Any = dict(zeros)
         change(wrong)

@@ -22,7 +22,7 @@ LAYERS = (
     ("slots", "adapters", "container"),
     ("select", "freeze", "hooks", "ledger", "adapter_file"),
     ("installation", "probe"),
-    ("sets", "parameters", "checkpoint"),
+    ("sets", "parameters", "drift", "checkpoint"),
     ("compare",),
     ("verify",),
     (ROOT_MODULE,),

@@ -52,14 +52,14 @@ SEGMENTATION = [
 ]
 VIDEO = [video.r3d_18, video.mc3_18, video.r2plus1d_18]
 DETECTION = [
-    (detection.fasterrcnn_resnet50_fpn, "roi_heads.box_predictor"),
-    (detection.fasterrcnn_resnet50_fpn_v2, "roi_heads.box_predictor"),
-    (detection.maskrcnn_resnet50_fpn, "roi_heads.mask_predictor"),
-    (detection.maskrcnn_resnet50_fpn_v2, "roi_heads.box_head"),
-    (detection.keypointrcnn_resnet50_fpn, "roi_heads.keypoint_predictor"),
-    (detection.retinanet_resnet50_fpn, "head.classification_head"),
-    (detection.retinanet_resnet50_fpn_v2, "head.regression_head"),
-    (detection.fcos_resnet50_fpn, "head"),
+    (detection.fasterrcnn_resnet50_fpn, "roi_heads.box_predictor", "box_score_thresh"),
+    (detection.fasterrcnn_resnet50_fpn_v2, "roi_heads.box_predictor", "box_score_thresh"),
+    (detection.maskrcnn_resnet50_fpn, "roi_heads.mask_predictor", "box_score_thresh"),
+    (detection.maskrcnn_resnet50_fpn_v2, "roi_heads.mask_predictor", "box_score_thresh"),
+    (detection.keypointrcnn_resnet50_fpn, "roi_heads.keypoint_predictor", "box_score_thresh"),
+    (detection.retinanet_resnet50_fpn, "head.classification_head", "score_thresh"),
+    (detection.retinanet_resnet50_fpn_v2, "head.regression_head", "score_thresh"),
+    (detection.fcos_resnet50_fpn, "head", "score_thresh"),
 ]
 TARGETS = [
     {
@@ -81,14 +81,14 @@ CASES = (
     + [
         Case(
             build,
-            {"weights_backbone": None, "min_size": 64, "max_size": 64},
+            {"weights_backbone": None, "min_size": 64, "max_size": 64, threshold: 0.0},  # untrained, but to detect something
             "backbone.body.",
             head,
             [images(1, 64)[0]],
             TARGETS,
             probe=build.__name__.startswith(("retinanet", "fcos")),
         )
-        for build, head in DETECTION
+        for build, head, threshold in DETECTION
     ]
 )
 

@@ -2,13 +2,12 @@
 
 from resadapt.adapter_file import AdapterInfo, ProbeRecord, read_adapter_info
 from resadapt.checkpoint import (
-    BackboneReport,
     adapter_state_dict,
-    check_backbone,
     load_adapter_state_dict,
     load_adapters,
 )
 from resadapt.compare import Check, VerificationReport
+from resadapt.drift import BackboneReport, check_backbone
 from resadapt.errors import (
     AdapterError,
     AdapterFileError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -19,9 +19,7 @@ from resadapt.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, 
 from resadapt.slots import backbone_tensors, fleeting
 
 __all__ = [
-    "BackboneReport",
     "adapter_state_dict",
-    "check_backbone",
     "load_adapter_state_dict",
     "load_adapters",
     "restore",
@@ -29,50 +27,6 @@ __all__ = [
 ]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class BackboneReport:
-    """Whether the backbone is still what was injected into.
-
-    Args:
-        ok: No tensor has drifted.
-        drifted: Names of the parameters and buffers that have, in the model's order.
-        reasons: What is different about each of them.
-    """
-
-    ok: bool
-    drifted: list[str]
-    reasons: dict[str, str]
-
-
-def check_backbone(model: nn.Module) -> BackboneReport:
-    """Compares every parameter and buffer of the backbone with its fingerprint from the injection.
-
-    Args:
-        model: An injected model.
-
-    Returns:
-        The report. A tensor that was only converted to a wider dtype counts as the same; a non-persistent buffer that was made
-        since is not looked at.
-
-    Raises:
-        InjectionError: Nothing was injected.
-
-    Example:
-        >>> import torch
-        >>> from torchvision.models import resnet18
-        >>> from resadapt import inject_adapters
-        >>> model = inject_adapters(resnet18())
-        >>> with torch.no_grad():
-        ...     _ = model.bn1.running_mean.add_(1)
-        >>> check_backbone(model).drifted
-        ['bn1.running_mean']
-    """
-    ledger = ledger_of(model)
-    inner = unwrap(model)
-    reasons = differences(plain_tensors(inner, ledger), ledger.fingerprint, fleeting(inner))
-    return BackboneReport(not reasons, list(reasons), reasons)
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -223,9 +177,9 @@ def _fitting(live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str)
     problems |= {key: "is unexpected" for key in given if key not in live}
     ready: dict[str, Tensor] = {}
     for key, tensor in live.items():
-        value = given.get(key)
-        if value is None:
+        if key not in given:
             continue
+        value = given[key]
         if not isinstance(value, Tensor):
             problems[key] = f"is {type(value).__name__}, not a tensor"
         elif value.shape != tensor.shape:

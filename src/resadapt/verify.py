@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from resadapt.adapter_file import read_adapter_file, staged, target_of
-from resadapt.checkpoint import adapter_state_dict, check_backbone
+from resadapt.checkpoint import adapter_state_dict
 from resadapt.compare import Check, Metric, VerificationReport, compare, run_probe
+from resadapt.drift import check_backbone
 from resadapt.errors import BackboneDriftError, VerificationError, listing
 from resadapt.fingerprint import explained
 from resadapt.freeze import within
