@@ -179,11 +179,10 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], 
     path.write_bytes(encode(manifest, tensors, path.suffix[1:]))
 
 
-def _digest(key: str) -> Callable[[dict[str, Any], dict[str, Tensor]], Any]:
-    def change(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        manifest["tensors"][key][2] = resadapt.fingerprint.digest(tensors[key]).sha256
-
-    return change
+def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> None:
+    tensors[key] = torch.zeros(1)
+    record = resadapt.fingerprint.digest(tensors[key])
+    manifest["tensors"][key] = [record.dtype, list(record.shape), record.sha256]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +207,7 @@ def _digest(key: str) -> Callable[[dict[str, Any], dict[str, Tensor]], Any]:
         (lambda m, t: m["set"].update(sites=[]), resadapt.AdapterFileError, "there is no site"),
         (lambda m, t: m["set"].update(head=["3", "3"]), resadapt.AdapterFileError, "stands twice"),
         (lambda m, t: t.update(strange=torch.zeros(1)), resadapt.AdapterFileError, "no known kind: 'strange'"),
+        (lambda m, t: _added(m, t, "adapters.9.up.bias"), resadapt.AdapterKeyError, "'adapters.9.up.bias' is unexpected"),
         (lambda m, t: (m["tensors"].pop("probe.output"), t.pop("probe.output")), resadapt.AdapterFileError, "'output' are missing"),
         (lambda m, t: m["backbone"]["1.running_mean"].__setitem__(0, "quint8"), resadapt.BackboneMismatchError, "is float32 where"),
         (lambda m, t: m["set"].update(head=["3", "9"]), resadapt.AdapterFileError, "cannot be injected"),
