@@ -295,7 +295,7 @@ def test_models_that_hide_their_modules_and_parameters() -> None:
             return iter(())
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if (name.startswith("_") and name != "_resadapt") or name != "_resadapt":
+            if name != "_resadapt":
                 super().__setattr__(name, value)
 
     torch.manual_seed(0)

@@ -169,14 +169,12 @@ def _check_outputs(model: nn.Module, inputs: object, reloaded: dict[str, Tensor]
     live = outputs_of(model, inputs)
     if any(tensor.isnan().any() for tensor in live.values()):
         return Check("outputs", "failed", "the outputs on the probe contain NaN, which proves nothing")
-    count = sum(tensor.numel() for tensor in live.values())
-    if not count and same(live, reloaded):
-        return Check("outputs", "not checked", "the model returned no numbers on the probe")
-    if same(live, reloaded):
+    if not same(live, reloaded):
+        reason = "live and reloaded model differ on the probe: a hook or a state of yours that the file does not carry?"
+        return Check("outputs", "failed", reason)
+    if count := sum(tensor.numel() for tensor in live.values()):
         return Check("outputs", "passed", f"{count:,} numbers on the probe equal bit for bit")
-    return Check(
-        "outputs", "failed", "live and reloaded model differ on the probe: a hook or a state of yours that the file does not carry?"
-    )
+    return Check("outputs", "not checked", "the model returned no numbers on the probe")
 
 
 def _check_recorded(record: ProbeRecord | None, stored: Mapping[str, Tensor], inputs: object, outputs: dict[str, Tensor]) -> Check:
