@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 
 import resadapt
-from resadapt.adapter_file import read_adapter_file, staged
-from resadapt.container import decode, encode
+from resadapt.files.adapter_file import read_adapter_file, staged
+from resadapt.files.container import decode, encode
 
 FORMATS = ["pt", "safetensors"]
 X = images()
@@ -134,7 +134,7 @@ def evil(path: Path) -> None:
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = b"resadapt:" + b"0" * 64
     data = bytearray(buffer.getvalue())
-    from resadapt.container import _seal
+    from resadapt.files.container import _seal
 
     data[-64:] = _seal(data, len(data) - 64)
     path.write_bytes(data)
@@ -181,7 +181,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], 
 
 def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> None:
     tensors[key] = torch.zeros(1)
-    record = resadapt.fingerprint.digest(tensors[key])
+    record = resadapt.base.fingerprint.digest(tensors[key])
     manifest["tensors"][key] = [record.dtype, list(record.shape), record.sha256]
 
 
@@ -357,7 +357,7 @@ def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     model = trained_tiny()
     resadapt.save_adapters(model, tmp_path / "with.safetensors")
     find, real = importlib.util.find_spec, builtins.__import__
-    monkeypatch.setattr("resadapt.container.find_spec", lambda name: None if name == "safetensors" else find(name))
+    monkeypatch.setattr("resadapt.files.container.find_spec", lambda name: None if name == "safetensors" else find(name))
 
     def no_import(name: str, *args: Any) -> Any:
         if name.startswith("safetensors"):

@@ -12,30 +12,42 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "resadapt"
-ROOT_MODULE = "__init__"
 RUNTIME = {"torch", "torchvision", "typing_extensions"}
 OPTIONAL = {"safetensors"}
 
-# A module may import from rows above its own; those of one row do not know each other.
-LAYERS = (
-    ("version", "errors", "spec", "quiet", "fingerprint", "adapters.pooled"),
-    ("slots", "adapters", "container"),
-    ("select", "freeze", "hooks", "ledger", "adapter_file"),
-    ("installation", "probe"),
-    ("sets", "parameters", "drift", "checkpoint"),
-    ("compare",),
-    ("verify",),
-    (ROOT_MODULE,),
+# Rooms by floor, from the ground up: a module may import from the floors below its own. The rooms of one floor do not know each
+# other. Inside a room a module may import from the rows before its own, and those of one row do not know each other.
+FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
+    {"base": (("version", "errors", "spec", "quiet", "fingerprint"),), "adapters": (("pooled",), ("",))},
+    {
+        "injection": (("slots",), ("select", "freeze", "hooks", "ledger"), ("installation",), ("sets",)),
+        "files": (("container",), ("adapter_file",)),
+    },
+    {"parameters": (("",),), "proof": (("probe", "drift", "checkpoint"), ("compare",), ("verify",))},
+    {"": (("",),)},
 )
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+PLACES = {
+    (room, module): (floor, row)
+    for floor, rooms in enumerate(FLOORS)
+    for room, rows in rooms.items()
+    for row, modules in enumerate(rows)
+    for module in modules
+}
+
+
+def place(name: str) -> tuple[str, str]:
+    """The room of a module and its name there; a room of one module is that module."""
+    room, _, module = name.partition(".")
+    return room, module
 
 
 def module_files() -> dict[str, Path]:
-    """Every module of the package by its dotted name below the package."""
+    """Every module of the package by its dotted name below the package, the root's being empty; rooms without code left out."""
     files = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        files[".".join(parts if parts == (ROOT_MODULE,) or parts[-1] != ROOT_MODULE else parts[:-1])] = path
+        if len(ast.parse(path.read_text()).body) > 1:
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return files
 
 
@@ -48,6 +60,12 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield "." if node.level else str(node.module)
 
 
+def may_import(name: str, target: str) -> bool:
+    """Whether a module may import another one of the package."""
+    (floor, row), (target_floor, target_row) = PLACES[place(name)], PLACES[place(target)]
+    return target_floor < floor or (place(target)[0] == place(name)[0] and target_row < row)
+
+
 def problems(name: str, source: str) -> list[str]:
     """What is wrong with a module's imports."""
     tree = ast.parse(source)
@@ -55,11 +73,10 @@ def problems(name: str, source: str) -> list[str]:
     for target in imports(tree):
         package, _, inner = target.partition(".")
         if package == "resadapt":
-            known = inner or ROOT_MODULE
-            if known not in LEVEL:
-                found.append(f"{name} imports {target}, which is in no layer")
-            elif LEVEL[known] >= LEVEL[name]:
-                found.append(f"{name} (layer {LEVEL[name]}) imports {known} (layer {LEVEL[known]})")
+            if place(inner) not in PLACES:
+                found.append(f"{name} imports {target}, which has no place")
+            elif not may_import(name, inner):
+                found.append(f"{name} may not import {target}")
         elif target == ".":
             found.append(f"{name} imports relatively: write the full name")
         elif package not in sys.stdlib_module_names | RUNTIME | OPTIONAL:
@@ -69,11 +86,14 @@ def problems(name: str, source: str) -> list[str]:
     return found + [f"{name} imports {package} before it is needed" for package in sorted(early & OPTIONAL)]
 
 
-def test_every_module_has_one_layer() -> None:
-    assert sorted(module_files()) == sorted(name for names in LAYERS for name in names)
+NAMES = [".".join(filter(None, each)) for each in PLACES]
 
 
-@pytest.mark.parametrize("name", sorted(LEVEL))
+def test_every_module_has_one_place() -> None:
+    assert sorted(module_files()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
 def test_imports_point_one_way(name: str) -> None:
     assert problems(name, module_files()[name].read_text()) == []
 
@@ -81,23 +101,41 @@ def test_imports_point_one_way(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source", "complaint"),
     [
-        ("slots", "from resadapt.hooks import attach", "slots (layer 1) imports hooks (layer 2)"),
-        ("hooks", "from resadapt.freeze import within", "hooks (layer 2) imports freeze (layer 2)"),
-        ("sets", "def f():\n    import resadapt.verify", "sets (layer 4) imports verify (layer 6)"),
-        ("sets", "from resadapt import errors", "sets (layer 4) imports __init__ (layer 7)"),
-        ("sets", "if TYPE_CHECKING:\n    from resadapt.compare import Check", "sets (layer 4) imports compare (layer 5)"),
-        ("sets", "from resadapt.utils import helper", "sets imports resadapt.utils, which is in no layer"),
-        ("sets", "from .slots import SLOT", "sets imports relatively: write the full name"),
-        ("sets", "import numpy as np", "sets imports numpy, which is no runtime package"),
-        ("container", "import safetensors.torch", "container imports safetensors before it is needed"),
+        (
+            "injection.slots",
+            "from resadapt.injection.hooks import attach",
+            "injection.slots may not import resadapt.injection.hooks",
+        ),
+        ("injection.hooks", "from resadapt.injection.freeze import x", "injection.hooks may not import resadapt.injection.freeze"),
+        (
+            "injection.sets",
+            "def f():\n    import resadapt.files.container",
+            "injection.sets may not import resadapt.files.container",
+        ),
+        ("proof.probe", "from resadapt.parameters import summary", "proof.probe may not import resadapt.parameters"),
+        ("injection.sets", "from resadapt import errors", "injection.sets may not import resadapt"),
+        (
+            "parameters",
+            "if TYPE_CHECKING:\n    from resadapt.proof.compare import Check",
+            "parameters may not import resadapt.proof.compare",
+        ),
+        ("injection.sets", "from resadapt.utils import helper", "injection.sets imports resadapt.utils, which has no place"),
+        ("injection.sets", "from .slots import SLOT", "injection.sets imports relatively: write the full name"),
+        ("injection.sets", "import numpy as np", "injection.sets imports numpy, which is no runtime package"),
+        ("files.container", "import safetensors.torch", "files.container imports safetensors before it is needed"),
     ],
 )
 def test_a_wrong_import_is_found(name: str, source: str, complaint: str) -> None:
     assert problems(name, source) == [complaint]
 
 
-def test_the_architecture_page_shows_these_layers() -> None:
+def test_the_architecture_page_shows_these_rooms() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
-    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", page, re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(len(LAYERS)))
-    assert [tuple(re.findall(r"`([\w.]+)`", names)) for _, names in rows] == list(LAYERS)
+    rows = re.findall(r"^\| (\d+) \| `([\w.]+)` \| ([^|]*)\|", page, re.MULTILINE)
+    shown = [(int(floor), room, tuple(re.findall(r"`(\w+)`", modules))) for floor, room, modules in rows]
+    expected = [
+        (floor, room or "__init__", tuple(module for row in rows for module in row if module))
+        for floor, rooms in enumerate(FLOORS)
+        for room, rows in rooms.items()
+    ]
+    assert shown == expected

@@ -15,7 +15,7 @@ from torchvision import models
 from torchvision.models import detection, quantization, segmentation, video
 
 import resadapt
-from resadapt.probe import outputs_of, same
+from resadapt.proof.probe import outputs_of, same
 
 
 @dataclass

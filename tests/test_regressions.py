@@ -18,9 +18,9 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torchvision.models import resnet18
 
 import resadapt
-from resadapt.adapter_file import read_adapter_file
-from resadapt.container import _seal
-from resadapt.probe import farthest, record_probe
+from resadapt.files.adapter_file import read_adapter_file
+from resadapt.files.container import _seal
+from resadapt.proof.probe import farthest, record_probe
 
 X = images(2, 8)
 
@@ -126,13 +126,13 @@ def test_a_metric_that_knows_the_live_model_proves_nothing(path: Path) -> None:
 
 def test_a_reloaded_model_that_fails_alone_is_a_failure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = resadapt.inject_adapters(net(), "c2", 2)
-    restore = resadapt.compare.restore
+    restore = resadapt.proof.compare.restore
 
     def broken(clean: Any, *args: Any) -> None:
         restore(clean, *args)
         clean.bn.eps = float("nan")
 
-    monkeypatch.setattr(resadapt.compare, "restore", broken)
+    monkeypatch.setattr(resadapt.proof.compare, "restore", broken)
     with pytest.raises(resadapt.VerificationError, match=r"outputs +failed +reloaded model: the model returned NaN"):
         resadapt.save_adapters(model, path)
 

@@ -257,7 +257,7 @@ def test_an_interrupted_injection_leaves_nothing(monkeypatch: pytest.MonkeyPatch
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(resadapt.installation, "watch_first_forward", interrupted)
+            patch.setattr(resadapt.injection.installation, "watch_first_forward", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 resadapt.inject_adapters(model, name="late", head="fc")
         assert backbone_bytes(model) == frozen

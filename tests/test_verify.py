@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import resadapt
 from resadapt.adapters import PooledAdapter
-from resadapt.probe import default_form, farthest, outputs_of, record_probe
-from resadapt.quiet import describe, generate
+from resadapt.base.quiet import describe, generate
+from resadapt.proof.probe import default_form, farthest, outputs_of, record_probe
 
 X = images()
 
@@ -210,14 +210,14 @@ def test_wrong_bytes_on_the_way_to_the_disk(model: nn.Module, path: Path, monkey
 
 
 def test_a_tensor_that_comes_back_otherwise(model: nn.Module, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    restore = resadapt.compare.restore
+    restore = resadapt.proof.compare.restore
 
     def careless(clean: nn.Module, *args: Any) -> None:
         restore(clean, *args)
         with torch.no_grad():
             clean.fc.bias[0] = torch.nextafter(clean.fc.bias[0], torch.tensor(math.inf))
 
-    monkeypatch.setattr(resadapt.compare, "restore", careless)
+    monkeypatch.setattr(resadapt.proof.compare, "restore", careless)
     with pytest.raises(resadapt.VerificationError, match=r"tensors +failed +differ: head\.fc\.bias"):
         resadapt.save_adapters(model, path)
     assert not list(path.parent.iterdir())

@@ -1,14 +1,6 @@
 """Small trainable residual adapters for any torchvision ResNet, with adapter files that prove themselves."""
 
-from resadapt.adapter_file import AdapterInfo, ProbeRecord, read_adapter_info
-from resadapt.checkpoint import (
-    adapter_state_dict,
-    load_adapter_state_dict,
-    load_adapters,
-)
-from resadapt.compare import Check, VerificationReport
-from resadapt.drift import BackboneReport, check_backbone
-from resadapt.errors import (
+from resadapt.base.errors import (
     AdapterError,
     AdapterFileError,
     AdapterKeyError,
@@ -17,7 +9,18 @@ from resadapt.errors import (
     InjectionError,
     VerificationError,
 )
-from resadapt.fingerprint import TensorRecord
+from resadapt.base.fingerprint import TensorRecord
+from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.base.version import __version__
+from resadapt.files.adapter_file import AdapterInfo, ProbeRecord, read_adapter_info
+from resadapt.injection.sets import (
+    AdapterSetInfo,
+    adapters_disabled,
+    inject_adapters,
+    list_adapters,
+    remove_adapters,
+    set_active_adapters,
+)
 from resadapt.parameters import (
     ModelSummary,
     ParameterCount,
@@ -27,17 +30,14 @@ from resadapt.parameters import (
     summary,
     trainable_parameters,
 )
-from resadapt.sets import (
-    AdapterSetInfo,
-    adapters_disabled,
-    inject_adapters,
-    list_adapters,
-    remove_adapters,
-    set_active_adapters,
+from resadapt.proof.checkpoint import (
+    adapter_state_dict,
+    load_adapter_state_dict,
+    load_adapters,
 )
-from resadapt.spec import SetSpec, SiteSpec
-from resadapt.verify import save_adapters, verify_adapters
-from resadapt.version import __version__
+from resadapt.proof.compare import Check, VerificationReport
+from resadapt.proof.drift import BackboneReport, check_backbone
+from resadapt.proof.verify import save_adapters, verify_adapters
 
 __all__ = [
     "AdapterError",

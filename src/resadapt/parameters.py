@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from resadapt.errors import AdapterKeyError
-from resadapt.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, ledger_of, unwrap
-from resadapt.slots import SLOT
+from resadapt.base.errors import AdapterKeyError
+from resadapt.injection.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, ledger_of, unwrap
+from resadapt.injection.slots import SLOT
 
 __all__ = [
     "ModelSummary",

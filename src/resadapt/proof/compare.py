@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from resadapt.adapter_file import AdapterInfo, ProbeRecord
-from resadapt.checkpoint import adapter_state_dict, restore
-from resadapt.errors import AdapterError, BackboneMismatchError, VerificationError
-from resadapt.ledger import find_ledger
-from resadapt.probe import default_form, farthest, input_digest, outputs_of, probe_input, same
-from resadapt.quiet import undisturbed
-from resadapt.sets import remove_adapters
+from resadapt.base.errors import AdapterError, BackboneMismatchError, VerificationError
+from resadapt.base.quiet import undisturbed
+from resadapt.files.adapter_file import AdapterInfo, ProbeRecord
+from resadapt.injection.ledger import find_ledger
+from resadapt.injection.sets import remove_adapters
+from resadapt.proof.checkpoint import adapter_state_dict, restore
+from resadapt.proof.probe import default_form, farthest, input_digest, outputs_of, probe_input, same
 
 __all__ = ["Check", "Metric", "VerificationReport", "compare", "run_probe"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resadapt.adapter_file import ProbeRecord
-from resadapt.fingerprint import raw_bytes
-from resadapt.quiet import call, generate, undisturbed
-from resadapt.slots import backbone_modules, is_leaf
+from resadapt.base.fingerprint import raw_bytes
+from resadapt.base.quiet import call, generate, undisturbed
+from resadapt.files.adapter_file import ProbeRecord
+from resadapt.injection.slots import backbone_modules, is_leaf
 
 __all__ = ["default_form", "farthest", "input_digest", "outputs_of", "probe_input", "record_probe", "same"]
 

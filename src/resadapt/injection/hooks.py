@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resadapt.slots import SLOT, AdapterSlot, slots_of
+from resadapt.injection.slots import SLOT, AdapterSlot, slots_of
 
 __all__ = ["attach", "begin_first_forward", "detach", "drop_hook", "unwatch", "watch_first_forward"]
 

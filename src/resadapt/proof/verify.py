@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from resadapt.adapter_file import read_adapter_file, staged, target_of
-from resadapt.checkpoint import adapter_state_dict
-from resadapt.compare import Check, Metric, VerificationReport, compare, run_probe
-from resadapt.drift import check_backbone
-from resadapt.errors import BackboneDriftError, VerificationError, listing
-from resadapt.fingerprint import explained
-from resadapt.freeze import within
-from resadapt.installation import activated
-from resadapt.ledger import find_ledger, ledger_of, unwrap
-from resadapt.probe import record_probe, same
+from resadapt.base.errors import BackboneDriftError, VerificationError, listing
+from resadapt.base.fingerprint import explained
+from resadapt.files.adapter_file import read_adapter_file, staged, target_of
+from resadapt.injection.freeze import within
+from resadapt.injection.installation import activated
+from resadapt.injection.ledger import find_ledger, ledger_of, unwrap
+from resadapt.proof.checkpoint import adapter_state_dict
+from resadapt.proof.compare import Check, Metric, VerificationReport, compare, run_probe
+from resadapt.proof.drift import check_backbone
+from resadapt.proof.probe import record_probe, same
 
 __all__ = ["save_adapters", "verify_adapters"]
 

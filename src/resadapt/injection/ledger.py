@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resadapt.errors import AdapterKeyError, InjectionError, listing
-from resadapt.fingerprint import TensorRecord
-from resadapt.slots import SLOT, AdapterSlot, backbone_tensors
-from resadapt.spec import SetSpec
+from resadapt.base.errors import AdapterKeyError, InjectionError, listing
+from resadapt.base.fingerprint import TensorRecord
+from resadapt.base.spec import SetSpec
+from resadapt.injection.slots import SLOT, AdapterSlot, backbone_tensors
 
 __all__ = [
     "LEDGER",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from resadapt.slots import backbone_modules, is_leaf
+from resadapt.injection.slots import backbone_modules, is_leaf
 
 __all__ = ["NORM_POLICIES", "freeze_norms", "freeze_parameters", "is_frozen", "thaw_norms", "within"]
 

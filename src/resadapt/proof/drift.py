@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from resadapt.fingerprint import differences
-from resadapt.ledger import ledger_of, plain_tensors, unwrap
-from resadapt.slots import fleeting
+from resadapt.base.fingerprint import differences
+from resadapt.injection.ledger import ledger_of, plain_tensors, unwrap
+from resadapt.injection.slots import fleeting
 
 __all__ = ["BackboneReport", "check_backbone"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resadapt.errors import AdapterFileError
+from resadapt.base.errors import AdapterFileError
 
 __all__ = ["decode", "encode", "format_for"]
 

@@ -10,13 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from resadapt.adapter_file import AdapterInfo, read_adapter_file
-from resadapt.errors import AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError, listing
-from resadapt.fingerprint import differences, dtype_name, explained
-from resadapt.freeze import within
-from resadapt.installation import adapter_shapes, check_model, install, switch, uninstall
-from resadapt.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, ledger_of, plain_tensors, unwrap
-from resadapt.slots import backbone_tensors, fleeting
+from resadapt.base.errors import AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError, listing
+from resadapt.base.fingerprint import differences, dtype_name, explained
+from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
+from resadapt.injection.freeze import within
+from resadapt.injection.installation import adapter_shapes, check_model, install, switch, uninstall
+from resadapt.injection.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, ledger_of, plain_tensors, unwrap
+from resadapt.injection.slots import backbone_tensors, fleeting
 
 __all__ = [
     "adapter_state_dict",

@@ -15,11 +15,11 @@ import torch
 import torchvision
 from torch import Tensor
 
-from resadapt.container import decode, encode, format_for
-from resadapt.errors import AdapterFileError, listing
-from resadapt.fingerprint import TensorRecord, differences, explained, fingerprint
-from resadapt.spec import SetSpec
-from resadapt.version import __version__
+from resadapt.base.errors import AdapterFileError, listing
+from resadapt.base.fingerprint import TensorRecord, differences, explained, fingerprint
+from resadapt.base.spec import SetSpec
+from resadapt.base.version import __version__
+from resadapt.files.container import decode, encode, format_for
 
 __all__ = [
     "FORMAT_VERSION",

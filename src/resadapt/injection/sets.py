@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from resadapt.errors import InjectionError
-from resadapt.freeze import within
-from resadapt.installation import activate, activated, check_model, install, switch, uninstall
-from resadapt.ledger import adapter_tensors, find_ledger, head_tensors, ledger_of, unwrap
-from resadapt.quiet import describe
-from resadapt.select import expand, expand_argument, select_sites
-from resadapt.slots import backbone_modules, backbone_tensors
-from resadapt.spec import SetSpec, SiteSpec
+from resadapt.base.errors import InjectionError
+from resadapt.base.quiet import describe
+from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.injection.freeze import within
+from resadapt.injection.installation import activate, activated, check_model, install, switch, uninstall
+from resadapt.injection.ledger import adapter_tensors, find_ledger, head_tensors, ledger_of, unwrap
+from resadapt.injection.select import expand, expand_argument, select_sites
+from resadapt.injection.slots import backbone_modules, backbone_tensors
 
 __all__ = [
     "AdapterSetInfo",

@@ -11,10 +11,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.video import resnet as video
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
 
-from resadapt.errors import InjectionError, listing
-from resadapt.quiet import call, undisturbed
-from resadapt.slots import SLOT, AdapterSlot, backbone_modules
-from resadapt.spec import SiteSpec
+from resadapt.base.errors import InjectionError, listing
+from resadapt.base.quiet import call, undisturbed
+from resadapt.base.spec import SiteSpec
+from resadapt.injection.slots import SLOT, AdapterSlot, backbone_modules
 
 __all__ = ["expand", "owner_of", "select_sites"]
 

@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from resadapt.adapters import FAMILIES
-from resadapt.errors import InjectionError, listing
-from resadapt.fingerprint import fingerprint
-from resadapt.freeze import NORM_POLICIES, freeze_norms, freeze_parameters, is_frozen, thaw_norms, within
-from resadapt.hooks import attach, detach, unwatch, watch_first_forward
-from resadapt.ledger import LEDGER, AdapterSet, Ledger, adapter_tensors, clone_head, find_ledger, swap, unwrap
-from resadapt.select import owner_of
-from resadapt.slots import AdapterSlot, backbone_modules, backbone_tensors, slots_of
-from resadapt.spec import SetSpec, SiteSpec
+from resadapt.base.errors import InjectionError, listing
+from resadapt.base.fingerprint import fingerprint
+from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.injection.freeze import NORM_POLICIES, freeze_norms, freeze_parameters, is_frozen, thaw_norms, within
+from resadapt.injection.hooks import attach, detach, unwatch, watch_first_forward
+from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_tensors, clone_head, find_ledger, swap, unwrap
+from resadapt.injection.select import owner_of
+from resadapt.injection.slots import AdapterSlot, backbone_modules, backbone_tensors, slots_of
 
 __all__ = ["activate", "activated", "adapter_shapes", "check_model", "install", "switch", "uninstall"]
 

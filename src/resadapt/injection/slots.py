@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
-from resadapt.errors import InjectionError
-from resadapt.spec import SiteSpec
+from resadapt.base.errors import InjectionError
+from resadapt.base.spec import SiteSpec
 
 __all__ = ["SLOT", "AdapterSlot", "backbone_modules", "backbone_tensors", "fleeting", "is_leaf", "slots_of"]
 

@@ -1,0 +1,1 @@
+"""What everything stands on: errors, descriptions as data, digests, running a model without a trace."""

@@ -1,0 +1,1 @@
+"""Adapter files: bytes, and what they say."""

@@ -1,0 +1,1 @@
+"""Putting adapters into a model: sites, slots, freezing, sets."""
