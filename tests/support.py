@@ -16,7 +16,8 @@ LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 def picture(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that an injection could leave behind, tensors as bytes."""
-    seen: dict[str, Any] = {"state_dict": [(key, _bytes(value)) for key, value in model.state_dict().items()]}
+    state = [(key, _bytes(value) if isinstance(value, Tensor) else repr(value)) for key, value in model.state_dict().items()]
+    seen: dict[str, Any] = {"state_dict": state}
     for name, module in model.named_modules(remove_duplicate=False):
         seen[name] = {
             "type": type(module),
@@ -55,6 +56,25 @@ def small_resnet(seed: int = 0, classes: int = 3) -> nn.Module:
     with torch.no_grad():
         model(images(8))
     return model
+
+
+class SmallNet(nn.Module):
+    """Takes images of any size, and other norms and heads."""
+
+    def __init__(self, norm: nn.Module | None = None, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = norm or nn.BatchNorm2d(4)
+        self.c2 = nn.Conv2d(4, 4, 1)
+        self.head = head or nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.c2(torch.relu(self.bn(self.conv(x)))).mean((2, 3)))
+
+
+def small_net(**parts: Any) -> Any:
+    torch.manual_seed(0)
+    return SmallNet(**parts)
 
 
 def images(count: int = 2, size: int = 32, channels: int = 3, seed: int = 1) -> Tensor:

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import images, picture, small_resnet, train
+from support import images, picture, small_net, small_resnet, train
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
 import resadapt
-from resadapt.files.adapter_file import read_adapter_file, staged
+from resadapt.base.fingerprint import Fingerprint, TensorRecord
 from resadapt.files.container import decode, encode
 
 FORMATS = ["pt", "safetensors"]
@@ -93,12 +93,16 @@ def test_saving_does_not_disturb_the_training(path: Path) -> None:
 
 
 def test_every_bit_of_the_file_counts(path: Path) -> None:
-    resadapt.save_adapters(trained_tiny(), path)
+    resadapt.save_adapters(resadapt.inject_adapters(small_net(), "c2", 2, head="head"), path)
     data = path.read_bytes()
     decode(data, path)
+    changed = bytearray(data)
     for position in range(len(data)):
-        with pytest.raises(resadapt.AdapterFileError, match="damaged"):
-            decode(data[:position] + bytes([data[position] ^ (1 << position % 8)]) + data[position + 1 :], path)
+        for bit in range(8):
+            changed[position] ^= 1 << bit
+            with pytest.raises(resadapt.AdapterFileError, match="damaged"):
+                decode(bytes(changed), path)
+            changed[position] ^= 1 << bit
     for position in range(0, len(data), 37):
         for changed in (data[:position], data[:position] + data[position + 1 :], data[:position] + b"\0" + data[position:]):
             with pytest.raises(resadapt.AdapterFileError, match="damaged"):
@@ -181,16 +185,16 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], 
 
 def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> None:
     tensors[key] = torch.zeros(1)
-    record = resadapt.base.fingerprint.digest(tensors[key])
+    record = TensorRecord.of(tensors[key])
     manifest["tensors"][key] = [record.dtype, list(record.shape), record.sha256]
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m, t: m.update(format_version=2), resadapt.AdapterFileError, "written in format 2 by .* Install a newer resadapt"),
+        (lambda m, t: m.update(format_version=3), resadapt.AdapterFileError, "written in format 3 by .* Install a newer resadapt"),
         (lambda m, t: m.pop("format_version"), resadapt.AdapterFileError, "format None"),
-        (lambda m, t: m.pop("backbone"), resadapt.AdapterFileError, "manifest is not one of format 1.*backbone"),
+        (lambda m, t: m.pop("backbone"), resadapt.AdapterFileError, "manifest is not one of format 2.*backbone"),
         (lambda m, t: m["set"].pop("family"), resadapt.AdapterFileError, "expected exactly the fields"),
         (lambda m, t: m["set"].update(extra=1), resadapt.AdapterFileError, "expected exactly the fields"),
         (lambda m, t: m["set"].update(dropout="0.1"), resadapt.AdapterFileError, "set.dropout: expected float"),
@@ -203,26 +207,34 @@ def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> No
         (lambda m, t: m["set"].update(options={"init": 3}), resadapt.AdapterFileError, "does not take these options"),
         (lambda m, t: m["set"]["sites"][0].update(name="9", owner="9"), resadapt.AdapterFileError, "tensors it does not have"),
         (lambda m, t: m["set"]["sites"][0].update(owner="2"), resadapt.AdapterFileError, "cannot be injected"),
-        (lambda m, t: m["set"]["sites"][0].update(owner="1"), resadapt.AdapterFileError, "stands twice"),
+        (lambda m, t: m["set"]["sites"][0].update(owner="1"), resadapt.AdapterFileError, "named more than once"),
         (lambda m, t: m["set"].update(sites=[]), resadapt.AdapterFileError, "there is no site"),
-        (lambda m, t: m["set"].update(head=["3", "3"]), resadapt.AdapterFileError, "stands twice"),
+        (lambda m, t: m["set"].update(head=["3", "3"]), resadapt.AdapterFileError, "named more than once"),
         (lambda m, t: t.update(strange=torch.zeros(1)), resadapt.AdapterFileError, "no known kind: 'strange'"),
         (lambda m, t: _added(m, t, "adapters.9.up.bias"), resadapt.AdapterKeyError, "'adapters.9.up.bias' is unexpected"),
         (lambda m, t: (m["tensors"].pop("probe.output"), t.pop("probe.output")), resadapt.AdapterFileError, "'output' are missing"),
-        (lambda m, t: m["backbone"]["1.running_mean"].__setitem__(0, "quint8"), resadapt.BackboneMismatchError, "is float32 where"),
+        (
+            lambda m, t: m["backbone"]["tensors"]["1.running_mean"].__setitem__(0, "quint8"),
+            resadapt.BackboneMismatchError,
+            "is float32 where",
+        ),
         (lambda m, t: m["set"].update(head=["3", "9"]), resadapt.AdapterFileError, "cannot be injected"),
         (lambda m, t: m["tensors"].pop("head.3.bias"), resadapt.AdapterFileError, "'head.3.bias' is new"),
         (lambda m, t: t.pop("head.3.bias"), resadapt.AdapterFileError, "'head.3.bias' is missing"),
         (lambda m, t: t["head.3.bias"].add_(1), resadapt.AdapterFileError, "'head.3.bias' has other values"),
-        (lambda m, t: m["tensors"]["head.3.bias"].__setitem__(0, "mess"), resadapt.AdapterFileError, "not one of format 1"),
+        (lambda m, t: m["tensors"]["head.3.bias"].__setitem__(0, "mess"), resadapt.AdapterFileError, "not one of format 2"),
         (
             lambda m, t: (m["tensors"].pop("head.3.bias"), t.pop("head.3.bias")),
             resadapt.AdapterKeyError,
             "'head.3.bias' is missing",
         ),
-        (lambda m, t: m["backbone"]["1.running_mean"].__setitem__(2, "0"), resadapt.BackboneMismatchError, "'1.running_mean'"),
-        (lambda m, t: m.update(probe={"source": "x"}), resadapt.AdapterFileError, "not one of format 1"),
-        (lambda m, t: m["probe"].update(outputs=[]), resadapt.AdapterFileError, "not one of format 1"),
+        (
+            lambda m, t: m["backbone"]["tensors"]["1.running_mean"].__setitem__(2, "0"),
+            resadapt.BackboneMismatchError,
+            "'1.running_mean'",
+        ),
+        (lambda m, t: m.update(probe={"source": "x"}), resadapt.AdapterFileError, "not one of format 2"),
+        (lambda m, t: m["probe"].update(outputs=[]), resadapt.AdapterFileError, "not one of format 2"),
         (lambda m, t: m["probe"]["outputs"]["output"].pop("step"), resadapt.AdapterFileError, "no record of an output"),
         (lambda m, t: m.update(format_version=0), resadapt.AdapterFileError, "format 0"),
         (lambda m, t: m["set"]["sites"][0].update(bottleneck=10**15), resadapt.AdapterFileError, "whose tensors it does not have"),
@@ -249,7 +261,10 @@ def _drifted_norm(model: nn.Module) -> nn.Module:
     ("other", "message"),
     [
         (lambda: small_resnet(1), r"'conv1\.weight' has other values"),
-        (lambda: _drifted_norm(small_resnet()), r"1 tensors are not those of the file: 'bn1\.running_mean' has other values"),
+        (
+            lambda: _drifted_norm(small_resnet()),
+            r"1 of its tensors and modules are not those of the file: 'bn1\.running_mean' has other values",
+        ),
         (lambda: resnet50(num_classes=3), r"has shape \[64, 64, 1, 1\] where \[64, 64, 3, 3\]"),
         (lambda: small_resnet().half(), r"is float16 where float32 was recorded"),
         (tiny, r"'conv1\.weight' is missing"),
@@ -413,18 +428,105 @@ def test_non_persistent_buffers_of_a_head_stay_at_home(path: Path) -> None:
     assert torch.equal(resadapt.load_adapters(twin, path).eval()(X), model.eval()(X))
 
 
-def test_staged_refuses_a_manifest_that_does_not_come_back(tmp_path: Path) -> None:
-    resadapt.save_adapters(trained_tiny(), tmp_path / "set.pt")
-    info, tensors = read_adapter_file(tmp_path / "set.pt")
-    for metadata, message in (
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
         ({"a": float("nan")}, "metadata is not JSON"),
         ({"a": torch.zeros(1)}, "metadata is not JSON"),
         ({1: "a"}, "metadata would come back"),
         ({"a": (1, 2)}, "metadata would come back"),
-    ):
-        with (
-            pytest.raises(resadapt.AdapterFileError, match=message),
-            staged(tmp_path / "new.pt", info.set, {}, tensors, example=None, probe=None, metadata=metadata),  # type: ignore[arg-type]
-        ):
-            raise AssertionError("not reached")
-    assert [p.name for p in tmp_path.iterdir()] == ["set.pt"]
+        ([1, 2], "metadata is list"),
+        ("text", "metadata is str"),
+    ],
+)
+def test_metadata_that_would_not_come_back(metadata: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(resadapt.AdapterFileError, match=message):
+        resadapt.save_adapters(trained_tiny(), tmp_path / "set.pt", metadata=metadata)
+    assert not list(tmp_path.iterdir())
+
+
+def test_loading_a_state_dict_is_all_or_nothing_for_any_tensor() -> None:
+    model = resadapt.inject_adapters(small_net(), "c2", 2, head="head")
+    before = picture(model)
+    state = resadapt.adapter_state_dict(model)
+    last = list(state)[-1]
+    for wrong in (state[last].to("meta"), state[last].to_sparse()):
+        changed = {key: value + 1 for key, value in state.items()} | {last: wrong}
+        with pytest.raises(resadapt.AdapterKeyError, match="sparse, quantized or without values"):
+            resadapt.load_adapter_state_dict(model, changed)
+        assert picture(model) == before
+    with pytest.raises(resadapt.AdapterKeyError, match="state_dict is NoneType"):
+        resadapt.load_adapter_state_dict(model, None)  # type: ignore[arg-type]
+
+
+def test_loading_a_sets_own_tensors_in_another_order() -> None:
+    model = resadapt.inject_adapters(small_net(head=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), "c2", 2, head="head")
+    a, b = model.head[0].weight, model.head[1].weight
+    expected = b.detach().clone(), a.detach().clone()
+    state = resadapt.adapter_state_dict(model) | {"head.head.0.weight": b, "head.head.1.weight": a}
+    resadapt.load_adapter_state_dict(model, state)
+    assert torch.equal(a, expected[0])
+    assert torch.equal(b, expected[1])
+
+
+def test_a_failed_load_keeps_gradients(path: Path) -> None:
+    resadapt.save_adapters(resadapt.inject_adapters(small_net(), "c2", 2, head="head"), path)
+    model = small_net(head=nn.Linear(4, 5)).eval()
+    model(X).sum().backward()
+    with pytest.raises(resadapt.AdapterKeyError):
+        resadapt.load_adapters(model, path)
+    assert model.conv.weight.grad is not None
+
+
+def test_how_adapters_start_and_drop_out_need_not_be_shared(path: Path) -> None:
+    model = resadapt.inject_adapters(small_net(), "c2", 2, head="head", init="normal", dropout=0.5)
+    assert resadapt.list_adapters(model)[0].sites == resadapt.list_adapters(resadapt.inject_adapters(small_net(), "c2", 2))[0].sites
+    resadapt.save_adapters(model, path)
+    assert resadapt.read_adapter_info(path).set.options == {}
+    for options in ({}, {"init": "identity"}, {"dropout": 0.0}, {"init": "normal", "dropout": 0.9}):
+        other = resadapt.inject_adapters(small_net(), "c2", 2, head="head", **options)
+        resadapt.load_adapters(other, path)
+        assert torch.equal(other.eval()(X), model.eval()(X))
+        assert other.c2.resadapt.default.dropout.p == options.get("dropout", 0.1), "the live set keeps its own"
+        assert resadapt.verify_adapters(other, path, rebuild=small_net).ok
+    assert resadapt.load_adapters(small_net(), path).c2.resadapt.default.dropout.p == 0.5
+
+
+@pytest.mark.parametrize("inside", ["0.resadapt", "0.resadapt.other", "0.resadapt.other.up"])
+def test_a_site_inside_another_sets_adapter(inside: str, path: Path) -> None:
+    resadapt.save_adapters(trained_tiny(), path, probe=X)
+
+    def change(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        manifest["set"]["sites"][0].update(name=inside, owner=inside)
+        for group in (manifest["tensors"], tensors):
+            for key in [key for key in group if key.startswith("adapters.0.")]:
+                group[key.replace("adapters.0.", f"adapters.{inside}.")] = group.pop(key)
+
+    rewritten(path, change)
+    model = resadapt.inject_adapters(tiny(), "0", 2, name="other")
+    before = picture(model)
+    with pytest.raises(resadapt.AdapterFileError, match=f"has no module '{inside}'"):
+        resadapt.load_adapters(model, path)
+    assert picture(model) == before
+    with pytest.raises(resadapt.InjectionError, match="matches no module"):
+        resadapt.inject_adapters(model, inside, 2, name="third")
+
+
+def test_loading_fails_before_gradients_are_gone(path: Path) -> None:
+    """Whatever is wrong with the tensors, gradients that wait for their step are still there."""
+    resadapt.save_adapters(resadapt.inject_adapters(small_net().double(), "c2", 2), path)
+    data, tensors = decode(path.read_bytes(), path)
+    backbone = small_net()
+    plain = Fingerprint.of(dict(backbone.named_modules()), dict(backbone.state_dict()))
+    data["backbone"] = plain.to_json()
+    tensors["adapters.c2.up.weight"] += 1e-12
+    data["tensors"]["adapters.c2.up.weight"][2] = TensorRecord.of(tensors["adapters.c2.up.weight"]).sha256
+    path.write_bytes(encode(data, tensors, "pt"))
+    for model in (backbone, resadapt.inject_adapters(small_net(), "bn", 2, name="other")):
+        model.eval()(X).sum().backward()
+        gradients = [(p, p.grad) for p in model.parameters()]
+        before = picture(model)
+        with pytest.raises(resadapt.AdapterKeyError, match="would lose precision"):
+            resadapt.load_adapters(model, path)
+        assert picture(model) == before
+        assert all(p.grad is gradient for p, gradient in gradients)

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import backbone_bytes, images, small_resnet, train
+from support import backbone_bytes, images, small_net, small_resnet, train
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 import resadapt
+
+X = images(2, 8)
 
 
 def test_study_1_batchnorm_statistics_in_train_mode() -> None:
@@ -37,7 +40,7 @@ def test_study_2_a_loop_that_unfreezes_at_epoch_9(tmp_path: Path) -> None:
     assert "layer4.0.conv1.weight" in report.drifted
     assert all(name.startswith("layer4.") for name in report.drifted)
     assert not any("running" in name or "resadapt" in name for name in report.drifted)
-    with pytest.raises(resadapt.BackboneDriftError, match=r"'layer4\.0\.conv1\.weight' has other values.*then inject"):
+    with pytest.raises(resadapt.BackboneDriftError, match=r"'layer4\.0\.conv1\.weight' has other values.*Keep the backbone frozen"):
         resadapt.save_adapters(model, tmp_path / "set.pt")
     with pytest.raises(resadapt.BackboneDriftError):
         resadapt.save_adapters(model, tmp_path / "set.pt", verify=False)
@@ -203,3 +206,121 @@ def test_sync_batchnorm_conversion_is_found_out() -> None:
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.bn1.running_mean.add_(1)
     assert resadapt.check_backbone(model).drifted == ["bn1.running_mean"]
+
+
+class NormWithChildren(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(super().forward(input))
+
+
+def test_a_norm_with_children_is_frozen_too() -> None:
+    parametrized = nn.BatchNorm2d(4)
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    for norm in (NormWithChildren(4), parametrized):
+        model = resadapt.inject_adapters(small_net(norm=norm), "c2", 2)
+        frozen = backbone_bytes(model)
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), inputs=X)
+        assert backbone_bytes(model) == frozen
+
+
+def test_update_bn_leaves_frozen_statistics() -> None:
+    model = resadapt.inject_adapters(small_net(), "c2", 2)
+    model.bn.running_mean.data.fill_(0.5)
+    averaged = AveragedModel(model)
+    update_bn([X, X], averaged)
+    assert averaged.module.bn.running_mean.tolist() == [0.5] * 4
+    assert averaged(X).shape == (2, 2)
+
+
+def test_a_norm_that_was_held_trains_in_a_head_at_once() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+            self.bias = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.mean += 1
+            return x + self.bias[:, None, None]
+
+    model = resadapt.inject_adapters(small_net(norm=Own()), "c2", 2, name="a").train()
+    model(X)
+    resadapt.inject_adapters(model, "c2", 2, name="b", head="bn")
+    model(X)
+    assert model.bn.mean.tolist() == [1.0] * 4
+
+
+def test_two_models_that_share_a_backbone() -> None:
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    one, two = (nn.Sequential(backbone, nn.Conv2d(4, 4, 1)) for _ in range(2))
+    resadapt.inject_adapters(one, "1", 2)
+    with pytest.raises(resadapt.InjectionError, match="frozen by an injection into another model, which shares it"):
+        resadapt.inject_adapters(two, "1", 2)
+    assert resadapt.check_backbone(one).ok
+
+
+def test_a_full_checkpoint_in_an_injected_skeleton(tmp_path: Path) -> None:
+    """How every framework resumes: build, inject, load everything."""
+    trained = resadapt.inject_adapters(small_resnet(3), head="fc", bottleneck=8)
+    train(trained, torch.optim.SGD(resadapt.trainable_parameters(trained), lr=0.05))
+    skeleton = resadapt.inject_adapters(small_resnet(0), head="fc", bottleneck=8)
+    skeleton.load_state_dict(trained.state_dict())
+    x = images()
+    assert torch.equal(skeleton.eval()(x), trained.eval()(x))
+    with pytest.raises(resadapt.BackboneDriftError, match=r"'conv1.weight' has other values.*call accept_backbone\(model\)"):
+        resadapt.save_adapters(skeleton, tmp_path / "set.pt")
+    resadapt.accept_backbone(skeleton)
+    assert resadapt.check_backbone(skeleton).ok
+    assert resadapt.save_adapters(skeleton, tmp_path / "set.pt", rebuild=lambda: small_resnet(3)).ok
+    loaded = resadapt.load_adapters(small_resnet(3), tmp_path / "set.pt").eval()
+    assert torch.equal(loaded(x), trained(x))
+    with pytest.raises(resadapt.BackboneMismatchError):
+        resadapt.load_adapters(small_resnet(0), tmp_path / "set.pt")
+    body = [child for name, child in trained.named_children() if name != "fc"]
+    with resadapt.adapters_disabled(skeleton), resadapt.adapters_disabled(trained):
+        features = nn.Sequential(*body, nn.Flatten())(x)
+        assert torch.equal(nn.functional.linear(features, skeleton.fc.weight, skeleton.fc.bias), skeleton(x))
+    train(skeleton, torch.optim.SGD(skeleton.parameters(), lr=0.1, weight_decay=0.1))
+    assert resadapt.check_backbone(skeleton).ok
+    resadapt.remove_adapters(skeleton)
+    assert torch.equal(skeleton.conv1.weight, trained.conv1.weight)
+
+
+def test_accepting_freezes_norms_that_came_in_since() -> None:
+    model = resadapt.inject_adapters(small_resnet(), head="fc")
+    model.layer1[0].bn1 = nn.BatchNorm2d(64)
+    assert "layer1.0.bn1.running_mean" not in resadapt.check_backbone(resadapt.inject_adapters(small_resnet())).drifted
+    resadapt.accept_backbone(model)
+    train(model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.1))
+    assert resadapt.check_backbone(model).ok
+    with pytest.raises(resadapt.InjectionError, match="was not injected into"):
+        resadapt.accept_backbone(small_resnet())
+    model.fc = nn.Linear(512, 3)
+    with pytest.raises(resadapt.InjectionError, match="The head has lost 'fc'"):
+        resadapt.accept_backbone(model)
+
+
+def test_an_optimizer_that_writes_into_every_parameter_it_is_given() -> None:
+    """LBFGS adds its step to all parameters as one vector, zeros to the frozen ones: -0.0 becomes 0.0, which is drift."""
+    for parameters, drifted in ((lambda m: m.parameters(), ["conv.weight"]), (resadapt.trainable_parameters, [])):
+        model = small_net()
+        with torch.no_grad():
+            model.conv.weight[0, 0, 0, 0] = -0.0
+        resadapt.inject_adapters(model, "c2", 2, head="head")
+        optimizer = torch.optim.LBFGS(parameters(model), max_iter=9)
+
+        def loss(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            value = model(X).square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        assert resadapt.check_backbone(model).drifted == drifted

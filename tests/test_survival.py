@@ -87,8 +87,21 @@ def test_memory_format_and_autocast(model: nn.Module) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = model(X)
     assert torch.allclose(output.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
-    output.float().sum().backward()
-    assert all(p.grad is not None for p in resadapt.trainable_parameters(model))
+    fresh = resadapt.inject_adapters(small_resnet(), head="fc", bottleneck=8, dropout=0.0).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        fresh(X).float().square().sum().backward()
+    _same_gradients(fresh, lambda m: m(X).square().sum(), rtol=0.3)
+
+
+def _same_gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor], rtol: float) -> None:
+    """Compares the gradients that the parameters hold with those of an eager float32 step."""
+    got = [p.grad.clone() for p in resadapt.trainable_parameters(model)]
+    model.zero_grad()
+    loss(model).backward()
+    for gradient, parameter in zip(got, resadapt.trainable_parameters(model), strict=True):
+        scale = parameter.grad.abs().max().item()
+        assert scale > 0
+        assert torch.allclose(gradient, parameter.grad, rtol=rtol, atol=rtol * scale)
 
 
 def test_a_model_in_low_precision_gets_adapters_in_it() -> None:
@@ -120,14 +133,19 @@ def test_grad_cam(model: nn.Module) -> None:
 
     def keep(_m: nn.Module, _a: object, output: Tensor) -> None:
         kept["activation"] = output
-        output.register_hook(lambda gradient: kept.__setitem__("gradient", gradient))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: kept.__setitem__("gradient", gradient))
 
     model.layer4[-1].register_forward_hook(keep)
     model(X)[:, 0].sum().backward()
-    cam = torch.relu((kept["gradient"].mean((2, 3), keepdim=True) * kept["activation"]).sum(1))
-    pooled = kept["activation"].mean((2, 3))
-    assert torch.allclose(model.fc(pooled), model(X), atol=1e-5)
-    assert cam.shape == (2, 1, 1)
+    positions = kept["activation"][0, 0].numel()
+    assert torch.allclose(model.fc(kept["activation"].mean((2, 3))), model(X), atol=1e-5), "what the head sees is this activation"
+    expected = (model.fc.weight[0] / positions)[None, :, None, None].expand_as(kept["gradient"])
+    assert torch.allclose(kept["gradient"], expected, atol=1e-7)
+    with resadapt.adapters_disabled(model):
+        adapted = kept["activation"]
+        model(X)
+    assert not torch.allclose(kept["activation"], adapted)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -156,6 +174,7 @@ def test_export(model: nn.Module) -> None:
 def test_compile_fullgraph(ran: bool) -> None:
     torch._dynamo.reset()
     small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    plain = copy.deepcopy(small).eval()
     model = resadapt.inject_adapters(small, ["0", "3"], 4, dropout=0.0)
     with torch.no_grad():
         for parameter in resadapt.trainable_parameters(model):
@@ -174,10 +193,12 @@ def test_compile_fullgraph(ran: bool) -> None:
     for ours, eager in zip(got, resadapt.trainable_parameters(model), strict=True):
         assert torch.allclose(ours, eager.grad, rtol=1e-3, atol=1e-3)
     assert backbone_bytes(model) == frozen
+    adapted = model(X)
     with resadapt.adapters_disabled(compiled):
         disabled = compiled(X)
         assert torch.allclose(disabled, model(X), atol=1e-4)
-        assert not torch.allclose(disabled, got[0].new_zeros(()))
+        assert torch.allclose(disabled, plain(X), atol=1e-4)
+        assert not torch.allclose(disabled, adapted, atol=1e-2)
     assert torch.allclose(compiled(X), model(X), atol=1e-4)
     assert resadapt.count_parameters(compiled).trainable > 0
     resadapt.remove_adapters(model)
@@ -189,9 +210,12 @@ def test_compile_of_a_resnet(model: nn.Module) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(X), model(X), atol=1e-5)
+    for dropout in (module for module in model.modules() if isinstance(module, nn.Dropout)):
+        dropout.p = 0.0
     model.train()
+    model.zero_grad()
     compiled(X).sum().backward()
-    assert all(p.grad is not None for p in resadapt.trainable_parameters(model))
+    _same_gradients(model, lambda m: m(X).sum(), rtol=1e-3)
     assert resadapt.check_backbone(model).ok
 
 
@@ -208,110 +232,3 @@ def test_activation_checkpointing(model: nn.Module, reentrant: bool) -> None:
     fresh(X.clone().requires_grad_()).square().sum().backward()
     for p, gradient in zip(resadapt.trainable_parameters(fresh), expected, strict=True):
         assert torch.equal(p.grad, gradient)
-
-
-def test_data_parallel_replicas(model: nn.Module) -> None:
-    """What DataParallel does, without the accelerators: replicas share hooks and hold other tensors."""
-    replica = model._replicate_for_data_parallel()
-    for key, child in model._modules.items():
-        replica._modules[key] = child._replicate_for_data_parallel()
-        replica._modules[key]._modules = child._modules
-        replica._modules[key]._parameters = child._parameters
-    assert torch.equal(replica(X), model(X))
-
-
-PARALLEL = """
-    import os, sys, torch, torch.distributed as dist, torch.nn as nn
-    sys.path.insert(0, {tests!r})
-    from support import images, small_resnet, backbone_bytes
-    import resadapt
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    def injected():
-        model = resadapt.inject_adapters(small_resnet(), head="fc", bottleneck=8, dropout=0.0)
-        with torch.no_grad():
-            for p in model.layer4[-1].resadapt.parameters():
-                p.fill_(0.01)
-        return model
-    x = images(4)
-    eager = injected()
-    frozen = backbone_bytes(eager, ("fc",))
-    eager.train()
-    optimizer = torch.optim.SGD(resadapt.trainable_parameters(eager), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        eager(x).square().mean().backward()
-        optimizer.step()
-    expected = eager.eval()(x)
-"""
-
-DDP = """
-    model = nn.parallel.DistributedDataParallel(injected())
-    optimizer = torch.optim.SGD(resadapt.parameter_groups(model, 0.1))
-    model.train()
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
-        optimizer.step()
-    model.eval()
-    assert torch.allclose(model(x), expected, atol=1e-5), (model(x) - expected).abs().max()
-    assert backbone_bytes(model.module, ("fc",)) == frozen
-    if rank == 0:
-        assert resadapt.save_adapters(model, {out!r}).ok
-        torch.save(small_resnet().state_dict(), {out!r} + ".backbone")
-"""
-
-FSDP2 = """
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.device_mesh import init_device_mesh
-    mesh = init_device_mesh("cpu", (2,))
-    model = injected()
-    for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
-        for block in layer:
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.SGD(resadapt.parameter_groups(model, 0.1))
-    model.train()
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
-        optimizer.step()
-    model.eval()
-    assert torch.allclose(model(x), expected, atol=1e-5), (model(x) - expected).abs().max()
-    state = resadapt.adapter_state_dict(model)
-    full = {{k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}}
-    for key, value in resadapt.adapter_state_dict(eager).items():
-        assert torch.allclose(full[key], value, atol=1e-6), key
-    assert resadapt.check_backbone(model).ok
-"""
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        DDP,
-        pytest.param(
-            FSDP2,
-            marks=pytest.mark.skipif(
-                not hasattr(torch.distributed, "fsdp") or torch.__version__ < "2.6", reason="FSDP2 is public from torch 2.6"
-            ),
-        ),
-    ],
-    ids=["ddp", "fsdp2"],
-)
-def test_two_processes(body: str, tmp_path: Path) -> None:
-    out = tmp_path / "set.pt"
-    script = tmp_path / "script.py"
-    text = textwrap.dedent(PARALLEL) + textwrap.dedent(body)
-    script.write_text(text.format(tests=str(Path(__file__).parent), out=str(out)))
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-        check=True,
-        timeout=300,
-    )
-    if body is DDP:
-        plain = small_resnet()
-        plain.load_state_dict(torch.load(f"{out}.backbone"))
-        resadapt.load_adapters(plain, out)
-        assert resadapt.verify_adapters(plain, out).ok

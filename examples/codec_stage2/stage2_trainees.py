@@ -37,6 +37,7 @@ def adapter_trainee(
     output: Path,
     device: torch.device,
     *,
+    stage1_file: Path,
     lr_adapter: float,
     lr_head: float,
 ) -> Trainee:
@@ -48,6 +49,7 @@ def adapter_trainee(
         val: All validation blocks; the proof uses a fixed part of them.
         output: Where the adapter file goes.
         device: Where the model is.
+        stage1_file: What the model was built from, and is rebuilt from for each proof.
         lr_adapter: Learning rate of the adapters.
         lr_head: Learning rate of the head.
     """
@@ -65,6 +67,7 @@ def adapter_trainee(
             metric=metric,
             tolerance=0.0,
             metadata={"epoch": record["epoch"], "macro_f1": record["macro_f1"]},
+            rebuild=lambda: stage2_backbone(stage1_file),
         )
         record["proof"] = {
             "blocks": len(samples),
@@ -127,14 +130,19 @@ def proof_subset(val: TensorDataset) -> tuple[Tensor, Tensor]:
     return samples[index], labels[index]
 
 
+def stage2_backbone(stage1_file: Path) -> nn.Module:
+    """Build what the adapters are put into: the Stage 1 model, with a fresh head for Stage 2."""
+    model, _ = load_stage1_backbone(stage1_file)
+    model.fc = stage2_head()
+    return model
+
+
 def reload_stage2(stage1_file: Path, output: Path) -> nn.Module:
     """Build the model of a finished run from its files alone: Stage 1's and the adapters' or the head's."""
-    model, _ = load_stage1_backbone(stage1_file)
-    head = stage2_head()
-    model.fc = head
+    model = stage2_backbone(stage1_file)
     if (output / ADAPTER_FILE).exists():
         return load_adapters(model, output / ADAPTER_FILE)
-    head.load_state_dict(torch.load(output / HEAD_FILE, weights_only=True))
+    model.get_submodule("fc").load_state_dict(torch.load(output / HEAD_FILE, weights_only=True))
     return model
 
 

@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     if options.use_adapters:
         model = adapt_for_stage2(backbone, kind, options.adapter_bottleneck, options.adapter_dropout).to(device)
-        trainee = adapter_trainee(model, loss, val, output, device, lr_adapter=options.lr_adapter, lr_head=options.lr_head)
+        rates = {"lr_adapter": options.lr_adapter, "lr_head": options.lr_head}
+        trainee = adapter_trainee(model, loss, val, output, device, stage1_file=options.stage1_model, **rates)
         counts = count_parameters(model)
         parameters = {"trainable": counts.trainable, "adapters": counts.adapters, "head": counts.head}
         data = (train, val)

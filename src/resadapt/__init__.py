@@ -4,39 +4,32 @@ from resadapt.base.errors import (
     AdapterError,
     AdapterFileError,
     AdapterKeyError,
+    AdapterWarning,
     BackboneDriftError,
     BackboneMismatchError,
     InjectionError,
     VerificationError,
 )
-from resadapt.base.fingerprint import TensorRecord
+from resadapt.base.fingerprint import Fingerprint, TensorRecord
+from resadapt.base.module_record import ModuleRecord
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.version import __version__
+from resadapt.deploy.inference_copy import inference_copy
 from resadapt.files.adapter_file import AdapterInfo, ProbeRecord, read_adapter_info
-from resadapt.injection.sets import (
-    AdapterSetInfo,
-    adapters_disabled,
-    inject_adapters,
-    list_adapters,
-    remove_adapters,
-    set_active_adapters,
-)
-from resadapt.parameters import (
-    ModelSummary,
+from resadapt.injection.set_info import AdapterSetInfo, list_adapters
+from resadapt.injection.sets import adapters_disabled, inject_adapters, remove_adapters, set_active_adapters
+from resadapt.parameters.summary import ModelSummary, summary
+from resadapt.parameters.trainable import (
     ParameterCount,
     count_parameters,
     named_trainable_parameters,
     parameter_groups,
-    summary,
     trainable_parameters,
 )
-from resadapt.proof.checkpoint import (
-    adapter_state_dict,
-    load_adapter_state_dict,
-    load_adapters,
-)
-from resadapt.proof.compare import Check, VerificationReport
-from resadapt.proof.drift import BackboneReport, check_backbone
+from resadapt.proof.drift import BackboneReport, accept_backbone, check_backbone
+from resadapt.proof.loading import load_adapters
+from resadapt.proof.report import Check, VerificationReport
+from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict
 from resadapt.proof.verify import save_adapters, verify_adapters
 
 __all__ = [
@@ -45,12 +38,15 @@ __all__ = [
     "AdapterInfo",
     "AdapterKeyError",
     "AdapterSetInfo",
+    "AdapterWarning",
     "BackboneDriftError",
     "BackboneMismatchError",
     "BackboneReport",
     "Check",
+    "Fingerprint",
     "InjectionError",
     "ModelSummary",
+    "ModuleRecord",
     "ParameterCount",
     "ProbeRecord",
     "SetSpec",
@@ -59,10 +55,12 @@ __all__ = [
     "VerificationError",
     "VerificationReport",
     "__version__",
+    "accept_backbone",
     "adapter_state_dict",
     "adapters_disabled",
     "check_backbone",
     "count_parameters",
+    "inference_copy",
     "inject_adapters",
     "list_adapters",
     "load_adapter_state_dict",

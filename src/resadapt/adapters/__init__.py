@@ -7,4 +7,4 @@ from resadapt.adapters.pooled import PooledAdapter
 __all__ = ["FAMILIES", "PooledAdapter"]
 
 FAMILIES = {"pooled": PooledAdapter}
-"""A family is a module, built as ``family(channels, bottleneck, spatial_dims, dropout=, **options)``."""
+"""A family is a module, built as ``family(channels, bottleneck, spatial_dims, channel_dim=, dropout=, **options)``."""

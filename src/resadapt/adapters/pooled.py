@@ -1,8 +1,5 @@
 """The `pooled` family: a bottleneck on the channel means, added back to every position."""
 
-from __future__ import annotations
-
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -17,8 +14,9 @@ class PooledAdapter(nn.Module):
     Args:
         channels: C, channels of the feature map ``[N, C, ...]``.
         bottleneck: b, width of the hidden layer.
-        spatial_dims: Number of dimensions after C. It is fixed here because a forward that asks a tensor for its number of
-            dimensions cannot be traced by torch.fx.
+        spatial_dims: Number of dimensions besides N and C. It is fixed here because a forward that asks a tensor for its number
+            of dimensions cannot be traced by torch.fx.
+        channel_dim: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``.
         dropout: Probability of dropping a hidden unit in training.
         init: ``"normal"`` draws all weights from N(0, 1e-3); ``"identity"`` starts ``up`` at zero, so that the adapter changes
             nothing until it is trained. Biases start at zero.
@@ -38,15 +36,23 @@ class PooledAdapter(nn.Module):
         True
     """
 
-    def __init__(self, channels: int, bottleneck: int, spatial_dims: int, *, dropout: float = 0.1, init: str = "normal") -> None:
+    _positions: list[int]  # not as text, which torch.jit.script cannot read: so no annotations from the future in this file
+
+    def __init__(
+        self, channels: int, bottleneck: int, spatial_dims: int, *, channel_dim: int = 1, dropout: float = 0.1, init: str = "normal"
+    ) -> None:
         super().__init__()
         if init not in ("normal", "identity"):
             raise ValueError(f"init={init!r} is not known: use 'normal' or 'identity'")
         self.down = nn.Linear(channels, bottleneck)
+        self.act = nn.ReLU()  # a module: attribution methods such as DeepLift look for it
         self.dropout = nn.Dropout(dropout)
         self.up = nn.Linear(bottleneck, channels)
-        self._positions = tuple(range(2, 2 + spatial_dims))
-        self._broadcast = (..., *[None] * spatial_dims)
+        first = 2 if channel_dim == 1 else 1
+        self._positions = list(range(first, first + spatial_dims))
+        self._vectors = [-1, channels]
+        ones = [1] * spatial_dims
+        self._broadcast = [-1, channels, *ones] if channel_dim == 1 else [-1, *ones, channels]
         for linear in (self.down, self.up):
             nn.init.normal_(linear.weight, std=1e-3)
             nn.init.zeros_(linear.bias)
@@ -55,7 +61,9 @@ class PooledAdapter(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """Adapts a feature map ``[N, C, ...]`` and returns one of the same shape."""
-        pooled = x.mean(self._positions) if self._positions else x
-        correction: Tensor = self.up(self.dropout(torch.relu(self.down(pooled))))
-        return x + correction[self._broadcast]
+        """Adapts a feature map ``[N, C, ...]`` (or ``[N, ..., C]``) and returns one of the same shape."""
+        pooled = x
+        if len(self._positions) > 0:
+            pooled = x.mean(self._positions, keepdim=True).reshape(self._vectors)  # quantized tensors need keepdim
+        correction: Tensor = self.up(self.dropout(self.act(self.down(pooled))))
+        return x + correction.reshape(self._broadcast)

@@ -6,16 +6,29 @@ __all__ = [
     "AdapterError",
     "AdapterFileError",
     "AdapterKeyError",
+    "AdapterWarning",
     "BackboneDriftError",
     "BackboneMismatchError",
     "InjectionError",
     "VerificationError",
-    "listing",
 ]
 
 
 class AdapterError(Exception):
-    """Base class of every error that resadapt raises."""
+    """Base class of every error that resadapt raises; itself raised for an unsuitable argument.
+
+    Args:
+        message: What happened, where, and how to mend it.
+        report: What was compared, where the error follows from a report; else None.
+    """
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class AdapterWarning(UserWarning):
+    """Something about the adapters that is probably not meant, such as one that never runs."""
 
 
 class InjectionError(AdapterError):
@@ -23,7 +36,7 @@ class InjectionError(AdapterError):
 
 
 class BackboneDriftError(AdapterError):
-    """The backbone is no longer the one that was injected into (raised when saving)."""
+    """The backbone is no longer the one that was injected into (raised when saving); ``report`` is a `BackboneReport`."""
 
 
 class BackboneMismatchError(AdapterError):
@@ -39,10 +52,4 @@ class AdapterKeyError(AdapterError):
 
 
 class VerificationError(AdapterError):
-    """A check of the save round trip failed; the target file was left as it was."""
-
-
-def listing(names: list[str], most: int = 8) -> str:
-    """Joins names for a message, the first few of them if they are many."""
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+    """A check of the save round trip failed, and the target file was left as it was; ``report`` is a `VerificationReport`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from typing_extensions import Self
@@ -12,6 +12,10 @@ __all__ = ["SetSpec", "SiteSpec"]
 
 
 _MOST_DIMS = 8
+_SET_FIELDS = {"name": str, "family": str, "options": dict, "dropout": float, "norm": str, "sites": list, "head": list}
+_SITE_FIELDS = {"name": str, "owner": str, "channels": int, "spatial_dims": int, "bottleneck": int, "channel_dim": int}
+# What a description must share with another for the tensors of one to fit the other.
+_STRUCTURE = ("family", "options", "norm", "sites", "head")
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,10 @@ class SiteSpec:
     Args:
         name: The site, as in ``model.named_modules()``.
         owner: The module that carries the adapter: the site itself, or the last block of a Sequential.
-        channels: Size C of the site's output ``[N, C, ...]``.
-        spatial_dims: Number of dimensions after C (2 for images, 3 for video, 0 for ``[N, C]``).
+        channels: C, size of the output's channel dimension.
+        spatial_dims: Number of dimensions other than batch and channels (2 for images, 3 for video, 0 for ``[N, C]``).
         bottleneck: Width of the adapter's hidden layer, in channels.
+        channel_dim: Where the channels are: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``.
     """
 
     name: str
@@ -31,6 +36,13 @@ class SiteSpec:
     channels: int
     spatial_dims: int
     bottleneck: int
+    channel_dim: int = 1
+
+    @property
+    def shape_text(self) -> str:
+        """The shape of the site's output, such as ``"[N, 64, *, *]"``."""
+        spatial, channels = ["*"] * self.spatial_dims, [str(self.channels)]
+        return f"[{', '.join(['N', *(channels + spatial if self.channel_dim == 1 else spatial + channels)])}]"
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class SetSpec:
     Args:
         name: Name of the set.
         family: Kind of adapter.
-        options: Options of the family, JSON values.
+        options: Options of the family that the trained adapter still depends on, JSON values.
         dropout: Probability of dropping a hidden unit in training, in [0, 1).
         norm: Norm policy.
         sites: The sites, in the order of ``model.named_modules()``.
@@ -72,27 +84,24 @@ class SetSpec:
         Raises:
             ValueError: The data does not have the exact form that `to_json` gives.
         """
-        record = _typed(
-            data,
-            "set",
-            {"name": str, "family": str, "options": dict, "dropout": float, "norm": str, "sites": list, "head": list},
-        )
-        kinds = {"name": str, "owner": str, "channels": int, "spatial_dims": int, "bottleneck": int}
-        sites = tuple(SiteSpec(**_typed(site, "site", kinds)) for site in record["sites"])
+        record = _typed(data, "set", _SET_FIELDS)
+        sites = tuple(SiteSpec(**_typed(site, "site", _SITE_FIELDS)) for site in record["sites"])
         if any(site.channels < 1 or site.bottleneck < 1 or site.spatial_dims < 0 for site in sites):
             raise ValueError("a site has a size below 1")
         if any(site.spatial_dims > _MOST_DIMS for site in sites):
             raise ValueError(f"a site has more than {_MOST_DIMS} spatial dimensions")
+        if any(site.channel_dim not in (1, -1) for site in sites):
+            raise ValueError("a site's channel_dim is neither 1 nor -1")
         if not all(isinstance(name, str) for name in record["head"]):
             raise ValueError("head: expected a list of names")
         names, owners = {site.name for site in sites}, {site.owner for site in sites}
         if not sites or not len(sites) == len(names) == len(owners) or len(set(record["head"])) != len(record["head"]):
-            raise ValueError("there is no site, or a site, owner or head stands twice")
+            raise ValueError("there is no site, or a site, owner or head is named more than once")
         return cls(**record | {"sites": sites, "head": tuple(record["head"])})
 
     def differences(self, other: SetSpec) -> list[str]:
-        """Names the fields, other than the set's name, in which two descriptions differ."""
-        return [f.name for f in fields(self) if f.name != "name" and getattr(self, f.name) != getattr(other, f.name)]
+        """Names the fields in which two sets differ so that the tensors of one would not fit the other."""
+        return [field for field in _STRUCTURE if getattr(self, field) != getattr(other, field)]
 
 
 def _typed(data: Any, what: str, kinds: Mapping[str, type]) -> dict[str, Any]:

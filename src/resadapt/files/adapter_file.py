@@ -1,12 +1,10 @@
-"""What an adapter file says, and its writing and reading: all of it or nothing."""
+"""What an adapter file says: its manifest made, and read back with nothing in it trusted."""
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from resadapt.base.errors import AdapterFileError, listing
-from resadapt.base.fingerprint import TensorRecord, differences, explained, fingerprint
+from resadapt.base.errors import AdapterFileError
+from resadapt.base.fingerprint import Fingerprint, TensorRecord, record_tensors, tensor_differences, tensor_records
+from resadapt.base.names import listing, reasons_listing
 from resadapt.base.spec import SetSpec
 from resadapt.base.version import __version__
 from resadapt.files.container import decode, encode, format_for
@@ -25,13 +24,13 @@ __all__ = [
     "FORMAT_VERSION",
     "AdapterInfo",
     "ProbeRecord",
+    "as_json",
+    "encode_adapter_file",
     "read_adapter_file",
     "read_adapter_info",
-    "staged",
-    "target_of",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class AdapterInfo:
         format_version: Version of the file format.
         versions: Versions of resadapt, torch and torchvision that wrote it.
         set: Description of the adapter set.
-        backbone: Fingerprint of the backbone without the head, tensor by tensor.
+        backbone: Fingerprint of the backbone without the head.
         tensors: The file's own tensors.
         example: Form of the example input at injection, None if there was none.
         probe: What is known of the probe, None if there was none.
@@ -73,14 +72,14 @@ class AdapterInfo:
     format_version: int
     versions: dict[str, str]
     set: SetSpec
-    backbone: dict[str, TensorRecord]
+    backbone: Fingerprint
     tensors: dict[str, TensorRecord]
     example: Any
     probe: ProbeRecord | None
     metadata: dict[str, Any]
 
 
-def read_adapter_info(path: str | os.PathLike[str]) -> AdapterInfo:
+def read_adapter_info(path: str | bytes | os.PathLike[str]) -> AdapterInfo:
     """Reads what an adapter file says, without a model and without executing anything in it.
 
     Args:
@@ -105,14 +104,14 @@ def read_adapter_info(path: str | os.PathLike[str]) -> AdapterInfo:
     return read_adapter_file(path)[0]
 
 
-def read_adapter_file(path: str | os.PathLike[str]) -> tuple[AdapterInfo, dict[str, Tensor]]:
-    """Reads a file and holds every tensor against its digest.
+def read_adapter_file(path: str | bytes | os.PathLike[str]) -> tuple[AdapterInfo, dict[str, Tensor]]:
+    """Reads a file and compares every tensor with its digest.
 
     Raises:
         AdapterFileError: As `read_adapter_info`.
     """
     try:
-        path = Path(path)
+        path = Path(os.fsdecode(path))
         data = path.read_bytes()
     except (OSError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path!r}: cannot be read: {error}. Check the path.") from error
@@ -120,147 +119,102 @@ def read_adapter_file(path: str | os.PathLike[str]) -> tuple[AdapterInfo, dict[s
     number = manifest.get("format_version")
     if type(number) is not int or not 1 <= number <= FORMAT_VERSION:
         raise AdapterFileError(
-            f"{path}: written in format {number!r} by resadapt {manifest.get('versions', {})}; this version reads format "
+            f"{path}: written in format {number!r} by resadapt {manifest.get('versions', {})}; this version reads formats up to "
             f"{FORMAT_VERSION}. Install a newer resadapt."
         )
     try:
+        if number == 1:
+            manifest = _from_format_1(manifest)
         info = AdapterInfo(
             path=path,
             size=len(data),
             format_version=number,
             versions=dict(manifest["versions"]),
             set=SetSpec.from_json(manifest["set"]),
-            backbone=_records(manifest["backbone"]),
-            tensors=_records(manifest["tensors"]),
+            backbone=Fingerprint.from_json(manifest["backbone"]),
+            tensors=tensor_records(manifest["tensors"]),
             example=manifest["example"],
             probe=_probe(manifest["probe"]),
             metadata=dict(manifest["metadata"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path}: its manifest is not one of format {number}: {error!r}. Save it again.") from error
     if strange := [name for name in tensors if not name.startswith(("adapters.", "head.", "probe."))]:
         raise AdapterFileError(f"{path}: it has tensors of no known kind: {listing(strange)}. Save it again.")
     if info.probe and (lost := [place for place in info.probe.outputs if f"probe.{place}" not in tensors]):
         raise AdapterFileError(f"{path}: the recorded outputs {listing(lost)} are missing. Save it again.")
-    if wrong := differences(tensors, info.tensors):
-        raise AdapterFileError(f"{path}: its tensors are not those of its manifest: {explained(wrong)}. Save it again.")
+    if wrong := tensor_differences(tensors, info.tensors):
+        raise AdapterFileError(f"{path}: its tensors are not those of its manifest: {reasons_listing(wrong)}. Save it again.")
     return info, tensors
 
 
-def target_of(path: str | os.PathLike[str]) -> Path:
-    """Returns where a file is to be written, links followed, after looking whether that can be done.
-
-    Raises:
-        AdapterFileError: It cannot.
-    """
-    try:
-        target = Path(os.path.realpath(os.fsdecode(path)))
-        exists = target.exists()
-    except (OSError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path!r}: is no path of a file: {error}.") from error
-    format_for(target)
-    if exists and not target.is_file():
-        kind = "a directory" if target.is_dir() else "no ordinary file"
-        raise AdapterFileError(f"{target}: is {kind}. Give the path of a file.")
-    if not target.parent.is_dir():
-        raise AdapterFileError(f"{target}: the directory {target.parent} does not exist. Create it first.")
-    return target
-
-
-@contextmanager
-def staged(
+def encode_adapter_file(
     target: Path,
     set_spec: SetSpec,
-    backbone: Mapping[str, TensorRecord],
+    backbone: Fingerprint,
     tensors: Mapping[str, Tensor],
     *,
     example: Any,
     probe: ProbeRecord | None,
-    metadata: Mapping[str, Any] | None,
-) -> Iterator[Path]:
-    """Writes a file beside the target for the body to examine; it takes the target's place when the body ends without error.
-
-    The file reaches the disk before the body runs. Whatever fails, the target is what it was and nothing else is left.
-
-    Yields:
-        The path of the file beside the target.
+    metadata: Mapping[str, Any],
+) -> bytes:
+    """Returns the bytes of an adapter file for a target, whose name chooses the container.
 
     Raises:
-        AdapterFileError: The metadata is not JSON, or the disk refuses.
+        AdapterFileError: The container's package is not installed, or the container cannot hold a tensor.
     """
     manifest = {
         "format_version": FORMAT_VERSION,
         "versions": {"resadapt": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
         "set": set_spec.to_json(),
-        "backbone": {name: _plain(record) for name, record in backbone.items()},
-        "tensors": {name: _plain(record) for name, record in fingerprint(tensors.items()).items()},
+        "backbone": backbone.to_json(),
+        "tensors": {name: list(asdict(record).values()) for name, record in record_tensors(tensors).items()},
         "example": example,
         "probe": asdict(probe) if probe is not None else None,
-        "metadata": _as_json(metadata or {}, target),
+        "metadata": dict(metadata),
     }
-    data = encode(manifest, dict(tensors), format_for(target))
-    beside = target.with_name(f".resadapt-{secrets.token_hex(8)}.tmp")  # short, whatever the target's name
-    try:
-        try:
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-                if target.exists():
-                    os.chmod(beside, target.stat().st_mode & 0o7777)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise AdapterFileError(
-                f"{target}: cannot be written: {error.strerror}. The previous file, if any, is intact."
-            ) from error
-        yield beside
-        try:
-            os.replace(beside, target)
-        except OSError as error:
-            raise AdapterFileError(f"{target}: cannot be replaced: {error.strerror}. The previous file is intact.") from error
-    finally:
-        beside.unlink(missing_ok=True)
-    if os.name == "posix":  # the renaming itself reaches the disk with the directory
-        with suppress(OSError):  # a directory that may be written but not read
-            directory = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+    return encode(manifest, dict(tensors), format_for(target))
 
 
-def _as_json(metadata: Mapping[str, Any], target: Path) -> dict[str, Any]:
+def as_json(metadata: object, target: Path) -> dict[str, Any]:
+    """Returns a user's entries as a file will give them back.
+
+    Raises:
+        AdapterFileError: They are no JSON object.
+    """
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise AdapterFileError(f"{target}: metadata is {type(metadata).__name__}: give a dict with str keys.")
     try:
         text = json.dumps(dict(metadata), allow_nan=False)
+        back: dict[str, Any] = json.loads(text)
+        same = bool(back == metadata)
     except (TypeError, ValueError, RecursionError) as error:
         raise AdapterFileError(
             f"{target}: metadata is not JSON: {error}. Use dict, list, str, int, finite float, bool, None."
         ) from error
-    back: dict[str, Any] = json.loads(text)
-    if back != metadata:
+    if not same:
         raise AdapterFileError(f"{target}: metadata would come back as {back}. Use str keys, and lists in place of tuples.")
     return back
-
-
-def _plain(record: TensorRecord) -> list[Any]:
-    return [record.dtype, list(record.shape), record.sha256]
 
 
 def _probe(data: Any) -> ProbeRecord | None:
     if data is None:
         return None
     record = ProbeRecord(**data)
-    if not isinstance(record.outputs, dict):
-        raise ValueError("no records of outputs")
+    if not isinstance(record.outputs, dict) or not isinstance(record.sha256, str):
+        raise ValueError("no record of a probe")
     for output in record.outputs.values():
         if set(output) != {"shape", "step"} or type(output["step"]) is not int or output["step"] < 1:
             raise ValueError(f"no record of an output: {output!r}")
     return record
 
 
-def _records(data: Any) -> dict[str, TensorRecord]:
-    records = {}
-    for name, (dtype, shape, sha256) in dict(data).items():
-        if not isinstance(getattr(torch, dtype, None), torch.dtype) or not all(type(size) is int for size in shape):
-            raise ValueError(f"no record of a tensor: {name!r}")
-        records[name] = TensorRecord(dtype, tuple(shape), str(sha256))
-    return records
+def _from_format_1(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Returns the manifest of a file of format 1 as one of format 2."""
+    spec = manifest["set"]
+    sites = [{**site, "channel_dim": 1} for site in spec["sites"]] if isinstance(spec.get("sites"), list) else None
+    options = {key: value for key, value in spec["options"].items() if key != "init"}
+    backbone = {"tensors": manifest["backbone"], "modules": None, "caches": []}
+    return {**manifest, "set": {**spec, "sites": sites, "options": options}, "backbone": backbone}

@@ -35,7 +35,7 @@ def format_for(path: Path) -> str:
         AdapterFileError: The name ends in .safetensors and that package is not installed.
     """
     installed = find_spec("safetensors") is not None
-    match path.suffix:
+    match path.suffix.lower():
         case ".pt" | ".pth":
             return "pt"
         case ".safetensors" if not installed:
@@ -49,19 +49,27 @@ def encode(manifest: dict[str, Any], tensors: dict[str, Tensor], format: str) ->
     """Returns the bytes of a file; the same content gives the same bytes."""
     text = json.dumps(manifest, separators=(",", ":"), allow_nan=False)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
-    if format == "safetensors":
-        import safetensors.torch  # noqa: PLC0415 - an optional package
-
-        data = bytearray(safetensors.torch.save(tensors, {_ENTRY: _BLANK.decode() + text}))
-    else:
-        buffer = io.BytesIO()
-        torch.save({"manifest": text, "tensors": tensors}, buffer)
-        with zipfile.ZipFile(buffer, "a") as archive:
-            archive.comment = _COMMENT + _BLANK
-        data = bytearray(buffer.getvalue())
+    data = bytearray(_safetensors_bytes(text, tensors) if format == "safetensors" else _zip_bytes(text, tensors))
     at = _seal_position(data)
     data[at : at + _DIGITS] = _seal(data, at)
     return bytes(data)
+
+
+def _safetensors_bytes(text: str, tensors: dict[str, Tensor]) -> bytes:
+    import safetensors.torch  # noqa: PLC0415 - an optional package
+
+    try:
+        return safetensors.torch.save(tensors, {_ENTRY: _BLANK.decode() + text})
+    except (KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise AdapterFileError(f"A .safetensors file cannot hold these tensors: {error}. Choose a name ending in .pt.") from error
+
+
+def _zip_bytes(text: str, tensors: dict[str, Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"manifest": text, "tensors": tensors}, buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = _COMMENT + _BLANK
+    return buffer.getvalue()
 
 
 def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -93,8 +101,10 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             text = json.loads(data[8 : 8 + _header_size(data)])["__metadata__"][_ENTRY][_DIGITS:]
             tensors = _load_safetensors(data, path)
         manifest = json.loads(text)
-        if not isinstance(manifest, dict) or not all(_is_plain(tensor) for tensor in tensors.values()):
-            raise TypeError("no manifest, or something that is no plain tensor")
+        if not isinstance(manifest, dict) or not all(isinstance(name, str) for name in tensors):
+            raise TypeError("no manifest, or tensors without names")
+        if not all(_is_plain(tensor) for tensor in tensors.values()):
+            raise TypeError("something that is no plain tensor")
     except AdapterFileError:
         raise
     except Exception as error:  # whatever the readers make of bytes that somebody sealed

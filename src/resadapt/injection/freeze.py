@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from resadapt.injection.slots import backbone_modules, is_leaf
+from resadapt.base.names import within
+from resadapt.injection.walk import backbone_modules, is_leaf
 
-__all__ = ["NORM_POLICIES", "freeze_norms", "freeze_parameters", "is_frozen", "thaw_norms", "within"]
-
-NORM_POLICIES = ("frozen",)
+__all__ = [
+    "NORM_POLICIES",
+    "apply_norm_policy",
+    "freeze_norm",
+    "freeze_parameters",
+    "gradients_back_on_failure",
+    "is_frozen",
+    "stock_norm",
+    "thaw_norm",
+]
 
 
 class _FrozenStatistics(nn.modules.batchnorm._BatchNorm):
@@ -57,13 +66,8 @@ _STOCK = {frozen: stock for stock, frozen in _FROZEN.items()}
 
 
 def hold_in_eval(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of other leaf modules with buffers (a BatchNorm of one's own, spectral norm): runs them as in evaluation."""
+    """Forward pre-hook of other modules with statistics (a BatchNorm of one's own, spectral norm): runs them as in evaluation."""
     module.training = False
-
-
-def within(name: str, heads: Collection[str]) -> bool:
-    """Tells whether a module or tensor name is one of the given modules or lies inside one."""
-    return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
 def freeze_parameters(model: nn.Module) -> None:
@@ -75,28 +79,35 @@ def freeze_parameters(model: nn.Module) -> None:
                 parameter.grad = None
 
 
-def freeze_norms(model: nn.Module, head: Collection[str] = ()) -> None:
-    """Fixes the statistics of the backbone outside the head; norms inside the head run as they were built.
-
-    Args:
-        model: The whole model.
-        head: Names of modules that are trained, their norms included.
-    """
-    for name, module in backbone_modules(model):
-        if within(name, head):
-            if _release(module):
-                module.training = model.training
-        elif type(module) in _FROZEN and module._buffers["running_mean"] is not None:
-            module.__class__ = _FROZEN[type(module)]
-        elif _holds_statistics(module) and hold_in_eval not in module._forward_pre_hooks.values():
-            # First of all hooks: torch.nn.utils.spectral_norm updates its buffers in a pre-hook of its own.
-            module.register_forward_pre_hook(hold_in_eval, prepend=True)
+@contextmanager
+def gradients_back_on_failure(model: nn.Module) -> Iterator[None]:
+    """Runs the body and, if it fails, puts the gradients back that it dropped."""
+    gradients = [(parameter, parameter.grad) for parameter in nn.Module.parameters(model)]
+    try:
+        yield
+    except BaseException:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        raise
 
 
-def thaw_norms(model: nn.Module) -> None:
-    """Gives every norm its own class and behaviour back."""
-    for _, module in backbone_modules(model):
-        _release(module)
+def freeze_norm(module: nn.Module) -> None:
+    """Fixes the statistics of a module, if it has any."""
+    if type(module) in _FROZEN and module._buffers["running_mean"] is not None:
+        module.__class__ = _FROZEN[type(module)]
+    elif _keeps_statistics(module) and hold_in_eval not in module._forward_pre_hooks.values():
+        # First of all hooks: torch.nn.utils.spectral_norm updates its buffers in a pre-hook of its own.
+        module.register_forward_pre_hook(hold_in_eval, prepend=True)
+
+
+def thaw_norm(module: nn.Module) -> bool:
+    """Lets a module run as it was built; tells whether its training flag was held."""
+    if type(module) in _STOCK:
+        module.__class__ = _STOCK[type(module)]
+    held = [key for key, hook in module._forward_pre_hooks.items() if hook is hold_in_eval]
+    for key in held:
+        del module._forward_pre_hooks[key]
+    return bool(held)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -104,17 +115,25 @@ def is_frozen(module: nn.Module) -> bool:
     return type(module) in _STOCK or hold_in_eval in module._forward_pre_hooks.values()
 
 
-def _release(module: nn.Module) -> bool:
-    """Lets a norm run as it was built; tells whether its training flag was held."""
-    if type(module) in _STOCK:
-        module.__class__ = _STOCK[type(module)]
-    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is hold_in_eval]:
-        del module._forward_pre_hooks[key]
-        return True
-    return False
+def stock_norm(module: nn.Module) -> type[nn.Module]:
+    """Returns the class that a module has when it is not frozen."""
+    return _STOCK.get(type(module), type(module))
 
 
-def _holds_statistics(module: nn.Module) -> bool:
+NORM_POLICIES: dict[str, Callable[[nn.Module], None]] = {"frozen": freeze_norm}
+"""What a set does with each of the backbone's norms outside its head, by the name of the policy."""
+
+
+def apply_norm_policy(model: nn.Module, policy: str, head: Collection[str] = ()) -> None:
+    """Applies a set's norm policy to the backbone outside its head; norms inside the head run as they were built."""
+    for name, module in backbone_modules(model):
+        if not within(name, head):
+            NORM_POLICIES[policy](module)
+        elif thaw_norm(module):
+            module.training = model.training
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
     # Norms and leaves only: a whole network may own a buffer too (its input's mean, say), and must keep its training behaviour.
     owns_buffers = any(buffer is not None for buffer in module._buffers.values())
     norm = isinstance(module, nn.modules.batchnorm._NormBase)

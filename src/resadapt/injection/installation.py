@@ -1,10 +1,8 @@
-"""The one place where a model changes: a set goes in, becomes the active one, goes out."""
+"""Putting a set into a model and taking it out again, all or nothing."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,16 +10,21 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from resadapt.adapters import FAMILIES
-from resadapt.base.errors import InjectionError, listing
-from resadapt.base.fingerprint import fingerprint
+from resadapt.base.errors import InjectionError
+from resadapt.base.fingerprint import Fingerprint
+from resadapt.base.names import listing, within
 from resadapt.base.spec import SetSpec, SiteSpec
-from resadapt.injection.freeze import NORM_POLICIES, freeze_norms, freeze_parameters, is_frozen, thaw_norms, within
-from resadapt.injection.hooks import attach, detach, unwatch, watch_first_forward
-from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_tensors, clone_head, find_ledger, swap, unwrap
+from resadapt.injection.freeze import NORM_POLICIES, freeze_parameters, gradients_back_on_failure, is_frozen, thaw_norm
+from resadapt.injection.heads import clone_head, mark_heads
+from resadapt.injection.hooks import attach, detach, unwatch, watch
+from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, find_ledger
 from resadapt.injection.select import owner_of
-from resadapt.injection.slots import AdapterSlot, backbone_modules, backbone_tensors, slots_of
+from resadapt.injection.sharding import sharded_tensors
+from resadapt.injection.slots import AdapterSlot
+from resadapt.injection.switching import activate, activated, check_switchable, drop_gradients
+from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, find_slot, named_tensors, slots_of, unwrap
 
-__all__ = ["activate", "activated", "adapter_shapes", "check_model", "install", "switch", "uninstall"]
+__all__ = ["adapter_shapes", "check_model", "install", "uninstall"]
 
 
 def check_model(model: nn.Module) -> None:
@@ -32,161 +35,156 @@ def check_model(model: nn.Module) -> None:
     """
     if unwrap(model) is not model:
         raise InjectionError(f"{type(model).__name__} wraps the model: inject into the model first, then wrap it.")
-    for path, module in model.named_modules():
+    for path, module in backbone_modules(model):
         if isinstance(module, torch.jit.ScriptModule):
             raise InjectionError(
-                f"Module {path!r} is compiled TorchScript, which cannot be frozen. Inject first, then script or trace."
+                f"{f'Module {path!r}' if path else 'The model'} is compiled TorchScript, which cannot be frozen or hooked. Inject "
+                "into the model that it was made from; resadapt.inference_copy(model) gives one that can be scripted."
             )
+    if sharded_tensors(model):
+        raise InjectionError(
+            "The model is sharded already, and adapters that come later would be left out of gradient averaging. Inject first, "
+            "then call fully_shard."
+        )
     for path, tensor in backbone_tensors(model):
         if is_lazy(tensor) or tensor.is_meta:
-            raise InjectionError(f"Tensor {path!r} has no values yet. Load the weights, or run the model once, before injecting.")
+            raise InjectionError(
+                f"Tensor {path!r} has no values yet. Load the weights, run the model once, or undo its offloading, then inject."
+            )
         if tensor.layout is not torch.strided:
             raise InjectionError(f"Tensor {path!r} is {tensor.layout}, of which no fingerprint can be taken. Make it dense.")
 
 
 @torch.inference_mode(False)  # what is made here is to be trained
-def install(model: nn.Module, spec: SetSpec, example: Any = None) -> None:
+def install(model: nn.Module, spec: SetSpec, example: Any = None, **start: Any) -> None:
     """Injects the set that a description tells, all or nothing, and makes it the active one.
 
     Args:
         model: The model.
         spec: The set.
-        example: Description of the example input, None if there is none.
+        example: Form of the example input, None if there is none.
+        **start: Options that only say how the adapters start.
 
     Raises:
         InjectionError: The model cannot take the set.
     """
     ledger = find_ledger(model)
-    _check_set(model, spec, ledger)
-    adapters = {site: _build(model, spec, site) for site in spec.sites}
+    if ledger is None:
+        _check_untouched(model)
+    else:
+        _check_new(ledger, spec.name)
+        check_switchable(model, ledger)
+    _check_set(model, spec)
+    adapters = {site: _build(model, spec, site, start) for site in spec.sites}
     record = AdapterSet(spec, example)
     if ledger is None:
         ledger = Ledger(
-            fingerprint=fingerprint(backbone_tensors(model)),
+            fingerprint=Fingerprint.of(dict(backbone_modules(model)), dict(backbone_tensors(model))),
             requires_grad={path: t.requires_grad for path, t in backbone_tensors(model) if isinstance(t, nn.Parameter)},
             training={path: module.training for path, module in backbone_modules(model)},
         )
     with activated(model, ledger, None):
         record.parked_head = clone_head(model, spec.head)
-    active = ledger.active
-    model.__dict__[LEDGER] = ledger
-    ledger.sets[spec.name] = record
-    try:
-        switch(model, ledger, None)
-        freeze_parameters(model)
-        for site, adapter in adapters.items():
-            slot = attach(model.get_submodule(site.owner))
-            slot.sites[spec.name] = site
-            slot.add_module(spec.name, adapter)
-        activate(model, ledger, spec.name)
-        watch_first_forward(model)
-    except BaseException:
-        uninstall(model, ledger, spec.name, then=active)
-        raise
+    before = ledger.active
+    with gradients_back_on_failure(model):
+        try:
+            activate(model, ledger, None)
+            model.__dict__[LEDGER] = ledger
+            ledger.sets[spec.name] = record
+            mark_heads(model, _heads(ledger))
+            freeze_parameters(model)
+            for site, adapter in adapters.items():
+                attach(find_module(model, site.owner)).insert(spec.name, site, adapter)
+            activate(model, ledger, spec.name)
+            watch(model)
+            if before is not None:
+                drop_gradients(model, ledger.sets[before])
+        except BaseException:
+            uninstall(model, ledger, spec.name)
+            if ledger.sets:
+                activate(model, ledger, before)
+            raise
 
 
-def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
-    """Makes one set, or none, the one that the model runs with."""
-    if name == ledger.active:
-        return
-    old = ledger.sets[ledger.active] if ledger.active is not None else None
-    new = ledger.sets[name] if name is not None else None
-    leaving = list(adapter_tensors(model, old.spec)) if old else []  # which fails, if it does, before anything changes
-    entering = list(adapter_tensors(model, new.spec)) if new else []
-    if old:
-        old.parked_head = swap(model, ledger.parked_plain)
-        for path, tensor in leaving:
-            old.parked_requires_grad[path] = tensor.requires_grad
-            tensor.requires_grad_(False)
-        ledger.parked_plain = {}
-        ledger.active = None
-    if new:
-        ledger.parked_plain = swap(model, new.parked_head)
-        for path, tensor in entering:
-            tensor.requires_grad_(new.parked_requires_grad.get(path, tensor.requires_grad))
-        new.parked_head, new.parked_requires_grad = {}, {}
-        ledger.active = name
-    for slot in slots_of(model):
-        slot.active = name if name in slot.sites else None
-    freeze_norms(model, new.spec.head if new else ())
-
-
-@contextmanager
-def activated(model: nn.Module, ledger: Ledger, name: str | None) -> Iterator[None]:
-    """Runs the body with one set, or none, active; the set that was active before becomes so again, if it is still there."""
-    active = ledger.active
-    activate(model, ledger, name)
-    try:
-        yield
-    finally:
-        activate(model, ledger, active if active in ledger.sets else None)
-
-
-def switch(model: nn.Module, ledger: Ledger, name: str | None) -> None:
-    """Activates a set for good: the one that is left loses its gradients, so that no optimizer can apply them later."""
-    left = ledger.sets[ledger.active] if ledger.active not in (None, name) else None
-    activate(model, ledger, name)
-    if left is not None:
-        for tensor in (*dict(adapter_tensors(model, left.spec)).values(), *left.parked_head.values()):
-            tensor.grad = None
-
-
-def uninstall(model: nn.Module, ledger: Ledger, name: str, then: str | None = None) -> None:
+def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
     """Takes a set out; after the last one the model is what it was before the first.
 
-    Args:
-        model: The whole model.
-        ledger: Its ledger.
-        name: The set.
-        then: The set to activate instead if it was the active one.
+    It does not look whether it can: call `check_switchable` first.
     """
     if ledger.active == name:
-        activate(model, ledger, then)
+        activate(model, ledger, None)
     for _, module in list(backbone_modules(model)):
-        for slot in [child for child in module._modules.values() if isinstance(child, AdapterSlot)]:
-            slot.sites.pop(name, None)
-            slot._modules.pop(name, None)
-            if not slot._modules:
+        if slot := find_slot(module):
+            slot.take_out(name)
+            if not slot.sites:
                 detach(module)
-    del ledger.sets[name]
-    if ledger.sets:
-        return
-    thaw_norms(model)
+    ledger.sets.pop(name, None)
+    mark_heads(model, _heads(ledger))
+    if not ledger.sets:
+        _put_back(model, ledger)
+
+
+def _put_back(model: nn.Module, ledger: Ledger) -> None:
+    """Makes a model that has no sets any more what it was before it had any."""
+    for _, module in backbone_modules(model):
+        thaw_norm(module)
     unwatch(model)
     for path, module in backbone_modules(model):
         module.training = ledger.training.get(path, module.training)
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                full = f"{path}.{key}" if path else key
-                parameter.requires_grad_(ledger.requires_grad.get(full, parameter.requires_grad))
-    del model.__dict__[LEDGER]
+    for wrapper in nn.Module.modules(model):
+        wrapper.training = unwrap(wrapper).training
+    for path, tensor in backbone_tensors(model):
+        if isinstance(tensor, nn.Parameter):
+            with torch.inference_mode(tensor.is_inference()):  # in which alone such a tensor's flag may be set
+                tensor.requires_grad_(ledger.requires_grad.get(path, tensor.requires_grad))
+    model.__dict__.pop(LEDGER, None)
 
 
-def _check_set(model: nn.Module, spec: SetSpec, ledger: Ledger | None) -> None:
+def adapter_shapes(spec: SetSpec, site: SiteSpec) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the parameters and buffers that an adapter has, without memory for them.
+
+    Raises:
+        InjectionError: The set's family or options do not exist, or no tensor can be of that size.
+    """
+    with torch.device("meta"):
+        adapter = _new_adapter(spec, site)
+    return {path: tuple(t.shape) for key, module in adapter.named_modules() for path, t in named_tensors(module, key)}
+
+
+def _heads(ledger: Ledger) -> set[str]:
+    return {name for record in ledger.sets.values() for name in record.spec.head}
+
+
+def _check_untouched(model: nn.Module) -> None:
+    """Refuses a model that was injected into through another root."""
+    inside = [path for path, module in backbone_modules(model) if LEDGER in module.__dict__]
+    if inside or next(slots_of(model), None) is not None:
+        where = f"Its submodule {inside[0]!r} was injected into on its own" if inside else "It is a part of an injected model"
+        raise InjectionError(f"This {type(model).__name__} carries adapters already. {where}: call remove_adapters there first.")
+    if shared := [path for path, module in backbone_modules(model) if is_frozen(module)]:
+        raise InjectionError(
+            f"Module {shared[0]!r} was frozen by an injection into another model, which shares it. Inject into a "
+            "model that holds all, or into a copy.deepcopy of this one."
+        )
+
+
+def _check_new(ledger: Ledger, name: str) -> None:
+    if name in ledger.sets:
+        raise InjectionError(
+            f"The model has an adapter set {name!r} already. Choose another name=, or call remove_adapters(model, {name!r}) first."
+        )
+
+
+def _check_set(model: nn.Module, spec: SetSpec) -> None:
     if spec.norm not in NORM_POLICIES:
-        raise InjectionError(f"norm={spec.norm!r} does not exist; there is {listing(list(NORM_POLICIES))}.")
-    if not isinstance(spec.dropout, float) or not 0.0 <= spec.dropout < 1.0:
+        raise InjectionError(f"norm={spec.norm!r} does not exist; there is {listing(NORM_POLICIES)}.")
+    if spec.family not in FAMILIES:
+        raise InjectionError(f"family={spec.family!r} does not exist; there is {listing(FAMILIES)}.")
+    if not 0.0 <= spec.dropout < 1.0:
         raise InjectionError(f"dropout={spec.dropout!r} is not a probability in [0, 1).")
-    if not isinstance(spec.name, str) or not re.fullmatch(r"\w[\w-]*", spec.name) or hasattr(AdapterSlot(), spec.name):
+    if not re.fullmatch(r"\w[\w-]*", spec.name) or hasattr(AdapterSlot(), spec.name):
         raise InjectionError(
             f"name={spec.name!r} cannot name a set: use letters, digits, '_' and '-', and no name that torch.nn.Module uses itself."
-        )
-    if ledger is None:
-        inside = [path for path, module in backbone_modules(model) if LEDGER in module.__dict__]
-        if inside or next(slots_of(model), None) is not None:
-            where = f"Its submodule {inside[0]!r} was injected into on its own" if inside else "It is a part of an injected model"
-            raise InjectionError(
-                f"This {type(model).__name__} carries adapters already. {where}: call remove_adapters there first."
-            )
-        if shared := [path for path, module in backbone_modules(model) if is_frozen(module)]:
-            raise InjectionError(
-                f"Module {shared[0]!r} was frozen by an injection into another model, which shares it. Inject into a "
-                "model that holds all, or into a copy.deepcopy of this one."
-            )
-    elif spec.name in ledger.sets:
-        raise InjectionError(
-            f"The model has an adapter set {spec.name!r} already. Choose another name=, or call "
-            f"remove_adapters(model, {spec.name!r}) first."
         )
     for site in spec.sites:
         if (owner := owner_of(model, site.name)) != site.owner:
@@ -195,31 +193,22 @@ def _check_set(model: nn.Module, spec: SetSpec, ledger: Ledger | None) -> None:
             raise InjectionError(f"Site {site.name!r} lies in the head, which is trained anyway. Take it out of layers or of head.")
 
 
-def adapter_shapes(spec: SetSpec, site: SiteSpec) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the parameters and buffers that an adapter will have, without memory for them.
-
-    Raises:
-        InjectionError: The set's family or options do not exist, or no tensor can be of that size.
-    """
-    with torch.device("meta"):
-        return {key: tuple(tensor.shape) for key, tensor in backbone_tensors(_new_adapter(spec, site))}
-
-
-def _new_adapter(spec: SetSpec, site: SiteSpec) -> nn.Module:
+def _new_adapter(spec: SetSpec, site: SiteSpec, start: dict[str, Any] | None = None) -> nn.Module:
     if spec.family not in FAMILIES:
-        raise InjectionError(f"family={spec.family!r} does not exist; there is {listing(list(FAMILIES))}.")
+        raise InjectionError(f"family={spec.family!r} does not exist; there is {listing(FAMILIES)}.")
+    options = {"dropout": spec.dropout, **spec.options, **(start or {})}
     try:
-        return FAMILIES[spec.family](site.channels, site.bottleneck, site.spatial_dims, dropout=spec.dropout, **spec.options)
+        return FAMILIES[spec.family](site.channels, site.bottleneck, site.spatial_dims, channel_dim=site.channel_dim, **options)
     except (TypeError, ValueError) as error:
         raise InjectionError(f"family {spec.family!r} does not take these options: {error}.") from error
     except RuntimeError as error:
         raise InjectionError(f"Site {site.name!r} cannot have an adapter of bottleneck {site.bottleneck}: {error}") from error
 
 
-def _build(model: nn.Module, spec: SetSpec, site: SiteSpec) -> nn.Module:
-    owner = model.get_submodule(site.owner)
+def _build(model: nn.Module, spec: SetSpec, site: SiteSpec, start: dict[str, Any]) -> nn.Module:
+    owner = find_module(model, site.owner)
     with torch.device("cpu"):  # the same numbers from the same seed, wherever the model is
-        adapter = _new_adapter(spec, site)
+        adapter = _new_adapter(spec, site, start)
     near = [t for m in (owner, model) for _, t in backbone_tensors(m) if isinstance(t, nn.Parameter) and t.is_floating_point()]
     if near:
         adapter.to(near[0].device, near[0].dtype)

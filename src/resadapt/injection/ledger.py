@@ -6,25 +6,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from resadapt.base.errors import AdapterKeyError, InjectionError, listing
-from resadapt.base.fingerprint import TensorRecord
-from resadapt.base.spec import SetSpec
-from resadapt.injection.slots import SLOT, AdapterSlot, backbone_tensors
+from resadapt.base.errors import AdapterError, AdapterKeyError, InjectionError
+from resadapt.base.fingerprint import Fingerprint
+from resadapt.base.names import listing
+from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.injection.walk import (
+    backbone_modules,
+    backbone_tensors,
+    find_module,
+    find_slot,
+    named_tensors,
+    slots_of,
+    unwrap,
+)
 
 __all__ = [
     "LEDGER",
     "AdapterSet",
     "Ledger",
+    "adapter_of",
     "adapter_tensors",
+    "backbone_differences",
     "find_ledger",
-    "head_tensors",
     "ledger_of",
     "plain_tensors",
-    "swap",
-    "unwrap",
 ]
 
 LEDGER = "_resadapt"
@@ -37,16 +44,20 @@ class AdapterSet:
 
     spec: SetSpec
     example: Any = None
-    """Description of the example input, from which a probe can be made."""
+    """Form of the example input, from which a probe can be made."""
     parked_head: dict[str, Tensor] = field(default_factory=dict)
     parked_requires_grad: dict[str, bool] = field(default_factory=dict)
+    runs_checked: bool = False
+    """Whether a forward has shown which of its adapters run."""
+    gradients_checked: bool = False
+    """Whether a forward in training has shown which of its adapters get a gradient."""
 
 
 @dataclass
 class Ledger:
     """The state of an injected model."""
 
-    fingerprint: dict[str, TensorRecord]
+    fingerprint: Fingerprint
     requires_grad: dict[str, bool]
     training: dict[str, bool]
     sets: dict[str, AdapterSet] = field(default_factory=dict)
@@ -54,24 +65,28 @@ class Ledger:
     parked_plain: dict[str, Tensor] = field(default_factory=dict)
     """The backbone's own tensors where the active set's head is in their place."""
 
-    def set_named(self, name: str) -> AdapterSet:
+    @property
+    def active_set(self) -> AdapterSet | None:
+        """The set that the model runs with now."""
+        return None if self.active is None else self.sets[self.active]
+
+    def set_named(self, name: object) -> AdapterSet:
         """Returns a set, or says which there are."""
+        if not isinstance(name, str):
+            raise AdapterError(
+                f"name={name!r} is {type(name).__name__}: give the name of a set as text, one of {listing(self.sets)}."
+            )
         if name not in self.sets:
-            raise AdapterKeyError(f"There is no adapter set {name!r}; the model has {listing(list(self.sets))}.")
+            raise AdapterKeyError(f"There is no adapter set {name!r}; the model has {listing(self.sets)}.")
         return self.sets[name]
 
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model inside DataParallel, DistributedDataParallel or torch.compile."""
-    if not isinstance(model, nn.Module):
-        raise InjectionError(f"model is {type(model).__name__}, not a torch.nn.Module.")
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
+    def chosen(self, name: object) -> AdapterSet:
+        """Returns the set that a call means: the named one; without a name the active one, or the only one there is."""
+        if name is None:
+            name = self.active or (next(iter(self.sets)) if len(self.sets) == 1 else None)
+        if name is None:
+            raise AdapterKeyError(f"No adapter set is active; the model has {listing(self.sets)}. Say which one, with name=.")
+        return self.set_named(name)
 
 
 def find_ledger(model: nn.Module) -> Ledger | None:
@@ -88,69 +103,49 @@ def ledger_of(model: nn.Module) -> Ledger:
     """
     if ledger := find_ledger(model):
         return ledger
-    inside = [name for name, module in model.named_modules() if LEDGER in module.__dict__]
+    inside = [name for name, module in nn.Module.named_modules(model) if LEDGER in module.__dict__]
     if inside:
         hint = f"Its submodule {inside[0]!r} was: pass model.get_submodule({inside[0]!r})."
-    elif any(isinstance(module, AdapterSlot) for module in model.modules()):
+    elif next(slots_of(model), None) is not None:
         hint = "It is a part of an injected model: pass the whole model."
     else:
         hint = "Call inject_adapters(model, ...) first."
     raise InjectionError(f"This {type(model).__name__} was not injected into. {hint}")
 
 
-def head_tensors(model: nn.Module, head: tuple[str, ...]) -> dict[str, Tensor]:
-    """Returns the live parameters and buffers of the head, by their names in the model."""
-    return {path: tensor for name in head for path, tensor in backbone_tensors(model.get_submodule(name), name)}
+def adapter_of(model: nn.Module, spec: SetSpec, site: SiteSpec) -> nn.Module:
+    """Returns a set's adapter at a site.
+
+    Raises:
+        InjectionError: It is no longer there.
+    """
+    slot = find_slot(find_module(model, site.owner))
+    if slot is None or spec.name not in slot.sites:
+        raise InjectionError(
+            f"Module {site.owner!r} has lost its adapter of set {spec.name!r}: it was replaced after the injection. "
+            "Put the injected module back, or inject again into a fresh model."
+        )
+    return slot.get_submodule(spec.name)
 
 
-def adapter_tensors(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, nn.Parameter | Tensor]]:
+def adapter_tensors(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, Tensor]]:
     """Walks the parameters and buffers of a set's adapters as ``site.tensor``."""
     for site in spec.sites:
-        owner = model.get_submodule(site.owner)
-        slot = owner._modules.get(SLOT)
-        if not isinstance(slot, AdapterSlot) or spec.name not in slot._modules:
-            raise InjectionError(
-                f"Module {site.owner!r} has lost its adapter of set {spec.name!r}: it was replaced after the injection. "
-                "Put the injected module back, or inject again into a fresh model."
-            )
-        for key, tensor in backbone_tensors(slot.get_submodule(spec.name)):
-            yield f"{site.name}.{key}", tensor
+        for key, module in adapter_of(model, spec, site).named_modules(remove_duplicate=False):
+            yield from named_tensors(module, f"{site.name}.{key}" if key else site.name)
 
 
-def plain_tensors(model: nn.Module, ledger: Ledger) -> dict[str, Tensor]:
-    """Returns every tensor of the plain backbone, those under the active head included."""
-    return dict(backbone_tensors(model)) | ledger.parked_plain
+def plain_tensors(model: nn.Module, ledger: Ledger | None) -> dict[str, Tensor]:
+    """Returns every tensor of the plain backbone, those whose place the active head has taken included."""
+    return dict(backbone_tensors(model)) | (ledger.parked_plain if ledger else {})
 
 
-def swap(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Puts tensors in the places that their names tell and returns those that were there.
+def backbone_differences(model: nn.Module, fingerprint: Fingerprint, head: tuple[str, ...] = ()) -> dict[str, str]:
+    """Compares the plain backbone of a model, injected into or not, with a fingerprint.
 
-    The objects are exchanged, not their values: an optimizer keeps the set it was built for, and a graph that is waiting for its
-    backward pass keeps what it was computed with.
+    Args:
+        model: The whole model.
+        fingerprint: What the backbone is to be.
+        head: Modules that are not compared.
     """
-    before = dict(backbone_tensors(model))
-    if gone := [path for path, tensor in tensors.items() if path not in before or before[path].shape != tensor.shape]:
-        raise InjectionError(
-            f"The head has lost {listing(gone)}: it was replaced after the injection. Put the injected module back."
-        )
-    for path, tensor in tensors.items():
-        parent, _, key = path.rpartition(".")
-        module = model.get_submodule(parent)
-        place = module._parameters if key in module._parameters else module._buffers
-        live = before[path]
-        if (tensor.device, tensor.dtype) != (live.device, live.dtype):  # the model moved while this one was parked
-            tensor.data = tensor.data.to(live.device, live.dtype)
-        place[key] = tensor  # type: ignore[assignment]
-    return {path: before[path] for path in tensors}
-
-
-@torch.no_grad()
-def clone_head(model: nn.Module, head: tuple[str, ...]) -> dict[str, Tensor]:
-    """Returns trainable copies of the head's tensors."""
-    clones: dict[int, Tensor] = {}  # by the identity of the original, so that what was tied stays tied
-    for tensor in head_tensors(model, head).values():
-        if id(tensor) not in clones:
-            trains = tensor.is_floating_point() or tensor.is_complex()
-            copy = tensor.clone()
-            clones[id(tensor)] = nn.Parameter(copy, trains) if isinstance(tensor, nn.Parameter) else copy
-    return {path: clones[id(tensor)] for path, tensor in head_tensors(model, head).items()}
+    return fingerprint.differences(dict(backbone_modules(model)), plain_tensors(model, find_ledger(model)), head)

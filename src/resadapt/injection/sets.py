@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from resadapt.base.arguments import check_flag
 from resadapt.base.errors import InjectionError
-from resadapt.base.quiet import describe
-from resadapt.base.spec import SetSpec, SiteSpec
-from resadapt.injection.freeze import within
-from resadapt.injection.installation import activate, activated, check_model, install, switch, uninstall
-from resadapt.injection.ledger import adapter_tensors, find_ledger, head_tensors, ledger_of, unwrap
-from resadapt.injection.select import expand, expand_argument, select_sites
-from resadapt.injection.slots import backbone_modules, backbone_tensors
+from resadapt.base.inputs import describe
+from resadapt.base.names import listing
+from resadapt.base.spec import SetSpec
+from resadapt.injection.heads import head_tensors
+from resadapt.injection.installation import check_model, install, uninstall
+from resadapt.injection.ledger import Ledger, ledger_of
+from resadapt.injection.patterns import select_head
+from resadapt.injection.select import select_sites
+from resadapt.injection.switching import activate, activated, check_switchable, drop_gradients
+from resadapt.injection.walk import backbone_tensors, unwrap
 
 __all__ = [
-    "AdapterSetInfo",
     "adapters_disabled",
     "inject_adapters",
-    "list_adapters",
     "remove_adapters",
     "set_active_adapters",
 ]
@@ -42,6 +43,7 @@ def inject_adapters(
     norm: str = "frozen",
     dropout: float = 0.1,
     example_input: object = None,
+    channel_dim: int | None = None,
     **family_options: Any,
 ) -> ModelT:
     """Puts small trainable adapters into a model, in place, and freezes everything else for real.
@@ -51,16 +53,20 @@ def inject_adapters(
 
     Args:
         model: Any module, usually a torchvision ResNet. Inject before wrapping it in DDP or torch.compile.
-        layers: Names of the modules whose outputs ``[N, C, ...]`` are adapted, as in ``model.named_modules()``; globs, in which a
-            star stands for anything between two dots (``"layer*.*"`` is every block); or a mapping from either to a bottleneck.
+        layers: Names of the modules whose outputs ``[N, C, ...]`` or ``[N, ..., C]`` are adapted, as in ``model.named_modules()``;
+            globs, in which a star stands for anything between two dots (``"layer*.*"`` is every block); or a mapping from either
+            to a bottleneck.
         bottleneck: Width of the adapters' hidden layer: a number of channels, or a fraction of the site's channels in (0, 1).
         family: Kind of adapter. ``"pooled"`` is the one there is.
         name: Name of the set; several sets can live on one backbone.
-        head: Names or globs of modules that are trained with the adapters and saved with them, such as ``"fc"``.
+        head: Names or globs of modules that are trained with the adapters and saved with them, such as ``"fc"``. Modules without
+            parameters that a glob matches are passed over.
         norm: What the backbone's norms do: ``"frozen"`` keeps their running statistics, in training too.
         dropout: Probability of dropping a hidden unit of an adapter in training, in [0, 1).
-        example_input: An input the model is called with once (a tuple: its arguments; a dict: its keywords), in evaluation mode.
-            Needed where a module does not tell how many channels it returns.
+        example_input: An input the model is called with once (a tuple: its arguments; a dict: its keywords), in evaluation mode,
+            to see what the sites return. Without it an input is made up where modules do not tell; an error says if none fits.
+        channel_dim: Where the sites' outputs have their channels: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``. None finds out,
+            by the layers inside a site, and asks where they do not tell.
         **family_options: Options of the family; for ``"pooled"``: ``init="normal"`` or ``"identity"``.
 
     Returns:
@@ -79,16 +85,22 @@ def inject_adapters(
         125635
     """
     check_model(model)
+    for argument, value in (("family", family), ("name", name), ("norm", norm)):
+        if not isinstance(value, str):
+            raise InjectionError(f"{argument}={value!r} is {type(value).__name__}, not a text.")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+        raise InjectionError(f"dropout={dropout!r} is {type(dropout).__name__}: give a probability, a number in [0, 1).")
+    start = {key: family_options.pop(key) for key in ("init",) if key in family_options}
     spec = SetSpec(
         name=name,
         family=family,
-        options=dict(family_options),
-        dropout=float(dropout) if isinstance(dropout, int) else dropout,
+        options=family_options,
+        dropout=float(dropout),
         norm=norm,
-        sites=select_sites(model, layers, bottleneck, example_input),
-        head=_select_head(model, head),
+        sites=select_sites(model, layers, bottleneck, example_input, channel_dim),
+        head=select_head(model, head),
     )
-    install(model, spec, describe(example_input))
+    install(model, spec, describe(example_input), **start)
     return model
 
 
@@ -117,14 +129,12 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
         >>> list(remove_adapters(inject_adapters(model)).state_dict()) == names
         True
     """
+    check_flag("keep_head", keep_head)
     ledger = ledger_of(model)
     inner = unwrap(model)
     going = list(ledger.sets) if name is None else [ledger.set_named(name).spec.name]
-    kept = (name or ledger.active or (going[0] if len(going) == 1 else None)) if keep_head else None
-    if keep_head and len(going) < len(ledger.sets):
-        raise InjectionError("keep_head would change the backbone under the other sets. Remove them first.")
-    if keep_head and kept is None:
-        raise InjectionError("keep_head: none of the sets is active, so whose head? Call set_active_adapters(model, name) first.")
+    kept = _set_to_keep(ledger, going, name) if keep_head else None
+    check_switchable(inner, ledger)
     trained = {}
     if kept is not None:
         activate(inner, ledger, kept)
@@ -153,15 +163,17 @@ def set_active_adapters(model: nn.Module, name: str | None) -> None:
 
     Example:
         >>> from torchvision.models import resnet18
+        >>> from resadapt import list_adapters
         >>> model = inject_adapters(inject_adapters(resnet18(), name="day"), name="night")
         >>> set_active_adapters(model, "day")
         >>> [info.name for info in list_adapters(model) if info.active]
         ['day']
     """
     ledger = ledger_of(model)
-    if name is not None:
-        ledger.set_named(name)
-    switch(unwrap(model), ledger, name)
+    left = ledger.active_set
+    activate(unwrap(model), ledger, None if name is None else ledger.set_named(name).spec.name)
+    if left is not None and left is not ledger.active_set:
+        drop_gradients(unwrap(model), left)
 
 
 @contextmanager
@@ -191,79 +203,14 @@ def adapters_disabled(model: ModelT) -> Iterator[ModelT]:
         yield model
 
 
-@dataclass(frozen=True)
-class AdapterSetInfo:
-    """What one set is and holds.
-
-    Args:
-        name: Name of the set.
-        active: Whether the model runs with it now.
-        family: Kind of adapter.
-        sites: Each site with its channels and bottleneck.
-        head: Names of the modules trained with it.
-        norm: Norm policy.
-        adapter_parameters: Number of parameters in the adapters.
-        head_parameters: Number of parameters in the head.
-    """
-
-    name: str
-    active: bool
-    family: str
-    sites: tuple[SiteSpec, ...]
-    head: tuple[str, ...]
-    norm: str
-    adapter_parameters: int
-    head_parameters: int
-
-
-def list_adapters(model: nn.Module) -> list[AdapterSetInfo]:
-    """Tells what is injected where.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        One entry a set, in the order of injection; empty if nothing was injected.
-
-    Example:
-        >>> from torchvision.models import resnet18
-        >>> [(info.name, info.adapter_parameters) for info in list_adapters(inject_adapters(resnet18(), "layer4", 8))]
-        [('default', 8712)]
-    """
-    ledger = find_ledger(model)
-    if ledger is None:
-        return []
-    inner = unwrap(model)
-    infos = []
-    for name, record in ledger.sets.items():
-        spec = record.spec
-        head = record.parked_head or head_tensors(inner, spec.head)
-        infos.append(
-            AdapterSetInfo(
-                name=name,
-                active=name == ledger.active,
-                family=spec.family,
-                sites=spec.sites,
-                head=spec.head,
-                norm=spec.norm,
-                adapter_parameters=sum(t.numel() for _, t in adapter_tensors(inner, spec) if isinstance(t, nn.Parameter)),
-                head_parameters=sum(t.numel() for t in head.values() if isinstance(t, nn.Parameter)),
-            )
+def _set_to_keep(ledger: Ledger, going: list[str], name: str | None) -> str:
+    """Returns the set whose head stays in the model."""
+    if len(going) < len(ledger.sets):
+        raise InjectionError("keep_head would change the backbone under the other sets. Remove them first.")
+    kept = name or ledger.active or (going[0] if len(going) == 1 else None)
+    if kept is None:
+        raise InjectionError(
+            f"keep_head: the model has {listing(going)}, and none of them is active to say whose head to keep. Call "
+            "set_active_adapters(model, name) first."
         )
-    return infos
-
-
-def _select_head(model: nn.Module, head: str | Iterable[str]) -> tuple[str, ...]:
-    modules = dict(backbone_modules(model))
-    asked = [name for pattern in expand_argument(head, "head") for name in expand(modules, pattern, "head")]
-    outermost = [name for name in modules if name in asked and not within(name.rpartition(".")[0], asked)]
-    for name in outermost:
-        owned = head_tensors(model, (name,))
-        if not any(isinstance(tensor, nn.Parameter) for tensor in owned.values()):
-            raise InjectionError(f"head: module {name!r} has no parameters to train. Choose one that has.")
-        for path, tensor in backbone_tensors(model):
-            if not within(path, [name]) and any(tensor is other for other in owned.values()):
-                raise InjectionError(
-                    f"head: {name!r} shares the tensor {path!r} with the backbone, which stays frozen. Untie them."
-                )
-    return tuple(outermost)
+    return kept

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from resadapt.base.fingerprint import differences
-from resadapt.injection.ledger import ledger_of, plain_tensors, unwrap
-from resadapt.injection.slots import fleeting
+from resadapt.base.fingerprint import Fingerprint
+from resadapt.injection.freeze import apply_norm_policy
+from resadapt.injection.heads import replaced_heads
+from resadapt.injection.ledger import backbone_differences, ledger_of, plain_tensors
+from resadapt.injection.switching import check_intact
+from resadapt.injection.walk import backbone_modules, unwrap
 
-__all__ = ["BackboneReport", "check_backbone"]
+__all__ = ["BackboneReport", "accept_backbone", "check_backbone"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,8 @@ class BackboneReport:
     """Whether the backbone is still what was injected into.
 
     Args:
-        ok: No tensor has drifted.
-        drifted: Names of the parameters and buffers that have, in the model's order.
+        ok: Nothing has drifted.
+        drifted: Names of the parameters, buffers and modules that have, in the model's order.
         reasons: What is different about each of them.
     """
 
@@ -29,14 +32,14 @@ class BackboneReport:
 
 
 def check_backbone(model: nn.Module) -> BackboneReport:
-    """Compares every parameter and buffer of the backbone with its fingerprint from the injection.
+    """Compares the backbone with its fingerprint from the injection: every parameter, buffer and setting of its modules.
 
     Args:
         model: An injected model.
 
     Returns:
-        The report. A tensor that was only converted to a wider dtype counts as the same; a non-persistent buffer that was made
-        since is not looked at.
+        The report. A tensor that was only converted to a wider dtype counts as the same; a non-persistent buffer is compared if it
+        has the size that it had. A head's module that is not the one that was injected into counts as drifted.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -53,5 +56,41 @@ def check_backbone(model: nn.Module) -> BackboneReport:
     """
     ledger = ledger_of(model)
     inner = unwrap(model)
-    reasons = differences(plain_tensors(inner, ledger), ledger.fingerprint, fleeting(inner))
+    reasons = backbone_differences(inner, ledger.fingerprint)
+    for record in ledger.sets.values():
+        for name in replaced_heads(inner, record.spec.head):
+            reasons.setdefault(name, "was replaced after the injection")
     return BackboneReport(not reasons, list(reasons), reasons)
+
+
+def accept_backbone(model: nn.Module) -> None:
+    """Takes the backbone as it is now for the one that was injected into.
+
+    For a full checkpoint that was loaded into an injected model, and for a backbone that was changed on purpose. From then on
+    `check_backbone` compares with it, adapter files ask for it when they are loaded, and the plain model is the one with it. The
+    sets stay as they are: whether adapters that were trained on another backbone suit this one, only a metric can tell.
+
+    Args:
+        model: An injected model.
+
+    Raises:
+        InjectionError: Nothing was injected, or a head or adapter is no longer in its place.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> trained = inject_adapters(resnet18(num_classes=3), head="fc")
+        >>> skeleton = inject_adapters(resnet18(num_classes=3), head="fc")
+        >>> _ = skeleton.load_state_dict(trained.state_dict())
+        >>> check_backbone(skeleton).ok
+        False
+        >>> accept_backbone(skeleton)
+        >>> check_backbone(skeleton).ok
+        True
+    """
+    ledger = ledger_of(model)
+    inner = unwrap(model)
+    check_intact(inner, ledger)
+    if record := ledger.active_set:  # norms that came in since are frozen too
+        apply_norm_policy(inner, record.spec.norm, record.spec.head)
+    ledger.fingerprint = Fingerprint.of(dict(backbone_modules(inner)), plain_tensors(inner, ledger))

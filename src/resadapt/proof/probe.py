@@ -1,71 +1,149 @@
-"""Probes: an input on which a model's outputs are recorded and compared."""
+"""Probes: an input on which a model's outputs are compared and recorded."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resadapt.base.fingerprint import raw_bytes
-from resadapt.base.quiet import call, generate, undisturbed
+from resadapt.base.errors import AdapterError
+from resadapt.base.inputs import generate, guesses
+from resadapt.base.nested import map_tensors, named_in
+from resadapt.base.tensors import plain_parts, raw_bytes, same_bits
+from resadapt.base.undisturbed import call, undisturbed
 from resadapt.files.adapter_file import ProbeRecord
-from resadapt.injection.slots import backbone_modules, is_leaf
+from resadapt.injection.walk import backbone_modules
 
-__all__ = ["default_form", "farthest", "input_digest", "outputs_of", "probe_input", "record_probe", "same"]
+__all__ = [
+    "Probe",
+    "ProbeRun",
+    "compare_with_record",
+    "input_digest",
+    "outputs_of",
+    "probe_forms",
+    "record_probe",
+    "run_again",
+    "run_probe",
+    "same",
+]
 
-_MOST = 4096
-_SIZES = {nn.Conv1d: (64,), nn.Conv2d: (64, 64), nn.Conv3d: (4, 32, 32)}
+_MOST_RECORDED = 4096
 
 
-def default_form(model: nn.Module) -> Any:
-    """Guesses the form of a model's input from its first leaf, if that is a convolution; None if it is not."""
-    first = next((module for _, module in backbone_modules(model) if is_leaf(module)), None)
-    for kind, size in _SIZES.items():
-        if isinstance(first, kind):
-            return {"shape": [2, first.in_channels, *size], "dtype": str(first.weight.dtype).removeprefix("torch.")}
-    return None
+@dataclass(frozen=True)
+class Probe:
+    """An input for a model.
+
+    Args:
+        inputs: The input.
+        form: The form that it was made from; None if the user gave it.
+    """
+
+    inputs: object
+    form: Any = None
+
+    @property
+    def source(self) -> str:
+        """Where the input is from, as a file says it."""
+        return "given" if self.form is None else "generated"
 
 
-def probe_input(model: nn.Module, form: Any) -> object:
-    """Makes the input of a form on the model's device."""
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    return _mapped(generate(form), lambda tensor: tensor.to(device))
+@dataclass(frozen=True)
+class ProbeRun:
+    """What a model returned on a probe.
+
+    Args:
+        probe: The probe, None if there was none that the model takes.
+        outputs: The tensors in its output, by their places there.
+        unusable: Why the outputs prove nothing; empty if they prove something.
+    """
+
+    probe: Probe | None
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    unusable: str = ""
+
+
+def probe_forms(model: nn.Module, *known: Any) -> list[Any]:
+    """Returns the forms that a model's input may have: those that are known, then guesses by its first convolution."""
+    return [form for form in known if form is not None] + guesses(module for _, module in backbone_modules(model))
+
+
+def run_probe(model: nn.Module, given: object, forms: list[Any]) -> ProbeRun:
+    """Runs a model on the first probe that it takes.
+
+    Args:
+        model: The model.
+        given: An input of the user's; None makes one.
+        forms: Forms to make an input from.
+
+    Raises:
+        AdapterError: The model does not take the given input.
+    """
+    if given is not None:
+        try:
+            return _judged(Probe(given), outputs_of(model, given))
+        except AdapterError:
+            raise
+        except Exception as error:
+            raise AdapterError(f"The model cannot be called with probe=: {type(error).__name__}: {error}") from error
+    refusal = "no input could be made for this model: pass probe="
+    device = next((tensor.device for tensor in nn.Module.parameters(model)), torch.device("cpu"))
+    for form in forms:
+        try:
+            probe = Probe(map_tensors(generate(form), lambda tensor: tensor.to(device)), form)
+            return _judged(probe, outputs_of(model, probe.inputs))
+        except AdapterError:
+            raise
+        except Exception as error:
+            refusal = f"the model does not take the input {form} that was made for it ({type(error).__name__}): pass probe="
+    return ProbeRun(None, unusable=refusal)
+
+
+def run_again(model: nn.Module, probe: Probe) -> ProbeRun:
+    """Runs a model on a probe that another one took."""
+    try:
+        return _judged(probe, outputs_of(model, probe.inputs))
+    except Exception as error:
+        return ProbeRun(None, unusable=f"{type(error).__name__}: {error}")
 
 
 def outputs_of(model: nn.Module, inputs: object) -> dict[str, Tensor]:
     """Runs a model in evaluation mode and returns every tensor of its output by its place there; the model is left as it was."""
-    own = _mapped(inputs, torch.clone)  # which the model may change in place
+    own = map_tensors(inputs, torch.clone)  # which the model may change in place
     with undisturbed(model):
-        return dict(_flat(call(model, own)))
+        return dict(_plain_outputs(call(model, own)))
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Tells whether two models' outputs have the same tensors, bit for bit."""
+    return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
 
 
 def input_digest(inputs: object) -> str:
     """Returns a digest over all tensors of an input."""
     whole = hashlib.sha256()
-    for place, tensor in _flat(inputs):
+    for place, tensor in named_in(inputs):
         whole.update(f"{place} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         whole.update(raw_bytes(tensor))
     return whole.hexdigest()
 
 
-def record_probe(source: str, form: Any, inputs: object, outputs: Mapping[str, Tensor]) -> tuple[ProbeRecord, dict[str, Tensor]]:
+def record_probe(run: ProbeRun) -> tuple[ProbeRecord | None, dict[str, Tensor]]:
     """Returns what a file keeps of a probe: a record, and at most 4096 evenly spaced elements of each output."""
-    steps = {place: max(1, -(-tensor.numel() // _MOST)) for place, tensor in outputs.items()}
-    described = {place: {"shape": list(tensor.shape), "step": steps[place]} for place, tensor in outputs.items()}
-    samples = {f"probe.{place}": sample(tensor, steps[place]) for place, tensor in outputs.items()}
-    return ProbeRecord(source, form, input_digest(inputs), described), samples
+    if run.probe is None or run.unusable:
+        return None, {}
+    steps = {place: max(1, -(-tensor.numel() // _MOST_RECORDED)) for place, tensor in run.outputs.items()}
+    described = {place: {"shape": list(tensor.shape), "step": steps[place]} for place, tensor in run.outputs.items()}
+    samples = {f"probe.{place}": _sample(tensor, steps[place]) for place, tensor in run.outputs.items()}
+    return ProbeRecord(run.probe.source, run.probe.form, input_digest(run.probe.inputs), described), samples
 
 
-def sample(tensor: Tensor, step: int) -> Tensor:
-    """Returns every step-th element in row-major order."""
-    return tensor.detach().cpu().contiguous().reshape(-1)[::step]
-
-
-def farthest(record: ProbeRecord, stored: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> tuple[float, bool]:
+def compare_with_record(record: ProbeRecord, stored: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> tuple[float, bool]:
     """Compares outputs with those that a file recorded, perhaps on another machine.
 
     Returns:
@@ -73,41 +151,53 @@ def farthest(record: ProbeRecord, stored: Mapping[str, Tensor], outputs: Mapping
         (3e-4 for float32), which leaves room for other processors' rounding but not for other weights.
     """
     if {place: list(tensor.shape) for place, tensor in outputs.items()} != {p: o["shape"] for p, o in record.outputs.items()}:
-        return float("nan"), False
+        return math.nan, False
     worst, ok = 0.0, True
     for place, tensor in outputs.items():
-        old, new = stored[f"probe.{place}"], sample(tensor, record.outputs[place]["step"])
+        old, new = _real(stored[f"probe.{place}"]), _sample(tensor, record.outputs[place]["step"])
         if (old.shape, old.dtype) != (new.shape, new.dtype):
-            return float("nan"), False
+            return math.nan, False
         if not old.numel() or torch.equal(old, new):
             continue
-        inexact = tensor.is_floating_point() or tensor.is_complex()
+        inexact = new.is_floating_point()
         difference = float((old - new).abs().max() / old.abs().max()) if inexact else math.inf
-        allowed = torch.finfo(tensor.dtype).eps ** 0.5 if inexact else 0.0
+        allowed = torch.finfo(new.dtype).eps ** 0.5 if inexact else 0.0
         worst = difference if math.isnan(difference) else max(worst, difference)
         ok = ok and difference <= allowed
     return worst, ok
 
 
-def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Tells whether two outputs have the same tensors, bit for bit."""
-    return one.keys() == other.keys() and all(
-        (one[k].dtype, one[k].shape) == (other[k].dtype, other[k].shape) and raw_bytes(one[k]) == raw_bytes(other[k]) for k in one
-    )
+def _judged(probe: Probe, outputs: dict[str, Tensor]) -> ProbeRun:
+    """Returns a run of a probe, with the reason if its outputs would prove nothing."""
+    where = "the probe" if probe.form is None else f"the input {probe.form} that was made for it"
+    unusable = ""
+    if not sum(tensor.numel() for tensor in outputs.values()):
+        unusable = f"the model returned no numbers on {where}: pass a probe= on which it does"
+    elif any(_has_nan(tensor) for tensor in outputs.values()):
+        unusable = f"the outputs on {where} contain NaN, which proves nothing: pass a probe= without"
+    return ProbeRun(probe, outputs, unusable)
 
 
-def _flat(value: object, place: str = "output") -> list[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        return [(place, value)]
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return [pair for key, item in items for pair in _flat(item, f"{place}.{key}")]
+def _plain_outputs(output: object) -> Iterator[tuple[str, Tensor]]:
+    """Walks the dense tensors of an output; a sparse, nested or quantized one is walked part by part."""
+    for place, tensor in named_in(output):
+        parts = list(plain_parts(tensor))
+        if len(parts) == 1:
+            yield place, parts[0]
+        else:
+            yield from ((f"{place}.part{number}", part) for number, part in enumerate(parts))
 
 
-def _mapped(value: object, function: Callable[[Tensor], Tensor]) -> object:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, function) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(item, function) for item in value)  # type: ignore[call-arg, attr-defined]
-    return value
+def _sample(tensor: Tensor, step: int) -> Tensor:
+    """Returns every step-th element in row-major order; of complex ones real and imaginary part."""
+    return _real(tensor.detach().cpu().contiguous().reshape(-1)[::step])
+
+
+def _real(elements: Tensor) -> Tensor:
+    return torch.view_as_real(elements.resolve_conj()).flatten() if elements.is_complex() else elements.resolve_neg()
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    if tensor.is_floating_point():
+        tensor = tensor.float()  # the smallest dtypes know no NaN test
+    return bool(tensor.isnan().any())

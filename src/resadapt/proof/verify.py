@@ -1,52 +1,61 @@
-"""Saving with proof: a file is read back into a clean reconstruction and compared before it takes its place."""
+"""Saving with proof: a file is read back on a clean backbone and compared before it takes its place."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from resadapt.base.errors import BackboneDriftError, VerificationError, listing
-from resadapt.base.fingerprint import explained
-from resadapt.files.adapter_file import read_adapter_file, staged, target_of
-from resadapt.injection.freeze import within
-from resadapt.injection.installation import activated
-from resadapt.injection.ledger import find_ledger, ledger_of, unwrap
-from resadapt.proof.checkpoint import adapter_state_dict
-from resadapt.proof.compare import Check, Metric, VerificationReport, compare, run_probe
+from resadapt.base.arguments import check_flag
+from resadapt.base.errors import AdapterError, BackboneDriftError, VerificationError
+from resadapt.base.names import listing, reasons_listing
+from resadapt.files.adapter_file import as_json, encode_adapter_file, read_adapter_file
+from resadapt.files.atomic import atomic_write, target_of
+from resadapt.files.container import format_for
+from resadapt.injection.ledger import AdapterSet, find_ledger, ledger_of
+from resadapt.injection.walk import unwrap
+from resadapt.proof.compare import Comparison
 from resadapt.proof.drift import check_backbone
-from resadapt.proof.probe import record_probe, same
+from resadapt.proof.evidence import Evidence, Metric, collect
+from resadapt.proof.probe import probe_forms, record_probe, run_probe, same
+from resadapt.proof.ranks import check_ranks, on_one_rank
+from resadapt.proof.reconstruction import Rebuild, reconstruct
+from resadapt.proof.report import Check, VerificationReport, report_of
+from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict, refuse_unsaved_state
 
 __all__ = ["save_adapters", "verify_adapters"]
 
 
 def save_adapters(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | bytes | os.PathLike[str],
     *,
-    name: str = "default",
+    name: str | None = None,
     probe: object = None,
     metric: Metric | None = None,
     tolerance: float = 0.0,
     metadata: Mapping[str, Any] | None = None,
     verify: bool = True,
+    rebuild: Rebuild | None = None,
 ) -> VerificationReport:
     """Saves a set to a file that is proven to give back the same model before it replaces the previous one.
 
-    The file is written beside the target, flushed to disk, read back and restored into a clean copy of the backbone; tensors are
-    compared bit for bit, outputs on a probe bit for bit, and the metric on live and reloaded model. Then it is renamed over the
-    target. Whatever fails, the previous file is intact and the model is as it was. Memory for one copy of the model is needed.
+    The file is written beside the target, flushed to disk, read back and restored on a clean backbone; tensors are compared bit
+    for bit, outputs on a probe bit for bit, and the metric on live and reloaded model. Then it is renamed over the target.
+    Whatever fails, the previous file is intact and the model is as it was. Memory for one more model is needed.
 
     Args:
-        model: An injected model.
+        model: An injected model. If it is sharded (FSDP2), all processes must call; rank 0 writes, and `rebuild` is needed.
         path: The file: ``.safetensors`` (extra ``resadapt[safetensors]``) or ``.pt``; with any other ending, the former if that
             package is installed, else the latter. The directory must exist.
-        name: The set to save; it need not be the active one.
+        name: The set to save; None is the active one.
         probe: An input for the model (a tuple: its arguments; a dict: its keywords). None makes one from the example input's
-            form, or from the first convolution where that comes first; if neither can be, outputs are not checked.
+            form, or from the model's first convolution; if the model takes neither, outputs are not checked.
         metric: A function from a model to a number. It is called on the live and the reloaded model in evaluation mode from the
             same random state of torch, and must use the model it is given (not one it knows from elsewhere) and the same data
             both times.
@@ -55,16 +64,19 @@ def save_adapters(
             whole. NaN never passes.
         metadata: Entries of your own, JSON values.
         verify: False skips all comparisons; the report then says "not checked".
+        rebuild: A function that builds the plain backbone, with its weights, as another process would. The file is then proven
+            on what it returns. None takes a copy of the live model, which may share code or state with it; the report says so.
 
     Returns:
         What was compared.
 
     Raises:
-        BackboneDriftError: The backbone is no longer what was injected into; the message names the tensors.
-        VerificationError: A comparison failed.
-        AdapterFileError: The file cannot be written, or the metadata is not JSON.
+        BackboneDriftError: The backbone is no longer what was injected into; the message names what moved.
+        VerificationError: A comparison failed, or an adapter did not run on the probe.
+        AdapterFileError: The file cannot be written, or something in the metadata or the head cannot be put into it.
         InjectionError: Nothing was injected.
-        AdapterKeyError: There is no such set.
+        AdapterKeyError: There is no such set, or an adapter's tensors are no longer those of its family.
+        AdapterError: An argument is unsuitable.
 
     Example:
         >>> import os, tempfile
@@ -75,50 +87,59 @@ def save_adapters(
         >>> report.ok, report.metric_difference, report["outputs"].outcome
         (True, 0.0, 'passed')
     """
-    target = target_of(path)
     ledger, inner = ledger_of(model), unwrap(model)
-    record = ledger.set_named(name)
-    _check_arguments(metric, tolerance)
+    record = ledger.chosen(name)
+    check_flag("verify", verify)
+    _check_arguments(metric, tolerance, rebuild)
+    sharded = check_ranks(inner)
+    target = on_one_rank(sharded, lambda: _writable(path))
+    entries = as_json(metadata, target)
+    refuse_unsaved_state(inner, record.spec)
     _refuse_drift(inner)
-    with activated(inner, ledger, name):
-        tensors = adapter_state_dict(inner, name)
-        probed = run_probe(inner, probe, record.example)
-        kept = record_probe(*probed) if isinstance(probed, tuple) else (None, {})
-        backbone = {p: r for p, r in ledger.fingerprint.items() if not within(p, record.spec.head)}
-        with staged(
+    forms = probe_forms(inner, record.example)
+    evidence = collect(inner, record.spec.name, lambda: run_probe(inner, probe, forms), metric)
+    _refuse_changes(inner, target, evidence, record, metric)
+
+    def write_and_prove() -> VerificationReport:
+        reconstruction = reconstruct(inner, rebuild) if verify else None
+        if reconstruction and reconstruction.model is None:
+            raise _failure(report_of(target, [reconstruction.check], "there is no clean backbone to restore the file on"))
+        kept, samples = record_probe(evidence.run)
+        data = encode_adapter_file(
             target,
             record.spec,
-            backbone,
-            tensors | kept[1],
+            ledger.fingerprint.without(record.spec.head),
+            evidence.tensors | samples,
             example=record.example,
-            probe=kept[0],
-            metadata=metadata,
-        ) as beside:
-            if not verify:
-                names = ("file", "tensors", "outputs", "metric")
-                return VerificationReport(target, tuple(Check(each, "not checked", "verify=False") for each in names))
-            info, stored = read_adapter_file(beside)
-            report = compare(inner, name, target, info, stored, probe, metric, tolerance)
-            if not same(tensors, adapter_state_dict(inner, name)) or (metric and not check_backbone(inner).ok):
-                failed = Check("tensors", "failed", "the metric or the probe changed the live model while it was being saved")
-                report = VerificationReport(target, (*(c for c in report.checks if c.name != "tensors"), failed))
+            probe=kept,
+            metadata=entries,
+        )
+        with atomic_write(target, data) as temporary:
+            if reconstruction is None:
+                return report_of(target, [], "verify=False")
+            info, stored = read_adapter_file(temporary)
+            info = replace(info, path=target)
+            report = Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(reconstruction)
             if not report.ok:
-                raise VerificationError(f"The file would not give back this model, so the target was left as it was.\n{report}")
-    return report
+                raise _failure(report)
+        return report
+
+    return on_one_rank(sharded, write_and_prove)
 
 
 def verify_adapters(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | bytes | os.PathLike[str],
     *,
     probe: object = None,
     metric: Metric | None = None,
     tolerance: float = 0.0,
+    rebuild: Rebuild | None = None,
 ) -> VerificationReport:
     """Checks that a file gives back a model, without changing either.
 
-    The file is restored into a clean copy of the backbone. If the model carries the file's set, live and restored model are
-    compared as by `save_adapters`; in any case the restored model's outputs are held against those that the file recorded.
+    The file is restored on a clean backbone. If the model carries the file's set, live and restored model are compared as by
+    `save_adapters`; in any case the restored model's outputs are compared with those that the file recorded.
 
     Args:
         model: The injected model, or the plain backbone.
@@ -126,13 +147,14 @@ def verify_adapters(
         probe: As for `save_adapters`; needed for the recorded outputs if the file was saved with a probe of your own.
         metric: As for `save_adapters`.
         tolerance: As for `save_adapters`.
+        rebuild: As for `save_adapters`.
 
     Returns:
         What was compared; look at its ``ok``.
 
     Raises:
         AdapterFileError: The file is missing, damaged, of another kind, or of a newer format.
-        VerificationError: The comparison itself cannot be made.
+        AdapterError: An argument is unsuitable.
 
     Example:
         >>> import os, tempfile, torch
@@ -148,38 +170,63 @@ def verify_adapters(
         >>> verify_adapters(model, path).ok
         False
     """
-    _check_arguments(metric, tolerance)
-    info, tensors = read_adapter_file(path)
+    _check_arguments(metric, tolerance, rebuild)
+    info, stored = read_adapter_file(path)
     inner = unwrap(model)
     ledger = find_ledger(inner)
-    name = None
-    if ledger is not None:
-        name = info.set.name if info.set.name in ledger.sets else ledger.active
-        if name is not None and (differing := info.set.differences(ledger.sets[name].spec)):
+    evidence = None
+    if ledger is not None and (name := info.set.name if info.set.name in ledger.sets else ledger.active):
+        if differing := info.set.differences(ledger.sets[name].spec):
             detail = f"the model's set {name!r} differs from the file's in {listing(differing)}"
-            return VerificationReport(info.path, (Check("tensors", "failed", detail),))
-    if ledger is None or name is None:
-        if metric is not None:
-            raise VerificationError(
-                "The model has no active set whose metric could be compared. Load the file first, or leave out metric=."
-            )
-        return compare(inner, None, info.path, info, tensors, probe, metric, tolerance)
-    with activated(inner, ledger, name):
-        return compare(inner, name, info.path, info, tensors, probe, metric, tolerance)
+            return report_of(info.path, [Check("tensors", "failed", detail)], "the sets are not the same")
+        forms = probe_forms(inner, info.probe.form if info.probe else None, info.example)
+        evidence = collect(inner, name, lambda: run_probe(inner, probe, forms), metric)
+    elif metric is not None:
+        raise AdapterError("The model has no active set whose metric could be compared. Load the file first, or leave out metric=.")
+    return Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(reconstruct(inner, rebuild))
+
+
+def _writable(path: object) -> Path:
+    target = target_of(path)
+    format_for(target)
+    return target
 
 
 def _refuse_drift(model: nn.Module) -> None:
     report = check_backbone(model)
     if not report.ok:
         raise BackboneDriftError(
-            f"{len(report.drifted)} tensors of the backbone are not what was injected into: {explained(report.reasons)}. The "
-            "adapter file would not contain these changes. Keep the backbone frozen (no requires_grad=True on it, no loading into "
-            "it after the injection), or change it first, then inject."
+            f"{len(report.drifted)} tensors and modules of the backbone are not what was injected into: "
+            f"{reasons_listing(report.reasons)}. The adapter file would not contain these changes. Keep the backbone frozen; or, "
+            "if it is meant to be as it is now (a full checkpoint was loaded), call accept_backbone(model). If this is an average "
+            "of models (EMA), whose arithmetic rounds frozen tensors too, load its set into the model that was trained, "
+            "load_adapter_state_dict(model, adapter_state_dict(average)), and save that.",
+            report,
         )
 
 
-def _check_arguments(metric: object, tolerance: float) -> None:
+def _refuse_changes(model: nn.Module, target: Path, evidence: Evidence, record: AdapterSet, metric: Metric | None) -> None:
+    """Refuses to save a model that its own probe or metric changed, and puts the set back as it was."""
+    name = record.spec.name
+    ledger = find_ledger(model)
+    gone = ledger is None or ledger.sets.get(name) is not record
+    if not gone and same(evidence.tensors, adapter_state_dict(model, name)) and (metric is None or check_backbone(model).ok):
+        return
+    if not gone:
+        load_adapter_state_dict(model, evidence.tensors, name)
+    detail = "the metric or the probe changed the live model while it was being saved"
+    raise _failure(report_of(target, [Check("tensors", "failed", detail)], "the model changed"))
+
+
+def _failure(report: VerificationReport) -> VerificationError:
+    return VerificationError(f"The file would not give back this model, so the target was left as it was.\n{report}", report)
+
+
+def _check_arguments(metric: object, tolerance: object, rebuild: object) -> None:
     if metric is not None and not callable(metric):
-        raise VerificationError(f"metric is {type(metric).__name__}: give a function from a model to a number.")
-    if not (isinstance(tolerance, int | float) and math.isfinite(tolerance) and tolerance >= 0):
-        raise VerificationError(f"tolerance={tolerance!r}: give a finite number, 0 or more, in the units of the metric.")
+        raise AdapterError(f"metric is {type(metric).__name__}: give a function from a model to a number.")
+    if rebuild is not None and not callable(rebuild):
+        raise AdapterError(f"rebuild is {type(rebuild).__name__}: give a function that builds the plain backbone.")
+    number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if not number or not 0 <= tolerance < math.inf:  # type: ignore[operator]
+        raise AdapterError(f"tolerance={tolerance!r}: give a finite number, 0 or more, in the units of the metric.")

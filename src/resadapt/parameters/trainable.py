@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from resadapt.base.errors import AdapterKeyError
-from resadapt.injection.ledger import Ledger, adapter_tensors, find_ledger, head_tensors, ledger_of, unwrap
-from resadapt.injection.slots import SLOT
+from resadapt.base.arguments import check_flag, check_rate
+from resadapt.base.errors import AdapterError, AdapterKeyError
+from resadapt.injection.heads import head_tensors
+from resadapt.injection.ledger import Ledger, adapter_tensors, find_ledger, ledger_of
+from resadapt.injection.walk import unwrap
 
 __all__ = [
-    "ModelSummary",
     "ParameterCount",
     "count_parameters",
     "named_trainable_parameters",
     "parameter_groups",
-    "summary",
     "trainable_parameters",
 ]
 
@@ -87,6 +88,7 @@ def parameter_groups(
         Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; no empty group, no parameter twice, none of the backbone.
 
     Raises:
+        AdapterError: A rate or decay is not a number, 0 or more.
         InjectionError: Nothing was injected.
         AdapterKeyError: No set is active, or everything in it is frozen.
 
@@ -100,6 +102,9 @@ def parameter_groups(
         [('adapters', 0.0001), ('adapters, no decay', 0.0001), ('head', 0.0005), ('head, no decay', 0.0005)]
         >>> optimizer = torch.optim.AdamW(groups)
     """
+    check_flag("decay_bias", decay_bias)
+    for name, value in (("lr", lr), ("head_lr", lr if head_lr is None else head_lr), ("weight_decay", weight_decay)):
+        check_rate(name, value)
     adapters, _ = _members(unwrap(model), ledger_of(model))
     groups: dict[str, dict[str, Any]] = {}
     for parameter in trainable_parameters(model):
@@ -145,6 +150,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     Returns:
         The counts. If the backbone is frozen and the set is not, ``trainable == adapters + head``.
 
+    Raises:
+        AdapterError: The model has parameters without a size yet.
+
     Example:
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
@@ -153,6 +161,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """
     ledger, inner = find_ledger(model), unwrap(model)
     adapters, head = _members(inner, ledger) if ledger else (set(), set())
+    if lazy := [name for name, parameter in _named(inner) if is_lazy(parameter)]:
+        raise AdapterError(f"Parameter {lazy[0]!r} has no size yet. Run the model once, then count.")
     parameters = [parameter for _, parameter in _named(inner)]
     total = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
@@ -165,77 +175,6 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     )
 
 
-@dataclass(frozen=True)
-class ModelSummary:
-    """A table of the active set: one row a site and one a head module, then the totals.
-
-    Args:
-        rows: Name, family, channels, bottleneck, parameters and share of all parameters, a tuple a row.
-        count: The totals.
-    """
-
-    rows: tuple[tuple[str, str, int | None, int | None, int, float], ...]
-    count: ParameterCount
-
-    def __str__(self) -> str:
-        """Returns the table as text."""
-        table = [("site", "family", "channels", "bottleneck", "parameters", "share")]
-        for name, family, channels, bottleneck, size, share in self.rows:
-            table.append((name, family, _cell(channels), _cell(bottleneck), f"{size:,}", f"{share:.2%}"))
-        for label in ("adapters", "head", "trainable", "frozen", "total"):
-            size = getattr(self.count, label)
-            table.append((label, "", "", "", f"{size:,}", f"{size / max(1, self.count.total):.2%}"))
-        widths = [max(len(row[i]) for row in table) for i in range(6)]
-        lines = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in table
-        ]
-        rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1 : 1 + len(self.rows)], rule, *lines[1 + len(self.rows) :]])
-
-
-def summary(model: nn.Module) -> ModelSummary:
-    """Describes the active set, site by site; ``print`` it.
-
-    Args:
-        model: An injected model.
-
-    Returns:
-        An object whose ``str()`` is a table.
-
-    Raises:
-        InjectionError: Nothing was injected.
-
-    Example:
-        >>> from torchvision.models import resnet18
-        >>> from resadapt import inject_adapters
-        >>> print(summary(inject_adapters(resnet18(num_classes=3), ["layer3", "layer4"], 64, head="fc")))
-        site       family  channels  bottleneck  parameters    share
-        ------------------------------------------------------------
-        layer3     pooled       256          64      33,088    0.29%
-        layer4     pooled       512          64      66,112    0.59%
-        fc         head                               1,539    0.01%
-        ------------------------------------------------------------
-        adapters                                     99,200    0.88%
-        head                                          1,539    0.01%
-        trainable                                   100,739    0.89%
-        frozen                                   11,176,512   99.11%
-        total                                    11,277,251  100.00%
-    """
-    ledger, inner, count = ledger_of(model), unwrap(model), count_parameters(model)
-    rows: list[tuple[str, str, int | None, int | None, int, float]] = []
-    if ledger.active is not None:
-        spec = ledger.sets[ledger.active].spec
-        for site in spec.sites:
-            size = _size(inner.get_submodule(f"{site.owner}.{SLOT}.{spec.name}"))
-            rows.append((site.name, spec.family, site.channels, site.bottleneck, size, size / count.total))
-        for name in spec.head:
-            size = sum(
-                t.numel() for t in {id(t): t for t in head_tensors(inner, (name,)).values() if isinstance(t, nn.Parameter)}.values()
-            )
-            rows.append((name, "head", None, None, size, size / count.total))
-    return ModelSummary(tuple(rows), count)
-
-
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Walks all parameters, even if the model has a `named_parameters` of its own that hides some."""
     return nn.Module.named_parameters(model)
@@ -243,16 +182,8 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _members(model: nn.Module, ledger: Ledger) -> tuple[set[int], set[int]]:
     """Returns the identities of the active set's tensors, those of the adapters and those of the head."""
-    if ledger.active is None:
+    if ledger.active_set is None:
         return set(), set()
-    spec = ledger.sets[ledger.active].spec
+    spec = ledger.active_set.spec
     adapters = {id(tensor) for _, tensor in adapter_tensors(model, spec)}
     return adapters, {id(tensor) for tensor in head_tensors(model, spec.head).values()}
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _cell(value: int | None) -> str:
-    return "" if value is None else str(value)

@@ -1,0 +1,86 @@
+"""A copy of an injected model for tools that know only stock modules."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from resadapt.base.errors import AdapterError
+from resadapt.injection.freeze import thaw_norm
+from resadapt.injection.heads import mark_heads
+from resadapt.injection.hooks import detach, later_hooks, unwatch
+from resadapt.injection.ledger import LEDGER, adapter_of, ledger_of
+from resadapt.injection.switching import activate
+from resadapt.injection.walk import backbone_modules, find_module, find_slot, unwrap
+
+__all__ = ["inference_copy"]
+
+
+def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Returns an independent copy with one set, made of plain modules, for fusing, quantizing, scripting and exporting.
+
+    Norms have their stock classes, there are no hooks of this library and nothing to switch, and everything is in evaluation mode
+    and needs no gradient. Where a module carries an adapter, the copy has a Sequential of the module and the adapter, so names
+    inside that module get a ``.0``: ``layer4.1.conv1`` becomes ``layer4.1.0.conv1``. The outputs are the same.
+
+    Args:
+        model: An injected model.
+        name: The set; None is the active one.
+
+    Returns:
+        The copy.
+
+    Raises:
+        InjectionError: Nothing was injected.
+        AdapterKeyError: There is no such set.
+        AdapterError: The model cannot be copied.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> model = inject_adapters(resnet18()).eval()
+        >>> plain, x = inference_copy(model), torch.randn(1, 3, 64, 64)
+        >>> torch.equal(plain(x), model(x)), type(plain.bn1).__name__
+        (True, 'BatchNorm2d')
+    """
+    name = ledger_of(model).chosen(name).spec.name
+    try:
+        plain = copy.deepcopy(unwrap(model))
+    except Exception as error:
+        raise AdapterError(f"The model cannot be copied: {type(error).__name__}: {error}") from error
+    ledger = ledger_of(plain)
+    activate(plain, ledger, name)
+    spec = ledger.sets[name].spec
+    adapters = {site.owner: adapter_of(plain, spec, site) for site in spec.sites}
+    later = {owner: later_hooks(find_module(plain, owner)) for owner in adapters}
+    for _, module in list(backbone_modules(plain)):
+        thaw_norm(module)
+        if find_slot(module):
+            detach(module)
+    mark_heads(plain, ())
+    unwatch(plain)
+    del plain.__dict__[LEDGER]
+    _unwrap_children(plain)
+    for owner in sorted(adapters, reverse=True):  # the inner ones first: their names are still those of the backbone
+        parent, _, key = owner.rpartition(".")
+        module = find_module(plain, owner)
+        adapted = find_module(plain, parent)._modules[key] = nn.Sequential(module, adapters[owner])
+        _move_hooks(module, adapted, later[owner])
+    return plain.eval().requires_grad_(False)
+
+
+def _move_hooks(module: nn.Module, adapted: nn.Module, hooks: list[int]) -> None:
+    """Moves forward hooks that saw the adapted output to where that is now."""
+    for place in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        there, here = getattr(module, place), getattr(adapted, place)
+        here.update({hook: there.pop(hook) for hook in hooks if hook in there})
+
+
+def _unwrap_children(model: nn.Module) -> None:
+    """Puts every module that is wrapped (compiled, checkpointed) in its wrapper's place."""
+    for _, module in list(backbone_modules(model)):
+        for key, child in module._modules.items():
+            if child is not None:
+                module._modules[key] = unwrap(child)

@@ -1,0 +1,198 @@
+"""What shape the outputs of sites have: read off the modules where they tell, else measured in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.video import resnet as video
+from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
+
+from resadapt.base.errors import AdapterError, InjectionError
+from resadapt.base.inputs import generate, guesses
+from resadapt.base.nested import map_tensors
+from resadapt.base.spec import SiteSpec
+from resadapt.base.undisturbed import call, undisturbed
+from resadapt.injection.hooks import attach, detach
+from resadapt.injection.walk import backbone_modules, find_module, find_slot
+
+__all__ = ["Shape", "measure_sites"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a site's output: C channels in dimension 1 or -1, and a number of spatial dimensions."""
+
+    channels: int
+    spatial_dims: int
+    channel_dim: int = 1
+    sure: bool = True
+
+
+def measure_sites(model: nn.Module, owners: Mapping[str, str], example_input: object, channel_dim: int | None) -> dict[str, Shape]:
+    """Finds the shape of each site's output.
+
+    Args:
+        model: The whole model.
+        owners: The sites, and the modules that carry their adapters.
+        example_input: What the model is called with; None for an input made up by its first convolution, if one is needed.
+        channel_dim: Where the channels are, 1 or -1; None finds out.
+
+    Raises:
+        InjectionError: A site does not run once, returns no feature map, or none of this can be found out.
+    """
+    declared = {name: _declared(find_module(model, name)) for name in owners}
+    if example_input is not None:
+        outputs = _outputs(model, owners, example_input)
+    elif channel_dim == -1 or not all(shape and shape.sure for shape in declared.values()):
+        outputs = _outputs_of_a_guess(model, owners)
+    else:
+        outputs = {}
+    shapes = {}
+    for name, shape in declared.items():
+        seen = outputs.get(name, [])
+        if seen or example_input is not None:
+            shapes[name] = _measured(name, find_module(model, name), seen, channel_dim)
+        elif shape and channel_dim != -1:
+            shapes[name] = shape  # the first forward with a real input checks it
+        else:
+            raise InjectionError(
+                f"Module {name!r} ({type(find_module(model, name)).__name__}) does not tell how many channels it returns, and does "
+                "not run on an input made up for the model. Pass example_input=, an input that the model can be called with once."
+            )
+    return shapes
+
+
+def _outputs(model: nn.Module, owners: Mapping[str, str], inputs: object) -> dict[str, list[object]]:
+    """Returns what each site returned, run by run, in one forward."""
+    with _recording(model, owners) as outputs, undisturbed(model):
+        try:
+            call(model, map_tensors(inputs, torch.clone))
+        except AdapterError:
+            raise
+        except Exception as error:
+            raise InjectionError(f"The model cannot be called with example_input: {type(error).__name__}: {error}") from error
+    return outputs
+
+
+def _outputs_of_a_guess(model: nn.Module, owners: Mapping[str, str]) -> dict[str, list[object]]:
+    """Returns what each site returned on an input made up for the model; nothing if there is none that it takes."""
+    device = next((tensor.device for tensor in nn.Module.parameters(model)), torch.device("cpu"))
+    for form in guesses(module for _, module in backbone_modules(model)):
+        inputs = map_tensors(generate(form), lambda tensor: tensor.to(device))
+        with _recording(model, owners) as outputs, undisturbed(model), suppress(*_NOT_TAKEN):
+            call(model, inputs)
+            return outputs
+    return {}
+
+
+_NOT_TAKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError)
+"""What a model may raise on an input that is not for it."""
+
+
+@contextmanager
+def _recording(model: nn.Module, owners: Mapping[str, str]) -> Iterator[dict[str, list[object]]]:
+    """Collects what each site returns while the body runs the model, with slots in place: a module may stumble over its own."""
+    outputs: dict[str, list[object]] = {name: [] for name in owners}
+    with ExitStack() as stack:
+        for name, path in owners.items():
+            owner = find_module(model, path)
+            if find_slot(owner) is None:
+                attach(owner).sites[name] = SiteSpec(name, path, 1, 0, 1)
+                stack.callback(detach, owner)
+            handle = owner.register_forward_hook(lambda _m, _a, output, seen=outputs[name]: seen.append(output))
+            stack.callback(handle.remove)
+        yield outputs
+
+
+def _measured(name: str, module: nn.Module, outputs: list[object], channel_dim: int | None) -> Shape:
+    if len(outputs) != 1:
+        raise InjectionError(
+            f"Site {name!r} ran {len(outputs)} times in one forward, and an adapter needs a module that "
+            "runs once. Choose another module, such as the block around it."
+        )
+    (output,) = outputs
+    if not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
+        what = f"shape {list(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+        raise InjectionError(
+            f"Site {name!r} returned {what}, but an adapter needs one floating-point tensor [N, C, ...]. Choose a module "
+            "inside it that returns one."
+        )
+    dim = channel_dim or _channel_dim(name, module, output.shape)
+    return Shape(output.shape[dim], output.ndim - 2, dim)
+
+
+_OVER_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
+
+
+def _channel_dim(name: str, module: nn.Module, shape: torch.Size) -> int:
+    """Tells where the channels are by the last layer inside a site that is as wide as one of the two dimensions."""
+    if len(shape) == 2:
+        return 1
+    for each in reversed(list(module.modules())):
+        match each:
+            case nn.modules.conv._ConvNd() if each.out_channels == shape[1]:
+                return 1
+            case nn.modules.batchnorm._NormBase() if each.num_features == shape[1]:
+                return 1
+            case nn.LayerNorm() | nn.RMSNorm() if type(each).forward in _OVER_LAST:  # a subclass may permute first
+                width = each.normalized_shape[-1]
+            case nn.Linear():
+                width = each.out_features
+            case _:
+                continue
+        if width == shape[1] == shape[-1]:
+            raise InjectionError(
+                f"Site {name!r} returned shape {list(shape)}, whose channels may be in dimension 1 or in the last one. Pass "
+                "channel_dim=1 or channel_dim=-1, or an example_input= of another size."
+            )
+        if width in (shape[1], shape[-1]):
+            return 1 if width == shape[1] else -1
+    return 1
+
+
+_KEEPS_SHAPE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.GELU,
+    nn.LeakyReLU,
+    nn.Hardswish,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Dropout3d,
+)
+
+
+def _declared(module: nn.Module) -> Shape | None:
+    """Returns the shape of a module's output where its type tells; the first forward checks it."""
+    match module:
+        case nn.Conv1d() | nn.ConvTranspose1d():
+            return Shape(module.out_channels, 1)
+        case nn.Conv2d() | nn.ConvTranspose2d():
+            return Shape(module.out_channels, 2)
+        case nn.Conv3d() | nn.ConvTranspose3d():
+            return Shape(module.out_channels, 3)
+        case nn.BatchNorm2d() | nn.InstanceNorm2d():
+            return Shape(module.num_features, 2)
+        case nn.BatchNorm3d() | nn.InstanceNorm3d():
+            return Shape(module.num_features, 3)
+        case FrozenBatchNorm2d():
+            return Shape(module.weight.numel(), 2)
+        case nn.Linear():
+            return Shape(module.out_features, 0, sure=False)  # it may be given tokens, [N, L, C]
+        case SqueezeExcitation():
+            return _declared(module.fc2)
+        case Bottleneck() | video.Bottleneck():
+            return _declared(module.conv3)
+        case BasicBlock() | video.BasicBlock():
+            return _declared(module.conv2)
+        case nn.Sequential() if type(module).forward is nn.Sequential.forward:
+            telling = [child for child in module if not isinstance(child, _KEEPS_SHAPE)]
+            return _declared(telling[-1]) if telling else None
+    return None

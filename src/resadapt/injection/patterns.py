@@ -1,0 +1,78 @@
+"""From what the user writes, names and globs, to the names of modules."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from resadapt.base.errors import InjectionError
+from resadapt.base.names import listing, within
+from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module
+
+__all__ = ["match", "names_in", "select_head"]
+
+
+def names_in(names: object, argument: str) -> list[str]:
+    """Returns a names argument as a list, and refuses what is not text."""
+    if not isinstance(names, Iterable):
+        raise InjectionError(f"{argument} takes names of modules, found {names!r}. Give a name, or a list of them.")
+    listed = [names] if isinstance(names, str) else list(names)
+    for name in listed:
+        if not isinstance(name, str):
+            raise InjectionError(f"{argument} takes names of modules, found {name!r} ({type(name).__name__}).")
+    return listed
+
+
+def match(modules: Mapping[str, nn.Module], pattern: str, argument: str) -> list[str]:
+    """Returns the module names that a name or glob matches; a star stands for anything between two dots.
+
+    Raises:
+        InjectionError: Nothing matches; the message lists near misses.
+    """
+    if pattern and pattern in modules:
+        return [pattern]
+    parts = pattern.split(".")
+    found = [
+        name
+        for name in modules
+        if name
+        and len(segments := name.split(".")) == len(parts)
+        and all(fnmatchcase(segment, part) for segment, part in zip(segments, parts, strict=True))
+    ]
+    if not found:
+        near = difflib.get_close_matches(pattern, [name for name in modules if name], n=5, cutoff=0.5)
+        near += [name for name in modules if name.endswith(f".{pattern}") and name not in near][:5]
+        hint = f"Did you mean {listing(near)}?" if near else f"The model has {listing([n for n in modules if n])}."
+        raise InjectionError(f"{argument}: {pattern!r} matches no module of {type(modules['']).__name__}. {hint}")
+    return found
+
+
+def select_head(model: nn.Module, head: object) -> tuple[str, ...]:
+    """Returns the outermost modules that `head` names, of which those that a glob found may have no parameters.
+
+    Raises:
+        InjectionError: A name matches nothing, has nothing to train, or shares a tensor with what stays frozen.
+    """
+    modules = dict(backbone_modules(model))
+    asked: set[str] = set()
+    for pattern in names_in(head, "head"):
+        trained = [name for name in match(modules, pattern, "head") if _has_parameters(modules[name])]
+        if not trained:
+            raise InjectionError(f"head: module {pattern!r} has no parameters to train. Choose one that has.")
+        asked.update(trained)
+    outermost = tuple(name for name in modules if name in asked and not within(name.rpartition(".")[0], asked))
+    for name in outermost:
+        owned = {id(tensor) for _, tensor in backbone_tensors(find_module(model, name))}
+        for path, tensor in backbone_tensors(model):
+            if not within(path, [name]) and id(tensor) in owned:
+                raise InjectionError(
+                    f"head: {name!r} shares the tensor {path!r} with the backbone, which stays frozen. Untie them."
+                )
+    return outermost
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(isinstance(tensor, nn.Parameter) for _, tensor in backbone_tensors(module))

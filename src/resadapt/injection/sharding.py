@@ -1,0 +1,28 @@
+"""Models that are sharded over processes by FSDP2."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor, nn
+
+from resadapt.base.tensors import is_sharded
+
+__all__ = ["reshard", "sharded_tensors"]
+
+
+def sharded_tensors(model: nn.Module) -> list[Tensor]:
+    """Returns the sharded parameters and buffers of a model; none if it is an ordinary one."""
+    reshard(model)
+    return [tensor for tensor in (*nn.Module.parameters(model), *nn.Module.buffers(model)) if is_sharded(tensor)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts every parameter back in its sharded form: after a forward without a backward some stay gathered.
+
+    What is written into a gathered parameter would be lost.
+    """
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())  # not imported: nothing can be sharded
+    for module in nn.Module.modules(model):
+        if isinstance(module, kind):
+            module.reshard()

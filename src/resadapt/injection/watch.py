@@ -1,0 +1,193 @@
+"""Watching each forward of an injected model, so that nothing goes wrong in silence.
+
+An adapter that runs twice, a head that was replaced and parameters that DDP leaves out of its averages are errors. An adapter that
+never runs or gets no gradient is a warning, given once.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn.parallel import DistributedDataParallel
+
+from resadapt.base.errors import AdapterWarning, InjectionError
+from resadapt.base.names import listing
+from resadapt.base.nested import named_in
+from resadapt.injection.heads import head_tensors, replaced_heads
+from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_of, adapter_tensors
+from resadapt.injection.slots import AdapterSlot
+from resadapt.injection.walk import find_module, find_slot
+
+__all__ = ["begin_forward", "check_first_forward", "count_run", "end_forward"]
+
+
+@dataclass
+class _Forward:
+    """One forward of a whole model: how often each slot's owner ran in it so far."""
+
+    root: int
+    outer: _Forward | None
+    runs: dict[int, int] = field(default_factory=dict)
+
+
+_current: ContextVar[_Forward | None] = ContextVar("resadapt_forward", default=None)
+"""The forward that this thread is in."""
+
+
+def begin_forward(root: nn.Module, args: Any) -> None:
+    """Forward pre-hook of the root: starts counting, and in training looks whether what is trained is in its place."""
+    if torch.compiler.is_compiling():  # a count is a side effect that a compiled or exported graph must not have
+        return
+    outer = _current.get()
+    _current.set(_Forward(id(root), outer if outer is None or outer.root != id(root) else outer.outer))
+    ledger = root.__dict__.get(LEDGER)
+    if root.training and isinstance(ledger, Ledger) and (record := ledger.active_set):
+        _check_head(root, record)
+        _check_averaged(root, record)
+
+
+def count_run(slot: AdapterSlot) -> None:
+    """Counts one run of a slot's owner in the forward of the whole model, if there is one.
+
+    Raises:
+        InjectionError: It is not the first.
+    """
+    if torch.compiler.is_compiling():
+        return
+    forward = _current.get()
+    if forward is None:
+        return
+    if id(slot) not in forward.runs:
+        forward.runs[id(slot)] = 1
+    elif _is_running(forward.root):
+        forward.runs[id(slot)] += 1
+        raise InjectionError(
+            f"Site {slot.sites[slot.active].name!r} ran more than once in one forward, and one adapter cannot serve several "  # type: ignore[index]
+            "places. Call remove_adapters(model) and choose a module that runs once, such as the block around it."
+        )
+    else:  # that forward was interrupted, and a part of the model is called on its own
+        _current.set(None)
+
+
+def check_first_forward(root: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of the root: after a set's first forward, names the adapters that did not run or get no gradient."""
+    forward, ledger = (None, None) if torch.compiler.is_compiling() else (_current.get(), root.__dict__.get(LEDGER))
+    if forward is None or forward.root != id(root) or not isinstance(ledger, Ledger) or not (record := ledger.active_set):
+        return
+    first, training = not record.runs_checked, not record.gradients_checked and root.training and torch.is_grad_enabled()
+    if not first and not training:
+        return
+    record.runs_checked, record.gradients_checked = True, record.gradients_checked or training
+    idle = [site.name for site in record.spec.sites if not _ran(root, site.owner, forward)]
+    if first and idle:
+        _warn(
+            f"The adapters at {listing(idle)} did not run in the first forward: their modules are not called, or not as modules. "
+            "Unless they run later, take them out of layers, or choose the modules around them."
+        )
+    if training and (cut_off := _cut_off(root, record, output, idle)):
+        _warn(
+            f"The adapters at {listing(cut_off)} get no gradient from the model's output: they ran under no_grad, or what they "
+            "returned was detached. They will not be trained."
+        )
+
+
+def end_forward(root: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of the root, called after errors too: the forward is over."""
+    if not torch.compiler.is_compiling():
+        forward = _current.get()
+        if forward is not None and forward.root == id(root):
+            _current.set(forward.outer)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, AdapterWarning, stacklevel=2)
+
+
+def _is_running(root: int) -> bool:
+    """Tells whether a forward of this module is on the stack: one that was interrupted has left its count behind."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and id(frame.f_locals.get("self")) == root:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _check_head(root: nn.Module, record: AdapterSet) -> None:
+    if replaced := replaced_heads(root, record.spec.head):
+        raise InjectionError(
+            f"The head's modules {listing(replaced)} were replaced after the injection, so the set {record.spec.name!r} does not "
+            "have them. Put the injected modules back, or replace the head first and inject then."
+        )
+
+
+def _check_averaged(root: nn.Module, record: AdapterSet) -> None:
+    """Refuses to train parameters that DistributedDataParallel, which was built for others, does not average."""
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is None or not torch.is_grad_enabled():
+        return
+    averaged = {id(parameter) for parameter in ddp._module_parameters}
+    trained = dict(adapter_tensors(root, record.spec)) | head_tensors(root, record.spec.head)
+    left_out = [path for path, tensor in trained.items() if tensor.requires_grad and id(tensor) not in averaged]
+    if left_out and any(module is root for module in ddp.module.modules()):
+        raise InjectionError(
+            f"DistributedDataParallel does not average the gradients of {listing(left_out)}: the set {record.spec.name!r} became "
+            "the active one after the model was wrapped. Wrap the model again, DistributedDataParallel(wrapper.module), once the "
+            "set to train is active."
+        )
+
+
+def _ran(root: nn.Module, owner: str, forward: _Forward) -> bool:
+    slot = find_slot(find_module(root, owner))
+    return id(slot) in forward.runs or _is_compiled(root, owner)
+
+
+def _is_compiled(root: nn.Module, name: str) -> bool:
+    """Tells whether a module is part of a compiled block, whose runs nobody can count."""
+    module, waiting = root, name.split(".")
+    while True:
+        forward = module.__dict__.get("forward")
+        if "_orig_mod" in module._modules or hasattr(forward, "_torchdynamo_orig_callable") or module._compiled_call_impl:
+            return True
+        passed_on = module._modules.get("_checkpoint_wrapped_module")
+        if passed_on is None and not waiting:
+            return False
+        module = passed_on or module._modules[waiting.pop(0)]  # type: ignore[assignment]
+
+
+def _cut_off(root: nn.Module, record: AdapterSet, output: object, idle: list[str]) -> list[str]:
+    """Names the sites whose adapters a backward pass from the output would not reach."""
+    tensors = [tensor for _, tensor in named_in(output)]
+    reached = _reached_from(tensors)
+    if not tensors or reached is None:
+        return []
+    cut_off = []
+    for site in record.spec.sites:
+        trained = {id(p) for p in adapter_of(root, record.spec, site).parameters() if p.requires_grad}
+        if site.name not in idle and trained and not trained & reached:
+            cut_off.append(site.name)
+    return cut_off
+
+
+def _reached_from(tensors: Iterable[Tensor]) -> set[int] | None:
+    """Returns the identities of the parameters in a graph; None where a node hides its part of it (reentrant checkpoints)."""
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    reached, seen = set(), set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, BackwardCFunction):
+            return None
+        if (variable := getattr(node, "variable", None)) is not None:
+            reached.add(id(variable))
+        fresh = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= fresh
+        waiting += fresh
+    return reached

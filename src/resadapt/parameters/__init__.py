@@ -1,0 +1,1 @@
+"""What is trained: iterated, grouped, counted, and as a table."""

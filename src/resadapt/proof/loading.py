@@ -1,0 +1,141 @@
+"""Adapter files into a model: all or nothing, and only on the backbone they belong to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from resadapt.base.errors import AdapterError, AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError
+from resadapt.base.names import listing, reasons_listing
+from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
+from resadapt.injection.freeze import gradients_back_on_failure
+from resadapt.injection.heads import head_tensors
+from resadapt.injection.installation import adapter_shapes, check_model, install, uninstall
+from resadapt.injection.ledger import backbone_differences, find_ledger, ledger_of
+from resadapt.injection.switching import activate, drop_gradients
+from resadapt.injection.walk import unwrap
+from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, persistent
+
+__all__ = ["load_adapters", "load_file_content"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def load_adapters(model: ModelT, path: str | bytes | os.PathLike[str], *, name: str | None = None) -> ModelT:
+    """Loads an adapter file into a model and makes its set the active one.
+
+    If the model has no set of that name, the adapters are injected as the file describes. Nothing in the file is executed, and a
+    failing call leaves the model as it was.
+
+    Args:
+        model: The backbone that the adapters were trained on, plain or injected.
+        path: The file.
+        name: The set to load into; None is the one that the file names.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterFileError: The file is missing, damaged, of another kind, of a newer format, or cannot be injected into this model.
+        BackboneMismatchError: The backbone is another one; the message names the tensors and modules.
+        AdapterKeyError: The model's set or head does not have the file's form.
+        InjectionError: The model cannot be injected into.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters, save_adapters
+        >>> backbone = resnet18()
+        >>> weights = {key: value.clone() for key, value in backbone.state_dict().items()}
+        >>> path = os.path.join(tempfile.mkdtemp(), "adapters.pt")
+        >>> report = save_adapters(inject_adapters(backbone), path)
+        >>> fresh = resnet18()
+        >>> _ = fresh.load_state_dict(weights)
+        >>> model = load_adapters(fresh, path).eval()
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> torch.equal(model(x), backbone.eval()(x))
+        True
+    """
+    info, tensors = read_adapter_file(path)
+    if name is not None and not isinstance(name, str):
+        raise AdapterError(f"name={name!r} is {type(name).__name__}: give the name of a set.")
+    name = info.set.name if name is None else name
+    ledger = find_ledger(model)
+    if ledger is None or name not in ledger.sets:
+        check_model(model)
+    load_file_content(unwrap(model), info, tensors, name)
+    return model
+
+
+def load_file_content(model: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Puts the content of a file into a model under a set name, all or nothing.
+
+    Raises:
+        AdapterFileError, BackboneMismatchError, AdapterKeyError: As `load_adapters`.
+    """
+    if wrong := backbone_differences(model, info.backbone, info.set.head):
+        raise BackboneMismatchError(
+            f"{info.path}: the backbone is not the one these adapters were trained on; {len(wrong)} of its tensors and modules are "
+            f"not those of the file: {reasons_listing(wrong)}. Build the backbone as it was then, and load its own weights, in "
+            "their own dtype, into it first."
+        )
+    state = {key: tensor for key, tensor in tensors.items() if key.startswith(("adapters.", "head."))}
+    ledger = find_ledger(model)
+    if ledger is None or name not in ledger.sets:
+        _inject_from_file(model, info, state, name)
+        return
+    if differing := info.set.differences(ledger.sets[name].spec):
+        raise AdapterKeyError(
+            f"{info.path}: the model's set {name!r} differs from the file's in {listing(differing)}. Load it under another "
+            f"name=, or call remove_adapters(model, {name!r}) first."
+        )
+    live = live_tensors(model, ledger.sets[name])
+    fitting(live, state, name)  # before anything changes
+    left = ledger.active_set
+    activate(model, ledger, name)
+    load_adapter_state_dict(model, state, name)
+    if left is not None and left is not ledger.active_set:
+        drop_gradients(model, left)
+
+
+def _inject_from_file(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor], name: str) -> None:
+    spec = replace(info.set, name=name)
+    ledger = find_ledger(model)
+    active = ledger.active if ledger is not None else None
+    try:
+        _check_description(info, state)
+        head = {f"head.{key}": tensor for key, tensor in persistent(model, head_tensors(model, spec.head)).items()}
+        fitting(head, {key: tensor for key, tensor in state.items() if key.startswith("head.")}, name)
+        with gradients_back_on_failure(model), torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
+            install(model, spec, info.example)
+            try:
+                load_adapter_state_dict(model, state, name)
+            except BaseException:
+                uninstall(model, ledger_of(model), name)
+                if ledger is not None:
+                    activate(model, ledger, active)
+                raise
+    except InjectionError as error:
+        raise AdapterFileError(f"{info.path}: cannot be injected into this {type(model).__name__}: {error}") from error
+
+
+def _check_description(info: AdapterInfo, state: Mapping[str, Tensor]) -> None:
+    """Compares the adapters that a file describes with the tensors that it has, before memory is given to any of them."""
+    expected: set[str] = set()
+    for site in info.set.sites:
+        described = {f"adapters.{site.name}.{key}": shape for key, shape in adapter_shapes(info.set, site).items()}
+        if wrong := [key for key, shape in described.items() if key not in state or tuple(state[key].shape) != shape]:
+            raise AdapterFileError(
+                f"{info.path}: it describes an adapter at site {site.name!r} whose tensors it does not have: {listing(wrong)}. "
+                "Save it again."
+            )
+        expected |= described.keys()
+    if strange := [key for key in state if key.startswith("adapters.") and key not in expected]:
+        raise AdapterKeyError(
+            f"{info.path}: {listing(strange)} is unexpected: it belongs to no adapter of the file. Save it again."
+        )

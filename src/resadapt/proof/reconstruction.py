@@ -1,0 +1,107 @@
+"""The clean backbone that a file is proven on: built by the user, or a copy of the live model, which may share what is proven."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from resadapt.base.errors import AdapterError
+from resadapt.base.names import listing
+from resadapt.injection.ledger import find_ledger
+from resadapt.injection.sets import remove_adapters
+from resadapt.injection.walk import backbone_modules, slots_of, unwrap
+from resadapt.proof.report import Check
+
+__all__ = ["Rebuild", "Reconstruction", "reconstruct"]
+
+Rebuild = Callable[[], nn.Module]
+_LINE = "reconstruction"
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A plain backbone that is independent of the live model.
+
+    Args:
+        check: What the report says of it.
+        model: The backbone; None if there is none.
+        shared: Why what it computes proves nothing; empty if it shares nothing known with the live model.
+    """
+
+    check: Check
+    model: nn.Module | None = None
+    shared: str = ""
+
+
+def reconstruct(live: nn.Module, rebuild: Rebuild | None) -> Reconstruction:
+    """Returns a plain backbone for a file to be restored into.
+
+    Args:
+        live: The live model.
+        rebuild: Builds the backbone as in another process; None takes a copy of the live model.
+
+    Raises:
+        AdapterError: `rebuild` returns no plain backbone.
+    """
+    return _rebuilt(live, rebuild) if rebuild is not None else _copied(live)
+
+
+def _rebuilt(live: nn.Module, rebuild: Rebuild) -> Reconstruction:
+    devices = sorted({tensor.device.index for tensor in nn.Module.parameters(live) if tensor.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
+        built = rebuild()
+    if not isinstance(built, nn.Module):
+        raise AdapterError(f"rebuild returned {type(built).__name__}: return the backbone, a torch.nn.Module.")
+    model = unwrap(built)
+    if find_ledger(model) is not None or next(slots_of(model), None) is not None:
+        raise AdapterError("rebuild returned a model with adapters: return the plain backbone, as it was before the injection.")
+    if shared := _shared_parts(live, model):
+        return Reconstruction(
+            Check(_LINE, "failed", f"rebuild() returned a model that shares {listing(shared)} with the live one: build it afresh")
+        )
+    if len(found := {tensor.device for tensor in nn.Module.parameters(live)}) == 1:
+        model.to(found.pop())
+    return Reconstruction(Check(_LINE, "passed", "rebuild() built the backbone afresh"), model)
+
+
+def _copied(live: nn.Module) -> Reconstruction:
+    try:
+        model = copy.deepcopy(live)
+    except Exception as error:
+        detail = f"the live model cannot be copied ({type(error).__name__}: {error}): pass rebuild="
+        return Reconstruction(Check(_LINE, "failed", detail))
+    if shared := _shared_parts(live, model):
+        return Reconstruction(
+            Check(_LINE, "failed", f"a copy.deepcopy of the live model shares {listing(shared)} with it: pass rebuild=")
+        )
+    if find_ledger(model) is not None:
+        remove_adapters(model)
+    detail = "a copy of the live model; pass rebuild= to prove that the backbone can be built without it"
+    replaced = [name or "the model" for name, module in backbone_modules(model) if "forward" in module.__dict__]
+    reason = f"the forward of {listing(replaced)} was replaced on the instance and may run the live model: pass rebuild="
+    return Reconstruction(Check(_LINE, "not checked", detail), model, reason if replaced else "")
+
+
+def _shared_parts(live: nn.Module, other: nn.Module) -> list[str]:
+    """Names the modules and tensors of a model that are the live model's own, or use its memory."""
+    own = {id(part) for part in (*nn.Module.modules(live), *_tensors(live))}
+    memory = {pointer for tensor in _tensors(live) if (pointer := _memory(tensor))}
+    modules = [name or "the model" for name, module in nn.Module.named_modules(other) if id(module) in own]
+    named = (*nn.Module.named_parameters(other), *nn.Module.named_buffers(other))
+    return modules + [name for name, tensor in named if id(tensor) in own or _memory(tensor) in memory]
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*nn.Module.parameters(model), *nn.Module.buffers(model)]
+
+
+def _memory(tensor: Tensor) -> int:
+    """Returns the address of a tensor's memory, 0 if it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError, ValueError):  # a tensor that is made of others, or has no size yet
+        return 0

@@ -1,0 +1,155 @@
+"""A set's tensors in and out of a model: strict, and all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from resadapt.base.errors import AdapterFileError, AdapterKeyError
+from resadapt.base.module_record import other_state
+from resadapt.base.names import listing, reasons_listing
+from resadapt.base.spec import SetSpec
+from resadapt.base.tensors import dtype_name, is_sharded, whole
+from resadapt.injection.heads import head_tensors
+from resadapt.injection.installation import adapter_shapes
+from resadapt.injection.ledger import AdapterSet, adapter_tensors, ledger_of
+from resadapt.injection.sharding import reshard
+from resadapt.injection.walk import backbone_modules, find_module, unwrap
+
+__all__ = ["adapter_state_dict", "fitting", "live_tensors", "load_adapter_state_dict", "persistent", "refuse_unsaved_state"]
+
+
+def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """Returns copies of a set's tensors: adapters and head, nothing of the backbone.
+
+    Args:
+        model: An injected model. Of one that is sharded (FSDP2), every process gets the whole tensors, and all must call.
+        name: The set; None is the active one.
+
+    Returns:
+        Tensors by name, as ``adapters.<site>.<tensor>`` and ``head.<name in the model>``.
+
+    Raises:
+        InjectionError: Nothing was injected.
+        AdapterKeyError: There is no such set, or an adapter's tensors are no longer those of its family.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> list(adapter_state_dict(inject_adapters(resnet18(), "layer4", 8)))[:2]
+        ['adapters.layer4.down.weight', 'adapters.layer4.down.bias']
+    """
+    live = live_tensors(unwrap(model), ledger_of(model).chosen(name))
+    return {key: whole(tensor).detach().clone() for key, tensor in live.items()}
+
+
+def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], name: str | None = None) -> None:
+    """Copies tensors into a set: strict, and all or nothing.
+
+    Args:
+        model: An injected model. Into one that is sharded (FSDP2) the tensors are distributed, and all processes must call.
+        state_dict: Tensors as from `adapter_state_dict`.
+        name: The set; None is the active one.
+
+    Raises:
+        InjectionError: Nothing was injected.
+        AdapterKeyError: There is no such set; or a tensor is missing, unexpected, of another shape, or would lose precision.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> model = inject_adapters(resnet18(), "layer4", 8)
+        >>> load_adapter_state_dict(model, adapter_state_dict(model))
+    """
+    record = ledger_of(model).chosen(name)
+    reshard(unwrap(model))
+    live = live_tensors(unwrap(model), record)
+    ready = fitting(live, state_dict, record.spec.name)
+    with torch.no_grad():
+        for key, tensor in live.items():
+            tensor.copy_(_distributed_as(tensor, ready[key]))
+
+
+def refuse_unsaved_state(model: nn.Module, spec: SetSpec) -> None:
+    """Refuses a head with state that an adapter file cannot carry.
+
+    Raises:
+        AdapterFileError: A module of the head keeps extra state, or packed weights of a quantized layer.
+    """
+    for name in spec.head:
+        for path, module in backbone_modules(find_module(model, name), name):
+            if kept := other_state(module):
+                raise AdapterFileError(
+                    f"The head's module {path!r} ({type(module).__name__}) keeps {listing(kept)} besides its parameters and "
+                    "buffers, which an adapter file does not carry. Keep that in a buffer, or take the module out of head."
+                )
+
+
+def live_tensors(model: nn.Module, record: AdapterSet) -> dict[str, Tensor]:
+    """Returns a set's own tensors, parameters and persistent buffers, by their names in a file."""
+    spec = record.spec
+    adapters = {f"adapters.{key}": tensor for key, tensor in adapter_tensors(model, spec)}
+    described = {f"adapters.{site.name}.{key}" for site in spec.sites for key in adapter_shapes(spec, site)}
+    if changed := sorted(described ^ adapters.keys()):
+        raise AdapterKeyError(
+            f"The adapters of set {spec.name!r} do not have the tensors of their family: {listing(changed)}. They were pruned or "
+            "parametrized: make that permanent first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)."
+        )
+    head = persistent(model, record.parked_head or head_tensors(model, spec.head))
+    live = adapters | {f"head.{path}": tensor for path, tensor in head.items()}
+    if gone := [key for key, tensor in live.items() if tensor.is_meta]:
+        raise AdapterKeyError(f"Tensors of set {spec.name!r} have no values here (offloaded?): {listing(gone)}. Bring them back.")
+    return live
+
+
+def persistent(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out the buffers that a module does not save."""
+    skipped = {
+        f"{name}.{key}" if name else key for name, module in backbone_modules(model) for key in module._non_persistent_buffers_set
+    }
+    return {path: tensor for path, tensor in tensors.items() if path not in skipped}
+
+
+def fitting(live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Returns copies of the given tensors that can take the place of the live ones, or raises with all that is wrong."""
+    if not isinstance(given, Mapping):
+        raise AdapterKeyError(f"state_dict is {type(given).__name__}, not a mapping from names to tensors.")
+    problems = {key: "is missing" for key in live if key not in given}
+    problems |= {str(key): "is unexpected" for key in given if key not in live}
+    ready: dict[str, Tensor] = {}
+    for key, tensor in live.items():
+        if key not in given:
+            continue
+        value = given[key]
+        if not isinstance(value, Tensor):
+            problems[key] = f"is {type(value).__name__}, not a tensor"
+            continue
+        value = whole(value)
+        if value.shape != tensor.shape:
+            problems[key] = f"has shape {list(value.shape)} where the model has {list(tensor.shape)}"
+        elif value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            problems[key] = "is sparse, quantized or without values: give a dense tensor"
+        else:
+            ready[key] = value.detach().to(tensor.device, tensor.dtype, copy=True)
+            if value.dtype != tensor.dtype and not torch.equal(ready[key].to(value.device, value.dtype), value):
+                problems[key] = f"is {dtype_name(value)} and would lose precision in the model's {dtype_name(tensor)}"
+    if problems:
+        head = any(key.startswith("head.") for key in problems)
+        mend = (
+            "Give the model a head of the saved shape before injecting or loading."
+            if head
+            else "Inject with the layers, bottleneck and family that the tensors were made with."
+        )
+        raise AdapterKeyError(f"The tensors do not fit the set {name!r}: {reasons_listing(problems)}. {mend}")
+    return ready
+
+
+def _distributed_as(live: Tensor, value: Tensor) -> Tensor:
+    """Returns a tensor in the form of a live one: as it is, or this process's part of it."""
+    if not is_sharded(live):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - torch 2.4 has it elsewhere
+
+    return distribute_tensor(value, live.device_mesh, live.placements)  # type: ignore[attr-defined]

@@ -1,0 +1,322 @@
+"""What a proof stands on: a backbone built afresh, or a copy of the live model, and then what the copy may share is said."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import images, picture, small_net, small_resnet, train
+from torch import Tensor, nn
+
+import resadapt
+
+X = images(2, 8)
+
+
+def trained(model: Any = None) -> Any:
+    model = resadapt.inject_adapters(model or small_net(), "c2", 2, head="head")
+    train(model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.5), inputs=X)
+    return model
+
+
+def outcomes(report: resadapt.VerificationReport) -> dict[str, str]:
+    return {check.name: check.outcome for check in report.checks}
+
+
+def test_without_rebuild_the_report_says_that_a_copy_served(path: Path) -> None:
+    report = resadapt.save_adapters(trained(), path)
+    assert report["reconstruction"] == resadapt.Check(
+        "reconstruction",
+        "not checked",
+        "a copy of the live model; pass rebuild= to prove that the backbone can be built without it",
+    )
+    assert report.ok
+    assert outcomes(report)["outputs"] == "passed"
+
+
+def test_with_rebuild_everything_is_proven_on_what_it_builds(path: Path) -> None:
+    model = trained()
+    built: list[nn.Module] = []
+
+    def rebuild() -> nn.Module:
+        built.append(small_net())
+        torch.rand(1000)  # which must not disturb the training
+        return built[-1]
+
+    torch.manual_seed(3)
+    for call in (resadapt.save_adapters, resadapt.verify_adapters):
+        report = call(model, path, rebuild=rebuild, metric=lambda m: m(X).sum())
+        assert set(outcomes(report).values()) == {"passed"}
+        assert resadapt.list_adapters(built[-1]), "the file was restored on it"
+    after = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(3), after)
+
+
+def _by_closure(model: Any) -> None:
+    forward = model.forward
+    model.forward = lambda x: forward(x)
+
+
+def _by_partial(model: Any) -> None:
+    model.forward = functools.partial(model.forward)
+
+
+def _by_autocast(model: Any) -> None:
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+
+
+def _by_compile(model: Any) -> None:
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def _in_a_child(model: Any) -> None:
+    forward = model.c2.forward
+    model.c2.forward = lambda x: forward(x)
+
+
+def _by_method(model: Any) -> None:
+    forward = type(model).forward
+    model.forward = types.MethodType(lambda self, x: forward(self, x), model)
+
+
+@pytest.mark.parametrize("replace", [_by_closure, _by_partial, _by_autocast, _by_compile, _in_a_child, _by_method])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_forward_replaced_on_the_instance_proves_nothing(replace: Callable[[Any], None], early: bool, path: Path) -> None:
+    model = small_net()
+    if early:
+        replace(model)
+    resadapt.inject_adapters(model, "c2", 2, head="head")
+    if not early:
+        replace(model)
+    report = resadapt.save_adapters(model, path, probe=X, metric=lambda m: m(X).sum())
+    for name in ("sites", "outputs", "recorded outputs", "metric"):
+        assert outcomes(report)[name] == "not checked"
+        assert "was replaced on the instance" in report[name].detail
+    assert "'c2'" in report["outputs"].detail or "'the model'" in report["outputs"].detail
+    assert outcomes(report)["tensors"] == "passed"
+
+
+def test_a_replaced_forward_that_answers_differently_fails_on_a_rebuilt_backbone(path: Path) -> None:
+    model = trained()
+    forward = model.forward
+    model.forward = lambda x: 2 * forward(x)
+    with pytest.raises(resadapt.VerificationError, match=r"outputs +failed") as caught:
+        resadapt.save_adapters(model, path, rebuild=small_net, metric=lambda m: m(X).sum())
+    report = caught.value.report
+    assert (report["reconstruction"].outcome, report["tensors"].outcome) == ("passed", "passed")
+    assert (report["outputs"].outcome, report["metric"].outcome) == ("failed", "failed")
+    assert not path.exists()
+    model.forward = lambda x: forward(x)
+    assert set(outcomes(resadapt.save_adapters(model, path, rebuild=small_net)).values()) == {"passed", "not checked"}
+    assert outcomes(resadapt.verify_adapters(model, path, rebuild=small_net))["outputs"] == "passed"
+
+
+class Scaled(nn.Module):
+    """With state outside parameters and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * self.scale
+
+
+def scaled() -> Any:
+    torch.manual_seed(0)
+    return Scaled()
+
+
+def _attribute(model: Any) -> None:
+    model.scale = 3.0
+
+
+def _hook(model: Any) -> None:
+    model.conv.register_forward_hook(lambda _module, _args, output: output + 1)
+
+
+@pytest.mark.parametrize("change", [_attribute, _hook])
+def test_state_that_only_the_live_model_has_is_found_on_a_rebuilt_backbone(change: Callable[[Any], None], path: Path) -> None:
+    model = resadapt.inject_adapters(scaled(), "conv", 2)
+    change(model)
+    copied = resadapt.save_adapters(model, path)
+    assert outcomes(copied)["reconstruction"] == "not checked", "a copy has that state too, and the report says that it is one"
+    with pytest.raises(resadapt.VerificationError, match=r"outputs +failed +live and reloaded model differ"):
+        resadapt.save_adapters(model, path, rebuild=scaled)
+    assert not resadapt.verify_adapters(model, path, rebuild=scaled).ok
+
+
+def test_a_hook_that_runs_a_part_of_the_live_model(path: Path) -> None:
+    model = resadapt.inject_adapters(small_net(), "c2", 2)
+    live = model.conv
+    model.bn.register_forward_hook(lambda _module, args, output: output + live(torch.ones(1, 3, 3, 3)).mean())
+    report = resadapt.save_adapters(model, path, metric=lambda m: m(X).sum())
+    for name in ("outputs", "recorded outputs", "metric"):
+        assert outcomes(report)[name] == "not checked"
+        assert "modules of the live model ran while the reloaded model was run ('conv')" in report[name].detail
+    assert outcomes(resadapt.verify_adapters(small_net(), path))["recorded outputs"] == "failed", (
+        "the plain one answers differently"
+    )
+
+
+def test_a_metric_that_knows_the_live_model_proves_nothing(path: Path) -> None:
+    model = resadapt.inject_adapters(small_net(), "c2", 2)
+    before = picture(model)
+    for metric in (
+        lambda _: model(X).sum(),
+        lambda _: model.conv(X).sum(),
+        lambda m: m(X).sum() + model.c2(X[:, :1].expand(-1, 4, 8, 8)).sum(),
+    ):
+        report = resadapt.save_adapters(model, path, metric=metric)
+        assert outcomes(report)["metric"] == "not checked"
+        assert "ran when the metric was given the reloaded one" in report["metric"].detail
+        assert outcomes(report)["outputs"] == "passed"
+    assert picture(model) == before
+    assert outcomes(resadapt.save_adapters(model, path, metric=lambda m: m(X).sum()))["metric"] == "passed"
+
+
+class Shared(nn.Sequential):
+    def __deepcopy__(self, memo: object) -> Any:
+        return self
+
+
+def sharing() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("backbone", Shared(nn.Conv2d(3, 4, 3)))
+    model.add_module("after", nn.Conv2d(4, 2, 1))
+    return model
+
+
+def test_a_backbone_that_deepcopy_shares_is_not_changed_by_saving(path: Path) -> None:
+    model = sharing()
+    before = picture(model)
+    resadapt.inject_adapters(model, "backbone", 2)
+    model(X)
+    injected = picture(model)
+    with pytest.raises(resadapt.VerificationError, match=r"copy.deepcopy of the live model shares 'backbone'.*: pass rebuild="):
+        resadapt.save_adapters(model, path)
+    assert not list(path.parent.iterdir())
+    assert resadapt.save_adapters(model, path, rebuild=sharing).ok
+    report = resadapt.verify_adapters(model, path)
+    assert outcomes(report)["reconstruction"] == "failed"
+    assert not report.ok
+    assert picture(model) == injected
+    resadapt.remove_adapters(model)
+    assert outcomes(resadapt.verify_adapters(model, path))["reconstruction"] == "failed"
+    assert picture(model) == before
+
+
+def _with_parts(model: Any) -> nn.Module:
+    fresh = small_net()
+    fresh.c2 = model.c2
+    return fresh
+
+
+def _with_memory(model: Any) -> nn.Module:
+    fresh = small_net()
+    plain = {key: value for key, value in model.state_dict().items() if "resadapt" not in key}
+    fresh.load_state_dict(plain, assign=True)
+    return fresh
+
+
+@pytest.mark.parametrize("share", [lambda model: model, _with_parts, _with_memory])
+def test_a_rebuild_that_returns_parts_of_the_live_model(share: Callable[[Any], nn.Module], path: Path) -> None:
+    model = trained()
+    before = picture(model)
+    with pytest.raises(
+        resadapt.AdapterError, match=r"rebuild\(\) returned a model that shares|rebuild returned a model with adapters"
+    ):
+        resadapt.save_adapters(model, path, rebuild=lambda: share(model))
+    assert not list(path.parent.iterdir())
+    assert picture(model) == before
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "error", "message"),
+    [
+        (lambda: None, resadapt.AdapterError, "rebuild returned NoneType: return the backbone"),
+        (lambda: trained(), resadapt.AdapterError, "rebuild returned a model with adapters"),
+        (3, resadapt.AdapterError, "rebuild is int: give a function"),
+        (lambda: 1 / 0, ZeroDivisionError, "division"),
+        (lambda: small_resnet(), resadapt.VerificationError, r"backbone +failed"),
+    ],
+)
+def test_a_rebuild_that_builds_no_such_backbone(rebuild: Any, error: type[Exception], message: str, path: Path) -> None:
+    model = trained()
+    before = picture(model)
+    for call in (resadapt.save_adapters, resadapt.verify_adapters):
+        if call is resadapt.verify_adapters:
+            resadapt.save_adapters(model, path)
+            if error is resadapt.VerificationError:
+                assert outcomes(call(model, path, rebuild=rebuild))["backbone"] == "failed"
+                continue
+        with pytest.raises(error, match=message) as caught:
+            call(model, path, rebuild=rebuild)
+        assert type(caught.value) is error
+        assert path.exists() == (call is resadapt.verify_adapters)
+    assert picture(model) == before
+
+
+def _compiled_in_place(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def _compiled_block(model: Any) -> Any:
+    model.c2.compile(backend="eager")
+    return model
+
+
+def _wrapped_block(model: Any) -> Any:
+    model.c2 = torch.compile(model.c2, backend="eager")
+    return model
+
+
+def _wrapped(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("compile", [_compiled_in_place, _compiled_block, _wrapped_block, _wrapped])
+@pytest.mark.parametrize("early", [False, True])
+def test_compiled_models_are_proven_by_their_eager_forward(compile: Callable[[Any], Any], early: bool, path: Path) -> None:
+    torch._dynamo.reset()
+    model = small_net()
+    if early and compile is not _wrapped:
+        compile(model)
+    resadapt.inject_adapters(model, "c2", 2, head="head")
+    if not early:
+        model = compile(model)
+    train(model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.5), inputs=X)
+    seen: list[int] = []
+    model.eval()
+    expected = model(X)
+    report = resadapt.save_adapters(model, path, metric=lambda m: seen.append(1) or m(X).sum(), rebuild=small_net)
+    assert set(outcomes(report).values()) == {"passed"}
+    assert len(seen) == 2
+    assert resadapt.save_adapters(model, path)["outputs"].outcome == "passed", "on a copy too"
+    assert torch.allclose(resadapt.load_adapters(small_net(), path).eval()(X), expected, atol=1e-6)
+    assert resadapt.check_backbone(model).ok
+
+
+def test_the_copy_of_a_model_is_gone_after_saving(path: Path) -> None:
+    """No hook that watched the comparison stays behind, in the model or anywhere else."""
+    from torch.nn.modules import module
+
+    model = trained()
+    before, everywhere = picture(model), dict(module._global_forward_pre_hooks)
+    resadapt.save_adapters(model, path, metric=lambda m: m(X).sum())
+    with pytest.raises(ZeroDivisionError):
+        resadapt.save_adapters(model, path, metric=lambda m: 1 / 0)
+    assert picture(model) == before
+    assert dict(module._global_forward_pre_hooks) == everywhere
+    assert copy.deepcopy(model)(X).shape == (2, 2)
