@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -106,7 +105,8 @@ def _setting_names(kind: type[nn.Module]) -> list[str]:
     """Returns the names of a class's settings: its `__constants__`, the usual ones, and torch.nn's constructor arguments."""
     names = {name for cls in kind.__mro__ for name in cls.__dict__.get("__constants__", ())} | set(_CONFIGURATION)
     if kind.__module__.startswith("torch.nn."):  # a class of one's own may count or cache in such an attribute
-        names |= set(inspect.signature(kind.__init__).parameters)
+        code = kind.__init__.__code__
+        names |= set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
     return sorted(names - _NOT_COMPUTED_WITH)
 
 

@@ -12,7 +12,7 @@ from resadapt.injection.heads import mark_heads
 from resadapt.injection.hooks import detach, later_hooks, unwatch
 from resadapt.injection.ledger import LEDGER, adapter_of, ledger_of
 from resadapt.injection.switching import activate
-from resadapt.injection.walk import backbone_modules, find_module, find_slot, unwrap
+from resadapt.injection.walk import backbone_modules, behind_wrappers, find_module, find_slot, unwrap
 
 __all__ = ["inference_copy"]
 
@@ -83,4 +83,4 @@ def _unwrap_children(model: nn.Module) -> None:
     for _, module in list(backbone_modules(model)):
         for key, child in module._modules.items():
             if child is not None:
-                module._modules[key] = unwrap(child)
+                module._modules[key] = behind_wrappers(child)

@@ -41,8 +41,12 @@ def check_places(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         InjectionError: There is no such place, or one of another shape.
     """
-    live = dict(backbone_tensors(model))
-    if gone := [path for path, tensor in tensors.items() if path not in live or live[path].shape != tensor.shape]:
+    gone = []
+    for path, tensor in tensors.items():
+        place, key = _place(model, path)
+        if (live := place.get(key)) is None or live.shape != tensor.shape:
+            gone.append(path)
+    if gone:
         raise InjectionError(
             f"The head has lost {listing(gone)}: it was replaced after the injection. Put the injected module back."
         )
@@ -55,15 +59,16 @@ def exchange(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     The objects are exchanged, not their values: an optimizer keeps the set it was built for, and a graph that is waiting for its
     backward pass keeps what it was computed with.
     """
-    before: dict[str, Tensor] = {}
+    places = {path: _place(model, path) for path in tensors}
     for path, tensor in tensors.items():
-        parent, _, key = path.rpartition(".")
-        module = find_module(model, parent)
-        place: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
-        live = before[path] = place[key]
+        place, key = places[path]
+        live = place[key]
         if (tensor.device, tensor.dtype) != (live.device, live.dtype):  # the model moved while this one was parked
             tensor.data = tensor.data.to(live.device, live.dtype)
-        place[key] = tensor
+    # Nothing has changed places so far, and nothing can fail from here on.
+    before = {path: place[key] for path, (place, key) in places.items()}
+    for path, (place, key) in places.items():
+        place[key] = tensors[path]
     return before
 
 
@@ -89,3 +94,10 @@ def replaced_heads(model: nn.Module, head: Collection[str]) -> list[str]:
             if _MARK not in module.__dict__ and not within(path, replaced):
                 replaced.append(path)
     return replaced
+
+
+def _place(model: nn.Module, path: str) -> tuple[dict[str, Any], str]:
+    """Returns the dictionary of a module that holds a tensor, and its key there."""
+    parent, _, key = path.rpartition(".")
+    module = find_module(model, parent)
+    return (module._parameters if key in module._parameters else module._buffers), key

@@ -22,7 +22,16 @@ from resadapt.injection.select import owner_of
 from resadapt.injection.sharding import sharded_tensors
 from resadapt.injection.slots import AdapterSlot
 from resadapt.injection.switching import activate, activated, check_switchable, drop_gradients
-from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, find_slot, named_tensors, slots_of, unwrap
+from resadapt.injection.walk import (
+    backbone_modules,
+    backbone_tensors,
+    behind_wrappers,
+    find_module,
+    find_slot,
+    named_tensors,
+    slots_of,
+    unwrap,
+)
 
 __all__ = ["adapter_shapes", "check_model", "install", "uninstall"]
 
@@ -132,7 +141,7 @@ def _put_back(model: nn.Module, ledger: Ledger) -> None:
     for path, module in backbone_modules(model):
         module.training = ledger.training.get(path, module.training)
     for wrapper in nn.Module.modules(model):
-        wrapper.training = unwrap(wrapper).training
+        wrapper.training = behind_wrappers(wrapper).training
     for path, tensor in backbone_tensors(model):
         if isinstance(tensor, nn.Parameter):
             with torch.inference_mode(tensor.is_inference()):  # in which alone such a tensor's flag may be set

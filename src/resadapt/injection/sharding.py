@@ -13,6 +13,8 @@ __all__ = ["reshard", "sharded_tensors"]
 
 def sharded_tensors(model: nn.Module) -> list[Tensor]:
     """Returns the sharded parameters and buffers of a model; none if it is an ordinary one."""
+    if "torch.distributed.tensor" not in sys.modules:  # where sharded tensors are from: there can be none
+        return []
     reshard(model)
     return [tensor for tensor in (*nn.Module.parameters(model), *nn.Module.buffers(model)) if is_sharded(tensor)]
 

@@ -17,6 +17,7 @@ from resadapt.injection.slots import SLOT, AdapterSlot
 __all__ = [
     "backbone_modules",
     "backbone_tensors",
+    "behind_wrappers",
     "find_module",
     "find_slot",
     "is_leaf",
@@ -35,7 +36,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
-        elif (inner := _inside(model)) is model:
+        elif (inner := behind_wrappers(model)) is model:
             return model
         else:
             model = inner
@@ -43,7 +44,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def backbone_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Walks the modules of the backbone as `nn.Module.named_modules` does, but once for each name of a shared module."""
-    model = _inside(model)
+    model = behind_wrappers(model)
     yield prefix, model
     for key, child in model._modules.items():
         if child is not None and not isinstance(child, AdapterSlot):
@@ -69,12 +70,12 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     Raises:
         InjectionError: There is none.
     """
-    module = _inside(model)
+    module = behind_wrappers(model)
     for part in name.split(".") if name else ():
         child = _child(module, part)
         if child is None or isinstance(child, AdapterSlot):
             raise InjectionError(f"The backbone of this {type(model).__name__} has no module {name!r}.")
-        module = _inside(child)
+        module = behind_wrappers(child)
     return module
 
 
@@ -100,9 +101,9 @@ def _child(module: nn.Module, key: str) -> nn.Module | None:
     return module._modules[key] if key in module._modules else None  # noqa: SIM401 - the children of TorchScript are no dict
 
 
-def _inside(module: nn.Module) -> nn.Module:
+def behind_wrappers(module: nn.Module) -> nn.Module:
     """Returns what a wrapper passes its inputs on to; the module itself if it is no wrapper."""
     for key in _PASSED_ON_TO:
         if key in module._modules:
-            return _inside(module._modules[key])  # type: ignore[arg-type]
+            return behind_wrappers(module._modules[key])  # type: ignore[arg-type]
     return module
