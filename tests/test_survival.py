@@ -165,8 +165,11 @@ def test_jit_trace(model: nn.Module) -> None:
     assert torch.allclose(traced(larger), model(larger), atol=1e-5)
 
 
-def test_export(model: nn.Module) -> None:
-    program = torch.export.export(model, (X,))
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(model: nn.Module, strict: bool) -> None:
+    if strict and torch.__version__.startswith("2.4"):
+        pytest.skip("torch 2.4 exports no model that has a hook of its own with strict=True")
+    program = torch.export.export(model, (X,), strict=strict)
     assert torch.allclose(program.module()(X), model(X), atol=1e-6)
 
 

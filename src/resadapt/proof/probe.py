@@ -157,11 +157,13 @@ def compare_with_record(record: ProbeRecord, stored: Mapping[str, Tensor], outpu
         old, new = _real(stored[f"probe.{place}"]), _sample(tensor, record.outputs[place]["step"])
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             return math.nan, False
+        inexact, allowed = new.is_floating_point(), 0.0
+        if inexact:
+            allowed = torch.finfo(new.dtype).eps ** 0.5
+            old, new = old.double(), new.double()  # not every dtype can be subtracted
         if not old.numel() or torch.equal(old, new):
             continue
-        inexact = new.is_floating_point()
         difference = float((old - new).abs().max() / old.abs().max()) if inexact else math.inf
-        allowed = torch.finfo(new.dtype).eps ** 0.5 if inexact else 0.0
         worst = difference if math.isnan(difference) else max(worst, difference)
         ok = ok and difference <= allowed
     return worst, ok
