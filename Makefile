@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs clean
+.PHONY: help demo test check docs mutants clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +32,10 @@ check: $(STAMP) docs  ## formatting, lint, types, layering, strict docs
 docs: $(STAMP)  ## the documentation, in docs/_build/html; any warning is an error
 	"$(BIN)/python" -m sphinx -b html -W -n --keep-going -q docs docs/_build/html
 
+mutants: $(STAMP)  ## change the source bit by bit and see the tests fail: hours; a part of it: MUTANTS="resadapt.files*"
+	"$(BIN)/python" -m pip install --quiet mutmut==3.8.1
+	OMP_NUM_THREADS=1 "$(BIN)/mutmut" run $(MUTANTS)
+
 clean:  ## remove what the other targets made, the environment excepted
-	rm -rf build dist docs/_build runs/demo .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build mutants runs/demo .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} +

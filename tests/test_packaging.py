@@ -1,10 +1,12 @@
-"""The wheel: what is in it, and that it runs where there is nothing but the three runtime packages."""
+"""The wheel and the source distribution: what is in them, and that they run where there is nothing but what they ask for."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -102,3 +104,34 @@ def test_the_quickstart_runs_from_the_wheel_with_only_the_runtime_packages(bare_
     assert "backbone unchanged after training: True" in output
     assert "failed" not in output
     assert output.endswith("largest difference after reloading into a fresh backbone: 0.0\n")
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, cwd=ROOT)
+    (path,) = folder.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / path.name.removesuffix(".tar.gz")
+
+
+def test_the_sdist_holds_all_that_its_tests_need(sdist: Path) -> None:
+    made = {"__pycache__", "_build"}
+    for part in ("src", "tests", "docs", "examples", ".ci"):
+        files = [path for path in (ROOT / part).rglob("*") if path.is_file() and not made & set(path.relative_to(ROOT).parts)]
+        missing = [path for path in files if not (sdist / path.relative_to(ROOT)).is_file()]
+        assert files
+        assert not missing
+    for name in ("Makefile", "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"):
+        assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_the_tests_of_the_sdist_run_there(sdist: Path) -> None:
+    # One file of them, on the sources of the sdist. The whole of them is a job of the hosted CI.
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_fingerprint.py", "-k", "format_1"]
+    environment = os.environ | {"PYTHONPATH": str(sdist / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=sdist, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
