@@ -293,6 +293,37 @@ def test_what_is_tied_in_a_head_stays_tied(path: Path) -> None:
     assert resadapt.count_parameters(model).head == 16 + 4 + 4
 
 
+def test_heads_tied_to_each_other(path: Path) -> None:
+    def tied() -> Any:
+        model = small_net(head=nn.Linear(4, 4))
+        model.c2.other = nn.Linear(4, 4)
+        model.c2.other.weight = model.head.weight
+        return model
+
+    model = resadapt.inject_adapters(tied(), "conv", 2, head=["head", "c2.other"])
+    assert model.c2.other.weight is model.head.weight
+    train(model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.1), inputs=X)
+    assert resadapt.save_adapters(model, path, rebuild=tied).ok
+    loaded = resadapt.load_adapters(tied(), path)
+    assert loaded.c2.other.weight is loaded.head.weight
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+def test_a_file_with_two_tensors_where_the_model_has_one(path: Path) -> None:
+    def net(tie: bool) -> Any:
+        model = small_net(head=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+        if tie:
+            model.head[1].weight = model.head[0].weight
+        return model
+
+    resadapt.save_adapters(resadapt.inject_adapters(net(False), "c2", 2, head="head"), path)
+    plain = net(True)
+    before = picture(plain)
+    with pytest.raises(resadapt.AdapterKeyError, match=r"'head.head.1.weight' is tied to 'head.head.0.weight' in this model"):
+        resadapt.load_adapters(plain, path)
+    assert picture(plain) == before
+
+
 def test_keep_head_without_an_active_set() -> None:
     model = resadapt.inject_adapters(small_net(), "c2", 2, head="head")
     with torch.no_grad():

@@ -67,7 +67,7 @@ def select_head(model: nn.Module, head: object) -> tuple[str, ...]:
     for name in outermost:
         owned = {id(tensor) for _, tensor in backbone_tensors(find_module(model, name))}
         for path, tensor in backbone_tensors(model):
-            if not within(path, [name]) and id(tensor) in owned:
+            if not within(path, outermost) and id(tensor) in owned:
                 raise InjectionError(
                     f"head: {name!r} shares the tensor {path!r} with the backbone, which stays frozen. Untie them."
                 )

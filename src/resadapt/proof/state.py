@@ -11,7 +11,7 @@ from resadapt.base.errors import AdapterFileError, AdapterKeyError
 from resadapt.base.module_record import other_state
 from resadapt.base.names import listing, reasons_listing
 from resadapt.base.spec import SetSpec
-from resadapt.base.tensors import dtype_name, is_sharded, whole
+from resadapt.base.tensors import dtype_name, is_sharded, same_bits, whole
 from resadapt.injection.heads import head_tensors
 from resadapt.injection.installation import adapter_shapes
 from resadapt.injection.ledger import AdapterSet, adapter_tensors, ledger_of
@@ -119,6 +119,7 @@ def fitting(live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) 
     problems = {key: "is missing" for key in live if key not in given}
     problems |= {str(key): "is unexpected" for key in given if key not in live}
     ready: dict[str, Tensor] = {}
+    first_at: dict[object, str] = {}
     for key, tensor in live.items():
         if key not in given:
             continue
@@ -135,10 +136,14 @@ def fitting(live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) 
             ready[key] = value.detach().to(tensor.device, tensor.dtype, copy=True)
             if value.dtype != tensor.dtype and not torch.equal(ready[key].to(value.device, value.dtype), value):
                 problems[key] = f"is {dtype_name(value)} and would lose precision in the model's {dtype_name(tensor)}"
+            place = id(tensor) if is_sharded(tensor) else (tensor.data_ptr(), tensor.shape, tensor.stride())
+            first = first_at.setdefault(place, key)
+            if tensor.numel() and not same_bits(ready[first], ready[key]):
+                problems[key] = f"is tied to {first!r} in this model, which is given other values"
     if problems:
         head = any(key.startswith("head.") for key in problems)
         mend = (
-            "Give the model a head of the saved shape before injecting or loading."
+            "Give the model the head that was saved, before injecting or loading."
             if head
             else "Inject with the layers, bottleneck and family that the tensors were made with."
         )
