@@ -14,6 +14,9 @@ import resadapt
 X = small_images(16)
 BASELINE = torch.zeros_like(X)
 
+# captum tells each time what it does to inputs and layers.
+pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already", "ignore:Setting (forward|backward)")
+
 
 class Net(nn.Module):
     """Every layer is a module, each used once, as attribution methods need it."""
@@ -41,11 +44,10 @@ class HandAdapter(nn.Module):
 
     def __init__(self, tensors: dict[str, Tensor], site: str) -> None:
         super().__init__()
-        self.down, self.act, self.up = nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8)
+        width, channels = tensors[f"adapters.{site}.down.weight"].shape
+        self.down, self.act, self.up = nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, channels)
         for name in ("down", "up"):
-            weight, bias = (tensors[f"adapters.{site}.{name}.{kind}"] for kind in ("weight", "bias"))
-            setattr(self, name, nn.Linear(weight.shape[1], weight.shape[0]))
-            getattr(self, name).load_state_dict({"weight": weight, "bias": bias})
+            getattr(self, name).load_state_dict({kind: tensors[f"adapters.{site}.{name}.{kind}"] for kind in ("weight", "bias")})
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.up(self.act(self.down(x.mean((2, 3)))))[:, :, None, None]
@@ -125,7 +127,6 @@ def test_a_trained_network_comes_back_and_is_explained_alike(attr: Any, path: An
 
 
 @pytest.mark.parametrize("sites", SITES)
-@pytest.mark.filterwarnings("ignore:Setting (forward|backward)")
 def test_deep_lift_is_complete(sites: tuple[str, ...], attr: Any) -> None:
     """The sum of attributions is the difference of outputs; and it is what the network by hand gives."""
     model = adapted(*sites)
@@ -140,7 +141,6 @@ def test_deep_lift_is_complete(sites: tuple[str, ...], attr: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["DeepLift", "Deconvolution"])
-@pytest.mark.filterwarnings("ignore:Setting (forward|backward)")
 def test_a_rule_for_a_rectifier_that_carries_an_adapter_is_told(method: str, attr: Any) -> None:
     model = adapted("act1", "act2")
     with pytest.warns(resadapt.AdapterWarning, match=r"hooks on site 'act1' .*inference_copy\(model\)"):
@@ -151,7 +151,6 @@ def test_a_rule_for_a_rectifier_that_carries_an_adapter_is_told(method: str, att
 
 @pytest.mark.parametrize("sites", SITES)
 @pytest.mark.parametrize(("method", "rectifier"), [("GuidedBackprop", GuidedReLU), ("Deconvolution", DeconvolvedReLU)])
-@pytest.mark.filterwarnings("ignore:Setting (forward|backward)")
 def test_guided_gradients_are_those_of_guided_rectifiers(
     method: str, rectifier: type[torch.autograd.Function], sites: tuple[str, ...], attr: Any
 ) -> None:
@@ -176,7 +175,6 @@ def test_integrated_gradients_are_complete_and_saliency_is_the_gradient(sites: t
 
 
 @pytest.mark.parametrize("sites", SITES)
-@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
 def test_relevance_on_an_inference_copy_is_that_of_the_network_by_hand(sites: tuple[str, ...], attr: Any) -> None:
     """LRP knows stock layers only, and takes a layer with a child for a container: it is for the copy."""
     model = adapted(*sites)
