@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-dev
+CLIENTS := $(VENV)/.installed-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs mutants clean
+.PHONY: help demo test clients check docs mutants clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -16,12 +17,19 @@ $(STAMP): pyproject.toml
 	"$(BIN)/python" -m pip install --editable ".[dev]"
 	@touch "$@"
 
+$(CLIENTS): $(STAMP)
+	"$(BIN)/python" -m pip install --editable ".[clients]"
+	@touch "$@"
+
 demo: $(STAMP)  ## the codec example from data to pictures, at most 10 minutes
 	rm -rf runs/demo
 	"$(BIN)/python" examples/codec_stage2/demo.py
 
 test: $(STAMP)  ## all tests, the examples in docstrings and docs, and branch coverage
-	"$(BIN)/python" -m pytest src tests --doctest-modules --numprocesses auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered
+	"$(BIN)/python" -m pytest src tests --ignore=tests/clients --doctest-modules --numprocesses auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered
+
+clients: $(CLIENTS)  ## tests against the libraries that models and training loops come from (timm, Lightning, captum, ONNX, ...)
+	"$(BIN)/python" -m pytest tests/clients --numprocesses auto --maxprocesses 4
 
 check: $(STAMP) docs  ## formatting, lint, types, layering, strict docs
 	"$(BIN)/python" -m ruff format --check .

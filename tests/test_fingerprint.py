@@ -367,9 +367,17 @@ def test_a_backbone_without_values_has_drifted() -> None:
     model = resadapt.inject_adapters(small_net(), "c2", 2, head="head").to("meta")
     report = resadapt.check_backbone(model)
     assert "no values here" in report.reasons["conv.weight"]
-    for call in (lambda: resadapt.adapter_state_dict(model), lambda: resadapt.save_adapters(model, "unused.pt")):
+    for call in (
+        lambda: resadapt.adapter_state_dict(model),
+        lambda: resadapt.save_adapters(model, "unused.pt"),
+        lambda: resadapt.set_active_adapters(model, None),
+        lambda: resadapt.remove_adapters(model),
+        lambda: resadapt.inference_copy(model),
+        lambda: resadapt.accept_backbone(model),
+    ):
         with pytest.raises(resadapt.AdapterError, match="no values here"):
             call()
+    assert resadapt.list_adapters(model)[0].active
 
 
 DATA = Path(__file__).parent / "data"

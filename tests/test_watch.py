@@ -75,6 +75,39 @@ def test_a_site_that_never_runs_is_named_at_the_first_forward(site: str, path: P
     assert (report["sites"].outcome, report.ok) == ("failed", False)
 
 
+def _gradient_of_the_layer(model: nn.Module, site: str) -> None:
+    """What captum's DeepLift does: notes the layer's input and output, with a rule of its own for what is between them."""
+    model.get_submodule(site).register_forward_pre_hook(lambda _module, _args: None)
+    model.get_submodule(site).register_forward_hook(lambda _module, _args, _output: None)
+
+
+def _full_backward(model: nn.Module, site: str) -> None:
+    model.get_submodule(site).register_full_backward_hook(lambda _module, _grad_input, _grad_output: None)
+
+
+@pytest.mark.parametrize("hook", [_gradient_of_the_layer, _full_backward])
+def test_hooks_for_the_gradient_of_a_layer_that_carries_an_adapter_are_told(hook: Callable[[nn.Module, str], None]) -> None:
+    model = resadapt.inject_adapters(paths(), ["once", "pair"], 2).eval()
+    hook(model, "once")
+    (message,) = warned(lambda: model(X))
+    assert "The hooks on site 'once' see the layer and its adapter as one." in message
+    with torch.no_grad():
+        assert warned(lambda: model(X)) == [], "without gradients they only look"
+    with resadapt.adapters_disabled(model):
+        assert warned(lambda: model(X)) == []
+    assert warned(lambda: model.train()(X)) == []
+
+
+def test_hooks_that_only_look_are_not_told() -> None:
+    model = resadapt.inject_adapters(paths(), "once", 2).eval()
+    model.once.register_forward_hook(lambda _module, _args, _output: None)
+    blocks = resadapt.inject_adapters(small_resnet(), "layer4").eval()
+    _gradient_of_the_layer(blocks, "layer4.1")  # not a layer: its gradient has no rule
+    early = paths().eval()
+    _gradient_of_the_layer(early, "once")  # before the adapter, whose input they see
+    assert warned(lambda: (model(X), blocks(images()), resadapt.inject_adapters(early, "once", 2)(X))) == []
+
+
 def test_a_model_that_runs_all_its_sites_warns_of_nothing(path: Path) -> None:
     model = resadapt.inject_adapters(small_resnet(), head="fc")
     assert warned(lambda: train(model, torch.optim.SGD(model.parameters(), lr=0.1))) == []

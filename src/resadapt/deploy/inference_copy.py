@@ -12,7 +12,7 @@ from resadapt.injection.heads import mark_heads
 from resadapt.injection.hooks import detach, later_hooks, unwatch
 from resadapt.injection.ledger import LEDGER, adapter_of, ledger_of
 from resadapt.injection.switching import activate
-from resadapt.injection.walk import backbone_modules, behind_wrappers, find_module, find_slot, unwrap
+from resadapt.injection.walk import backbone_modules, behind_wrappers, check_values, find_module, find_slot, named_tensors, unwrap
 
 __all__ = ["inference_copy"]
 
@@ -32,7 +32,7 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
         The copy.
 
     Raises:
-        InjectionError: Nothing was injected.
+        InjectionError: Nothing was injected, or a tensor has no values (offloaded).
         AdapterKeyError: There is no such set.
         AdapterError: The model cannot be copied.
 
@@ -46,6 +46,7 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
         (True, 'BatchNorm2d')
     """
     name = ledger_of(model).chosen(name).spec.name
+    check_values({path: tensor for path, module in nn.Module.named_modules(model) for path, tensor in named_tensors(module, path)})
     try:
         plain = copy.deepcopy(unwrap(model))
     except Exception as error:

@@ -19,6 +19,7 @@ __all__ = [
     "freeze_norm",
     "freeze_parameters",
     "gradients_back_on_failure",
+    "hold_in_eval",
     "is_frozen",
     "stock_norm",
     "thaw_norm",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import listing, within
-from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module
+from resadapt.injection.walk import backbone_modules, backbone_tensors, check_values, find_module
 
 __all__ = ["check_places", "clone_head", "exchange", "head_tensors", "mark_heads", "replaced_heads"]
 
@@ -39,13 +39,16 @@ def check_places(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Checks that `exchange` can put tensors into a model.
 
     Raises:
-        InjectionError: There is no such place, or one of another shape.
+        InjectionError: There is no such place, or one of another shape, or one of the two tensors has no values.
     """
-    gone = []
+    gone, halves = [], {}
     for path, tensor in tensors.items():
         place, key = _place(model, path)
         if (live := place.get(key)) is None or live.shape != tensor.shape:
             gone.append(path)
+        elif live.is_meta is not tensor.is_meta:  # values cannot follow where there are none
+            halves[path] = live if live.is_meta else tensor
+    check_values(halves)
     if gone:
         raise InjectionError(
             f"The head has lost {listing(gone)}: it was replaced after the injection. Put the injected module back."

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from resadapt.injection.slots import SLOT, AdapterSlot
 from resadapt.injection.walk import find_slot
-from resadapt.injection.watch import begin_forward, check_first_forward, count_run, end_forward
+from resadapt.injection.watch import begin_forward, check_first_forward, check_rules, count_run, end_forward
 
 __all__ = ["attach", "detach", "drop_hook", "later_hooks", "unwatch", "watch"]
 
@@ -23,6 +24,8 @@ def apply_adapter(module: nn.Module, args: Any, output: Any) -> Any:
     slot: AdapterSlot = module._modules[SLOT]  # type: ignore[assignment]
     if slot.active is not None:
         count_run(slot)
+        if not torch.compiler.is_compiling():
+            check_rules(module, slot, later_hooks(module))
     return slot.adapt(output)
 
 

@@ -6,18 +6,20 @@ names and fingerprints are the same with and without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from resadapt.base.errors import InjectionError
+from resadapt.base.names import listing
 from resadapt.injection.slots import SLOT, AdapterSlot
 
 __all__ = [
     "backbone_modules",
     "backbone_tensors",
     "behind_wrappers",
+    "check_values",
     "find_module",
     "find_slot",
     "is_leaf",
@@ -77,6 +79,19 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
             raise InjectionError(f"The backbone of this {type(model).__name__} has no module {name!r}.")
         module = behind_wrappers(child)
     return module
+
+
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Checks that tensors have values.
+
+    Raises:
+        InjectionError: One is on the meta device: not loaded, or offloaded.
+    """
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise InjectionError(
+            f"Tensors have no values here (not loaded, or offloaded?): {listing(empty)}. Load them, or undo the offloading: "
+            "accelerate.hooks.remove_hook_from_submodules(model) undoes accelerate's."
+        )
 
 
 def is_leaf(module: nn.Module) -> bool:

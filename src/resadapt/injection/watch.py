@@ -1,14 +1,14 @@
 """Watching each forward of an injected model, so that nothing goes wrong in silence.
 
 An adapter that runs twice, a head that was replaced and parameters that DDP leaves out of its averages are errors. An adapter that
-never runs or gets no gradient is a warning, given once.
+never runs or gets no gradient is a warning, given once; so are hooks that would take a layer and its adapter for one layer.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from resadapt.base.errors import AdapterWarning, InjectionError
 from resadapt.base.names import listing
 from resadapt.base.nested import named_in
+from resadapt.injection.freeze import hold_in_eval
 from resadapt.injection.heads import head_tensors, replaced_heads
 from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_of, adapter_tensors
 from resadapt.injection.slots import AdapterSlot
-from resadapt.injection.walk import find_module, find_slot
+from resadapt.injection.walk import find_module, find_slot, is_leaf
 
-__all__ = ["begin_forward", "check_first_forward", "count_run", "end_forward"]
+__all__ = ["begin_forward", "check_first_forward", "check_rules", "count_run", "end_forward"]
 
 
 @dataclass
@@ -75,6 +76,25 @@ def count_run(slot: AdapterSlot) -> None:
         )
     else:  # that forward was interrupted, and a part of the model is called on its own
         _current.set(None)
+
+
+def check_rules(owner: nn.Module, slot: AdapterSlot, later: Collection[int]) -> None:
+    """Warns of hooks on a layer that may stand for a rule of its gradient, as an attribution method's do.
+
+    Args:
+        owner: The module that carries the slot.
+        slot: Its slot.
+        later: The forward hooks that come after the adapter.
+    """
+    if owner.training or not torch.is_grad_enabled() or not is_leaf(owner):
+        return
+    around = later and any(hook is not hold_in_eval for hook in owner._forward_pre_hooks.values())
+    if around or owner._backward_hooks or owner._backward_pre_hooks:
+        site = slot.sites[slot.active].name  # type: ignore[index]
+        _warn(
+            f"The hooks on site {site!r} see the layer and its adapter as one. A method that has a rule for the gradient of such a "
+            "layer (DeepLift, deconvolution) is wrong there: use it on resadapt.inference_copy(model)."
+        )
 
 
 def check_first_forward(root: nn.Module, args: Any, output: Any) -> None:

@@ -16,7 +16,7 @@ from resadapt.injection.ledger import ledger_of
 from resadapt.proof.evidence import Evidence, Metric, collect
 from resadapt.proof.loading import load_file_content
 from resadapt.proof.probe import ProbeRun, compare_with_record, input_digest, outputs_of, probe_forms, run_again, run_probe, same
-from resadapt.proof.reconstruction import Reconstruction
+from resadapt.proof.reconstruction import Reconstruction, replaced_forwards
 from resadapt.proof.report import Check, VerificationReport, report_of
 
 __all__ = ["Comparison"]
@@ -106,8 +106,9 @@ class Comparison:
         if reloaded.run.unusable:
             return Check("outputs", "failed", f"reloaded model: {reloaded.run.unusable}")
         if not same(self.evidence.run.outputs, reloaded.run.outputs):
-            reason = "live and reloaded model differ on the probe: a hook or a state of yours that the file does not carry?"
-            return Check("outputs", "failed", reason)
+            replaced = replaced_forwards(self.live)
+            cause = f"the replaced forward of {listing(replaced)}" if replaced else "a hook or a state of yours"
+            return Check("outputs", "failed", f"live and reloaded model differ on the probe: {cause} that the file does not carry?")
         count = sum(tensor.numel() for tensor in reloaded.run.outputs.values())
         return Check("outputs", "passed", f"{count:,} numbers on the probe equal bit for bit")
 

@@ -11,7 +11,7 @@ from resadapt.injection.freeze import apply_norm_policy
 from resadapt.injection.heads import replaced_heads
 from resadapt.injection.ledger import backbone_differences, ledger_of, plain_tensors
 from resadapt.injection.switching import check_intact
-from resadapt.injection.walk import backbone_modules, unwrap
+from resadapt.injection.walk import backbone_modules, check_values, unwrap
 
 __all__ = ["BackboneReport", "accept_backbone", "check_backbone"]
 
@@ -74,7 +74,7 @@ def accept_backbone(model: nn.Module) -> None:
         model: An injected model.
 
     Raises:
-        InjectionError: Nothing was injected, or a head or adapter is no longer in its place.
+        InjectionError: Nothing was injected, a head or adapter is no longer in its place, or a tensor has no values (offloaded).
 
     Example:
         >>> from torchvision.models import resnet18
@@ -91,6 +91,8 @@ def accept_backbone(model: nn.Module) -> None:
     ledger = ledger_of(model)
     inner = unwrap(model)
     check_intact(inner, ledger)
+    plain = plain_tensors(inner, ledger)
+    check_values(plain)
     if record := ledger.active_set:  # norms that came in since are frozen too
         apply_norm_policy(inner, record.spec.norm, record.spec.head)
-    ledger.fingerprint = Fingerprint.of(dict(backbone_modules(inner)), plain_tensors(inner, ledger))
+    ledger.fingerprint = Fingerprint.of(dict(backbone_modules(inner)), plain)

@@ -16,7 +16,7 @@ from resadapt.injection.sets import remove_adapters
 from resadapt.injection.walk import backbone_modules, slots_of, unwrap
 from resadapt.proof.report import Check
 
-__all__ = ["Rebuild", "Reconstruction", "reconstruct"]
+__all__ = ["Rebuild", "Reconstruction", "reconstruct", "replaced_forwards"]
 
 Rebuild = Callable[[], nn.Module]
 _LINE = "reconstruction"
@@ -81,9 +81,14 @@ def _copied(live: nn.Module) -> Reconstruction:
     if find_ledger(model) is not None:
         remove_adapters(model)
     detail = "a copy of the live model; pass rebuild= to prove that the backbone can be built without it"
-    replaced = [name or "the model" for name, module in backbone_modules(model) if "forward" in module.__dict__]
+    replaced = replaced_forwards(model)
     reason = f"the forward of {listing(replaced)} was replaced on the instance and may run the live model: pass rebuild="
     return Reconstruction(Check(_LINE, "not checked", detail), model, reason if replaced else "")
+
+
+def replaced_forwards(model: nn.Module) -> list[str]:
+    """Names the modules whose forward was replaced on the instance, by a closure for instance, or to autocast."""
+    return [name or "the model" for name, module in backbone_modules(model) if "forward" in module.__dict__]
 
 
 def _shared_parts(live: nn.Module, other: nn.Module) -> list[str]:

@@ -199,8 +199,8 @@ def _refuse_drift(model: nn.Module) -> None:
             f"{len(report.drifted)} tensors and modules of the backbone are not what was injected into: "
             f"{reasons_listing(report.reasons)}. The adapter file would not contain these changes. Keep the backbone frozen; or, "
             "if it is meant to be as it is now (a full checkpoint was loaded), call accept_backbone(model). If this is an average "
-            "of models (EMA), whose arithmetic rounds frozen tensors too, load its set into the model that was trained, "
-            "load_adapter_state_dict(model, adapter_state_dict(average)), and save that.",
+            "of models (EMA), whose arithmetic rounds frozen tensors too, load its set into the model that was trained, or one "
+            "injected afresh, load_adapter_state_dict(model, adapter_state_dict(average)), and save that.",
             report,
         )
 

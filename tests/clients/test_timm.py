@@ -1,0 +1,141 @@
+"""timm: its architectures, feature extractors, classifiers and averaged models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from roundtrip import assert_same_outputs, save_and_reload, seeded, small_images, three_steps, train_save_reload
+
+import resadapt
+
+timm = pytest.importorskip("timm")
+
+X = small_images()
+# Transformers are made for one size of input, which cannot be guessed: they are measured on an example.
+EXAMPLE = {"example_input": X}
+SWIN = {"img_size": 32, "window_size": 2, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "embed_dim": 24}
+VIT = {"img_size": 32, "depth": 2}
+
+MODELS: list[tuple[str, dict[str, Any], str, dict[str, Any], int]] = [
+    ("resnet18d", {}, "layer*", {}, 1),
+    ("resnet26", {}, "layer*", {}, 1),
+    ("regnety_002", {}, "s[1-4].b*", {}, 1),
+    ("convnext_atto", {}, "stages.*", {}, 1),
+    ("efficientnet_b0", {}, "blocks.*", {}, 1),
+    ("mobilenetv3_small_050", {}, "blocks.*", {}, 1),
+    ("swin_tiny_patch4_window7_224", SWIN, "layers.*", EXAMPLE, -1),
+    ("swin_tiny_patch4_window7_224", SWIN, "layers.*.blocks.*", EXAMPLE | {"channel_dim": -1}, -1),
+    ("vit_tiny_patch16_224", VIT, "blocks.*", EXAMPLE, -1),
+    ("vit_tiny_patch16_224", VIT, "blocks.*", EXAMPLE | {"channel_dim": -1}, -1),
+    ("densenet121", {}, "features.transition*", {}, 1),
+    ("densenet121", {}, "features.denseblock*.denselayer[36]", {}, 1),
+]
+FEATURES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
+    ("resnet18", {}, "layer*", {}),
+    ("resnet18", {"out_indices": (1, 2)}, "layer*", {}),
+    ("regnety_002", {}, "s[1-4].b*", {}),
+    ("convnext_atto", {}, "stages_*", {}),
+    ("efficientnet_b0", {}, "blocks.*", {}),
+    ("vit_tiny_patch16_224", VIT | {"out_indices": (0, 1)}, "model.blocks.*", EXAMPLE),
+]
+
+
+def backbone(name: str, **options: Any) -> Callable[[], Any]:
+    return seeded(lambda: timm.create_model(name, pretrained=False, **options))
+
+
+def with_three_classes(name: str, **options: Any) -> Callable[[], Any]:
+    """The pretrained model with a new classifier, as timm says to make one."""
+
+    def build() -> Any:
+        model = timm.create_model(name, pretrained=False, **options)
+        model.reset_classifier(3)
+        return model
+
+    return seeded(build)
+
+
+def classifier_of(model: Any) -> str:
+    return next(name for name, module in model.named_modules() if module is model.get_classifier())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layers", "options", "channel_dim"), MODELS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_classifier_comes_back_bit_for_bit(
+    name: str, settings: dict[str, Any], layers: str, options: dict[str, Any], channel_dim: int, path: Path
+) -> None:
+    rebuild = with_three_classes(name, **settings)
+    model, reloaded = train_save_reload(rebuild, layers, path, X, head=classifier_of(rebuild()), **options)
+    assert {site.channel_dim for site in resadapt.list_adapters(model)[0].sites} == {channel_dim}
+    assert reloaded(X).shape == (len(X), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layers", "options"), FEATURES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_feature_extractor_comes_back_bit_for_bit(
+    name: str, settings: dict[str, Any], layers: str, options: dict[str, Any], path: Path
+) -> None:
+    train_save_reload(backbone(name, features_only=True, **settings), layers, path, X, **options)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("regnety_002", "s[1-4]"), ("densenet121", "features.denseblock*")])
+def test_modules_that_iterate_over_their_children_are_refused_with_advice(name: str, layers: str) -> None:
+    with pytest.raises(resadapt.InjectionError, match=r"Choose a module inside it"):
+        resadapt.inject_adapters(backbone(name)(), layers, 8)
+
+
+@pytest.mark.parametrize("classes", [5, 3, 0])
+def test_a_classifier_that_is_reset_after_the_injection_is_told(classes: int, path: Path) -> None:
+    model = resadapt.inject_adapters(backbone("resnet18", num_classes=3)(), head="fc")
+    model.reset_classifier(classes)
+    assert "fc" in resadapt.check_backbone(model).drifted
+    with pytest.raises(resadapt.InjectionError, match="'fc' were replaced after the injection"):
+        model.train()(X)
+    with pytest.raises(resadapt.BackboneDriftError, match="'fc'"):
+        resadapt.save_adapters(model, path)
+
+
+@pytest.mark.parametrize("average", ["ModelEmaV2", "ModelEmaV3"])
+def test_an_averaged_model_ends_in_a_verified_file(average: str, path: Path) -> None:
+    rebuild = backbone("resnet18", num_classes=3)
+    model = resadapt.inject_adapters(rebuild(), head="fc")
+    ema = getattr(timm.utils, average)(model, decay=0.5)
+    three_steps(model, X)
+    ema.update(model)
+    trained, averaged = resadapt.adapter_state_dict(model), resadapt.adapter_state_dict(ema.module)
+    assert not any(torch.equal(trained[key], averaged[key]) for key in trained)
+    resadapt.load_adapter_state_dict(model, averaged)
+    reloaded = save_and_reload(model, rebuild, path, X)
+    assert all(torch.equal(value, averaged[key]) for key, value in resadapt.adapter_state_dict(reloaded).items())
+    resadapt.load_adapter_state_dict(model, trained)
+    three_steps(model, X)
+
+
+def test_an_average_that_rounded_its_backbone_is_refused_with_the_way_out(path: Path) -> None:
+    model = resadapt.inject_adapters(backbone("resnet18", num_classes=3)(), head="fc")
+    ema = timm.utils.ModelEmaV2(model, decay=0.9)
+    ema.update(model)
+    with pytest.raises(resadapt.BackboneDriftError, match=r"average of models \(EMA\).*load_adapter_state_dict\(model, "):
+        resadapt.save_adapters(ema.module, path)
+
+
+def test_several_tasks_on_one_backbone(path: Path) -> None:
+    rebuild = with_three_classes("convnext_atto")
+    model = resadapt.inject_adapters(rebuild(), "stages.3", 8, name="day", head="head.fc")
+    resadapt.inject_adapters(model, "stages.[23]", 8, name="night", head="head.fc")
+    with resadapt.adapters_disabled(model):
+        assert_same_outputs(model, rebuild(), X)
+    for name in ("day", "night"):
+        resadapt.set_active_adapters(model, name)
+        three_steps(model, X)
+    for name in ("day", "night"):
+        resadapt.set_active_adapters(model, name)
+        save_and_reload(model, rebuild, path.with_name(f"{name}.pt"), X)
+    resadapt.remove_adapters(model)
+    assert_same_outputs(model, rebuild(), X)
