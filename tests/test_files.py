@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import io
 import os
 import stat
@@ -15,6 +17,7 @@ from support import small_net
 
 import resadapt
 from resadapt.files.adapter_file import read_adapter_file
+from resadapt.files.atomic import atomic_write
 from resadapt.files.container import _seal
 
 
@@ -44,6 +47,65 @@ def test_bombs(content: Any, path: Path) -> None:
         resealed({**content, "tensors": {"adapters.c2.up.bias": bomb}}, path)
         with pytest.raises(resadapt.AdapterFileError, match=r"no plain tensor|cannot be read"):
             read_adapter_file(path)
+
+
+def test_tensors_that_share_memory(content: Any, path: Path) -> None:
+    """A few megabytes may ask for gigabytes to be hashed."""
+    shared = torch.ones(1000)
+    resealed({**content, "tensors": {**content["tensors"], **{f"probe.{i}": shared[:] for i in range(100)}}}, path)
+    with pytest.raises(resadapt.AdapterFileError, match="share memory"):
+        read_adapter_file(path)
+
+
+def test_a_tensor_with_attributes(content: Any, path: Path) -> None:
+    tensor = torch.ones(4)
+    tensor.detach = torch.Size([1])  # type: ignore[method-assign, assignment]
+    resealed({**content, "tensors": {**content["tensors"], "adapters.c2.up.bias": tensor}}, path)
+    with pytest.raises(resadapt.AdapterFileError, match="no plain tensor"):
+        resadapt.load_adapters(small_net(), path)
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "endless.pt", tmp_path / "pipe.pt"
+    link.symlink_to("/dev/zero")
+    os.mkfifo(pipe)
+    for path in (link, pipe, tmp_path):
+        with pytest.raises(resadapt.AdapterFileError, match="no ordinary file"):
+            resadapt.read_adapter_info(path)
+
+
+def test_a_pipe_with_the_name_of_a_leftover_stops_no_save(content: Any, path: Path) -> None:
+    prefix = f".resadapt-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}-"
+    os.mkfifo(path.parent / f"{prefix}0.tmp")
+    resadapt.save_adapters(resadapt.inject_adapters(small_net(), "c2", 2), path)
+
+
+def test_a_new_temporary_file_that_another_process_has_locked_is_left_to_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That process takes it for a leftover, and is about to remove it."""
+    held: list[Any] = []
+
+    def token(size: int) -> str:
+        name = f"{len(held):016x}"
+        if len(held) < 2:
+            held.append(name)
+        return name
+
+    real_open = open
+
+    def opened(file: Any, mode: str) -> Any:
+        created = real_open(file, mode)
+        if len(held) == 1:
+            rival = real_open(file, "rb")
+            fcntl.flock(rival, fcntl.LOCK_EX)
+            held[0] = rival
+        return created
+
+    monkeypatch.setattr("secrets.token_hex", token)
+    monkeypatch.setattr("resadapt.files.atomic.open", opened, raising=False)
+    with atomic_write(path, b"content") as temporary:
+        assert temporary.name.endswith(f"{1:016x}.tmp") or temporary.name.endswith(f"{2:016x}.tmp")
+    assert path.read_bytes() == b"content"
+    held[0].close()
 
 
 @pytest.mark.parametrize(

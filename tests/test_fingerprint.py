@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,15 @@ class Extra(nn.Module):
 
 
 class Shows(nn.Module):
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float | None) -> None:
         super().__init__()
         self.scale = scale
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale}"
+        return "" if self.scale is None else f"scale={self.scale}"
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
+        return x if self.scale is None else x * self.scale
 
 
 class Constant(nn.Module):
@@ -115,7 +116,33 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         "extra",
         "has extra_repr scale=2.0 where scale=1.0 was recorded",
     ),
+    ({"extra": lambda: Shows(None)}, {"extra": lambda: Shows(2.0)}, "extra", "has extra_repr scale=2.0 where  was recorded"),
     ({"extra": lambda: Constant(1)}, {"extra": lambda: Constant(2)}, "extra", "has power 2 where 1 was recorded"),
+    # What is not set counts like what is.
+    (
+        {"extra": lambda: nn.AvgPool2d(1)},
+        {"extra": lambda: nn.AvgPool2d(1, divisor_override=2)},
+        "extra",
+        "has divisor_override 2 where None was recorded",
+    ),
+    (
+        {"extra": lambda: nn.AdaptiveAvgPool2d((None, 4))},
+        {"extra": lambda: nn.AdaptiveAvgPool2d((None, 8))},
+        "extra",
+        r"has output_size \[None, 8\] where \[None, 4\]",
+    ),
+    (
+        {"extra": lambda: nn.Upsample(scale_factor=1, mode="bilinear")},
+        {"extra": lambda: nn.Upsample(scale_factor=1, mode="bilinear", align_corners=True)},
+        "extra",
+        "has align_corners True where None was recorded",
+    ),
+    (
+        {"extra": lambda: nn.TransformerEncoderLayer(4, 1, 4)},
+        {"extra": lambda: nn.TransformerEncoderLayer(4, 1, 4, activation="gelu")},
+        "extra",
+        "has activation gelu where relu was recorded",
+    ),
     ({"extra": lambda: Extra(1)}, {"extra": lambda: Extra(2)}, "extra", "has other state in .*_extra_state"),
     (
         {"extra": lambda: Extra({"a": [1, torch.ones(2)]})},
@@ -246,6 +273,40 @@ def test_records_are_the_same_for_a_module_that_is_wrapped_or_frozen() -> None:
     assert "fc" not in (before.without(["fc"]).modules or {})
     assert "fc.weight" in before
     assert "fc.weight" not in before.without(["fc"])
+
+
+class ShowsFunction(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def extra_repr(self) -> str:
+        return f"function={self.function}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def test_an_address_that_a_module_shows_is_not_recorded() -> None:
+    shown = ModuleRecord.of(ShowsFunction(lambda x: x)).config["extra_repr"]
+    assert "lambda" in shown
+    assert "0x" not in shown
+
+
+def test_layers_in_another_order_are_another_backbone(path: Path) -> None:
+    def ordered(*names: str) -> nn.Module:
+        layers = {"pool": nn.MaxPool2d(2), "act": nn.Softmax(1)}
+        return backbone(extra=lambda: nn.Sequential(OrderedDict((name, layers[name]) for name in names)))
+
+    resadapt.save_adapters(resadapt.inject_adapters(ordered("pool", "act"), "c2", 2, head="head"), path)
+    with pytest.raises(resadapt.BackboneMismatchError, match=r"'extra' has order \['act', 'pool'\] where \['pool', 'act'\]"):
+        resadapt.load_adapters(ordered("act", "pool"), path)
+
+
+def test_a_layer_without_effect_has_no_place_in_the_order() -> None:
+    with_dropout = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 1), dropout=nn.Dropout(), act=nn.ReLU()))
+    without = nn.Sequential(OrderedDict(conv=with_dropout.conv, act=nn.ReLU()))
+    assert ModuleRecord.of(with_dropout) == ModuleRecord.of(without)
 
 
 def test_settings_that_only_one_version_of_torch_keeps_do_not_count() -> None:

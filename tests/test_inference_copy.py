@@ -157,3 +157,35 @@ def test_another_architecture() -> None:
     train(model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.1), inputs=images(2, 64))
     x = images(2, 64)
     assert torch.equal(resadapt.inference_copy(model)(x), model.eval()(x))
+
+
+class TwoArguments(nn.Module):
+    """As a decoder block: takes what comes from below, and a skip connection by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.block = Joins()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.block(x, skip=x)
+
+
+class Joins(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        return self.conv(x) if skip is None else self.conv(x) + skip
+
+
+def test_a_site_that_takes_several_arguments() -> None:
+    model = resadapt.inject_adapters(TwoArguments(), "block", 2).eval()
+    with torch.no_grad():
+        model.block.resadapt.default.up.bias.add_(1)
+    plain = resadapt.inference_copy(model)
+    assert torch.equal(plain(X), model(X))
+    assert torch.equal(torch.export.export(plain, (X,)).module()(X), model(X))
+    assert isinstance(plain.block, nn.Sequential)

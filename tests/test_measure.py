@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -199,3 +200,40 @@ def test_a_form_with_channels_last_is_told_by_the_file(path: Any) -> None:
 
 def only_site_of(model: nn.Module, name: str) -> resadapt.SiteSpec:
     return next(info.sites[0] for info in resadapt.list_adapters(model) if info.name == name)
+
+
+class Patches(nn.Module):
+    """As timm's patch embedding: positions become one dimension, and channels the last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, 2, 2)
+        self.drop = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.proj(x).flatten(2).transpose(1, 2))
+
+
+def test_the_layout_of_tokens_where_no_layer_inside_tells() -> None:
+    model = nn.Sequential(Patches(12), nn.LayerNorm(12), nn.Flatten(), nn.Linear(12 * 16, 2))
+    assert only_site(resadapt.inject_adapters(copy.deepcopy(model), "0", 2, example_input=X)).channel_dim == -1
+    with pytest.raises(resadapt.InjectionError, match=r"may be in dimension 1 or in the last one. Pass channel_dim=1 or"):
+        resadapt.inject_adapters(model, "0.drop", 2, example_input=X)
+    site = only_site(resadapt.inject_adapters(model, "0.drop", 2, example_input=X, channel_dim=-1))
+    assert (site.channels, site.channel_dim) == (12, -1)
+
+
+def test_sequences_with_the_batch_in_the_second_dimension() -> None:
+    class Sequences(nn.Module):
+        def __init__(self, batch_first: bool) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 12, 2, 2)
+            self.layer = nn.TransformerEncoderLayer(12, 2, 12, batch_first=batch_first)
+            self.order = (0, 2, 1) if batch_first else (2, 0, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.patches(x).flatten(2).permute(self.order))
+
+    with pytest.raises(resadapt.InjectionError, match=r"'layer' has a MultiheadAttention with batch_first=False"):
+        resadapt.inject_adapters(Sequences(False), "layer", 2)
+    assert only_site(resadapt.inject_adapters(Sequences(True), "layer", 2)).channel_dim == -1

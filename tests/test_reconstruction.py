@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import images, picture, small_net, small_resnet, train
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
 import resadapt
 
@@ -49,14 +53,55 @@ def test_with_rebuild_everything_is_proven_on_what_it_builds(path: Path) -> None
         torch.rand(1000)  # which must not disturb the training
         return built[-1]
 
+    measured: list[nn.Module] = []
+
+    def metric(m: nn.Module) -> Tensor:
+        measured.append(m)
+        return m(X).sum()
+
     torch.manual_seed(3)
     for call in (resadapt.save_adapters, resadapt.verify_adapters):
-        report = call(model, path, rebuild=rebuild, metric=lambda m: m(X).sum())
+        report = call(model, path, rebuild=rebuild, metric=metric)
         assert set(outcomes(report).values()) == {"passed"}
-        assert resadapt.list_adapters(built[-1]), "the file was restored on it"
+        assert measured[-1] is built[-1], "the file was restored on it"
     after = torch.rand(3)
     torch.manual_seed(3)
     assert torch.equal(torch.rand(3), after)
+
+
+def test_a_model_that_rebuild_keeps_stays_plain(path: Path) -> None:
+    model, kept = trained(), small_net()
+    before = picture(kept)
+    for _ in range(2):
+        assert resadapt.save_adapters(model, path, rebuild=lambda: kept).ok
+        assert picture(kept) == before
+
+
+def test_a_rebuild_that_seeds_everything_disturbs_no_generator(path: Path) -> None:
+    def rebuild() -> nn.Module:
+        random.seed(0)
+        np.random.seed(0)
+        return small_net()
+
+    model = trained()
+    random.seed(5)
+    np.random.seed(5)
+    expected = random.random(), np.random.rand()
+    random.seed(5)
+    np.random.seed(5)
+    resadapt.save_adapters(model, path, rebuild=rebuild, metric=lambda m: random.random() + np.random.rand())
+    assert (random.random(), np.random.rand()) == expected
+
+
+def test_channels_last_is_proven_on_a_backbone_in_channels_last(path: Path) -> None:
+    def rebuild() -> nn.Module:
+        torch.manual_seed(0)
+        return resnet18(num_classes=3)
+
+    model = resadapt.inject_adapters(rebuild(), head="fc").to(memory_format=torch.channels_last)
+    assert model.conv1.weight.stride() != rebuild().conv1.weight.stride()
+    report = resadapt.save_adapters(model, path, rebuild=rebuild)
+    assert outcomes(report)["outputs"] == "passed"
 
 
 def _by_closure(model: Any) -> None:
@@ -325,3 +370,40 @@ def test_the_copy_of_a_model_is_gone_after_saving(path: Path) -> None:
     assert picture(model) == before
     assert dict(module._global_forward_pre_hooks) == everywhere
     assert copy.deepcopy(model)(X).shape == (2, 2)
+
+
+def test_saving_in_two_threads_leaves_compilation_as_it_was(tmp_path: Path) -> None:
+    torch.compile(nn.ReLU(), backend="eager")(torch.ones(1))  # compilation is in use
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+
+    def first(model: nn.Module) -> float:
+        first_is_in.set()
+        assert second_is_in.wait(60)
+        return 0.0
+
+    def second(model: nn.Module) -> float:
+        second_is_in.set()
+        assert first_is_out.wait(60)
+        return 0.0
+
+    models = [trained(), trained()]  # not in the threads, which share torch's random state
+    saves = [
+        threading.Thread(target=resadapt.save_adapters, args=(model, tmp_path / f"{metric.__name__}.pt"), kwargs={"metric": metric})
+        for model, metric in zip(models, (first, second), strict=True)
+    ]
+    saves[0].start()
+    assert first_is_in.wait(60)
+    saves[1].start()
+    saves[0].join()
+    first_is_out.set()
+    saves[1].join()
+    assert len(list(tmp_path.iterdir())) == 2
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.ones(3))
+    assert compiled

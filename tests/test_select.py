@@ -260,6 +260,10 @@ def test_tied_head() -> None:
 
     with pytest.raises(resadapt.InjectionError, match=r"'two' shares the tensor 'one.weight'"):
         resadapt.inject_adapters(Tied(), "one", 2, head="two")
+    model = Tied()
+    model.two.weight = nn.Parameter(model.one.weight)  # another parameter, the same memory
+    with pytest.raises(resadapt.InjectionError, match=r"'two' shares the tensor 'one.weight'"):
+        resadapt.inject_adapters(model, "one", 2, head="two")
 
 
 def test_wrapped_and_nested_models() -> None:

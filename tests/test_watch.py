@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 import warnings
 from collections.abc import Callable
@@ -342,3 +343,28 @@ def test_a_head_that_only_moved_is_the_same(copier: Callable[[Any], Any]) -> Non
     assert resadapt.check_backbone(model).ok
     resadapt.remove_adapters(model)
     assert not any("_resadapt_head" in module.__dict__ for module in model.modules())
+
+
+@dataclasses.dataclass
+class SetLater:
+    logits: Tensor
+    loss: Tensor = dataclasses.field(init=False)
+
+
+def _holds_itself(y: Tensor) -> Any:
+    output: dict[str, Any] = {"y": y}
+    output["all"] = output
+    return output
+
+
+@pytest.mark.parametrize("wrap", [SetLater, _holds_itself])
+def test_outputs_that_cannot_be_walked_to_the_end(wrap: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            return wrap(self.conv(x))
+
+    assert resadapt.inject_adapters(Net(), "conv", 2).train()(images(2, 8))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ _PASS_THROUGH = frozenset(
 _BATCH_NORMS = frozenset({"BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"})
 # What only training, or only memory, depends on.
 _NOT_COMPUTED_WITH = frozenset({"training", "inplace", "momentum", "dropout"})
+_NO_SETTING = object()
 _CONFIGURATION = ("stride", "padding", "dilation", "groups", "padding_mode", "eps", "num_heads", "normalized_shape")
 
 
@@ -94,11 +97,11 @@ def _has_no_effect(module: nn.Module) -> bool:
 
 
 def _config(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
-    settings = {name: _plain(module.__dict__.get(name)) for name in _setting_names(kind)}
-    config = {name: value for name, value in settings.items() if value is not None}
-    if text := _shown(module, kind):
-        config["extra_repr"] = text
-    return config
+    settings = {name: _plain(module.__dict__.get(name, _NO_SETTING)) for name in _setting_names(kind)}
+    config = {name: value for name, value in settings.items() if value is not _NO_SETTING}
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):  # which run their children in this order
+        config["order"] = [name for name, child in module._modules.items() if child is not None and not _has_no_effect(child)]
+    return config | _shown(module, kind)
 
 
 def _setting_names(kind: type[nn.Module]) -> list[str]:
@@ -111,27 +114,30 @@ def _setting_names(kind: type[nn.Module]) -> list[str]:
 
 
 def _plain(value: object) -> Any:
-    """Returns a setting as JSON values, None if it is not one."""
+    """Returns a setting as JSON values; of a function, its name."""
     match value:
-        case bool() | int() | str():
+        case None | bool() | int() | str():
             return value
         case float():
             return value if value - value == 0 else str(value)  # JSON has no infinity
         case list() | tuple():
             items = [_plain(item) for item in value]
-            return None if None in items else items
-    return None
+            return _NO_SETTING if _NO_SETTING in items else items
+        case FunctionType() | BuiltinFunctionType():
+            return value.__name__
+    return _NO_SETTING
 
 
-def _shown(module: nn.Module, kind: type[nn.Module]) -> str:
+def _shown(module: nn.Module, kind: type[nn.Module]) -> dict[str, str]:
     """Returns what a class from outside torch shows of itself; torch's own texts change from version to version."""
     owner = next(cls for cls in kind.__mro__ if "extra_repr" in cls.__dict__)
     if owner.__module__.partition(".")[0] == "torch":
-        return ""
+        return {}
     try:
-        return str(module.extra_repr())
+        text = str(module.extra_repr())
     except Exception:  # a module that cannot be printed can be used
-        return ""
+        return {}
+    return {"extra_repr": re.sub(r" at 0x[0-9a-fA-F]+", "", text)}  # an address is another one in every process
 
 
 def _canonical(value: object) -> bytes:

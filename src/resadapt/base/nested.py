@@ -10,20 +10,28 @@ from torch import Tensor
 __all__ = ["map_tensors", "named_in"]
 
 
-def named_in(value: object, place: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Walks the tensors in a value with their places, such as ``output.masks.0``."""
+def named_in(value: object, place: str = "output", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Walks the tensors in a value with their places, such as ``output.masks.0``.
+
+    Args:
+        value: Any value.
+        place: Its own place.
+        above: The identities of the containers that it lies in: one may contain itself.
+    """
     if isinstance(value, Tensor):
         yield place, value
         return
     items: Iterator[tuple[object, object]] = iter(())
+    if id(value) in above:
+        return
     if isinstance(value, Mapping):
         items = iter(value.items())
     elif isinstance(value, list | tuple):
         items = iter(enumerate(value))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        items = ((field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value))
     for key, item in items:
-        yield from named_in(item, f"{place}.{key}")
+        yield from named_in(item, f"{place}.{key}", (*above, id(value)))
 
 
 def map_tensors(value: object, function: Callable[[Tensor], Tensor]) -> object:

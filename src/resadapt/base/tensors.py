@@ -8,7 +8,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["dtype_name", "dtype_named", "is_sharded", "plain_parts", "raw_bytes", "same_bits", "sha256", "whole"]
+__all__ = [
+    "address",
+    "dtype_name",
+    "dtype_named",
+    "is_dense",
+    "is_sharded",
+    "plain_parts",
+    "raw_bytes",
+    "same_bits",
+    "sha256",
+    "whole",
+]
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -27,10 +38,24 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Tells whether a tensor has its elements in memory of its own, and is neither quantized nor made of other tensors."""
+    made_of_others = hasattr(tensor, "__tensor_flatten__")
+    return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested or made_of_others)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Returns a sharded tensor gathered from all processes, any other as it is."""
     gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return gathered
+
+
+def address(tensor: Tensor) -> int:
+    """Returns what tells where a tensor's elements begin: the same for two that share them."""
+    try:
+        return tensor.data_ptr() or id(tensor)
+    except (NotImplementedError, RuntimeError):  # one that is made of others
+        return id(tensor)
 
 
 def raw_bytes(tensor: Tensor) -> bytes | memoryview:

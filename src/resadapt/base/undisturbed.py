@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import random
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call", "undisturbed"]
+__all__ = ["call", "random_states_kept", "undisturbed"]
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Runs the body in evaluation mode, eagerly and without gradients, and puts everything back that it may have moved.
 
-    Put back are training flags, buffers, `requires_grad`, gradients, and torch's random state.
+    Put back are training flags, buffers, `requires_grad`, gradients, and the random states.
     """
     modules = list(nn.Module.modules(model))
     training = [(module, module.training) for module in modules]
@@ -24,9 +27,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     parameters = [(p, p.requires_grad, p.grad) for p in nn.Module.parameters(model)]
     devices = {parameter.device for parameter, _, _ in parameters} or {torch.device("cpu")}
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=sorted(d.index for d in devices if d.type == "cuda")))
+        stack.enter_context(random_states_kept(devices))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_eagerly())
+        stack.enter_context(_EAGERLY)
         for kind in {device.type for device in devices} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
@@ -44,6 +47,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 parameter.grad = gradient
 
 
+@contextmanager
+def random_states_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Puts the random states of torch, Python and NumPy back after the body."""
+    numpy: Any = sys.modules.get("numpy")  # not imported: nothing has been drawn with it
+    before, numpy_before = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=sorted({device.index for device in devices if device.type == "cuda"})):
+            yield
+    finally:
+        random.setstate(before)
+        if numpy:
+            numpy.random.set_state(numpy_before)
+
+
 def call(model: nn.Module, inputs: object) -> object:
     """Calls a model with a tuple as its arguments, a dict as its keywords, or anything else as its one argument."""
     if isinstance(inputs, tuple):
@@ -53,10 +70,34 @@ def call(model: nn.Module, inputs: object) -> object:
     return model(inputs)
 
 
-def _eagerly() -> AbstractContextManager[object]:
-    """Runs compiled functions as they were before they were compiled."""
-    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled, and the import takes a second
-        return nullcontext()
+class _Eagerly:
+    """Runs compiled functions as they were before they were compiled, for as long as any thread is inside.
+
+    Whether functions run compiled is one switch for all threads: the first one in turns it off, the last one out turns it on again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._switch = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0 and "torch._dynamo" in sys.modules:  # else nothing is compiled; importing it takes a second
+                self._switch.enter_context(_compilation_off())
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._switch.close()
+
+
+_EAGERLY = _Eagerly()
+
+
+def _compilation_off() -> AbstractContextManager[object]:
     if hasattr(torch.compiler, "set_stance"):  # from torch 2.6
         eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
         return eager

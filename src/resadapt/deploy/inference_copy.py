@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from resadapt.base.errors import AdapterError
 from resadapt.injection.freeze import thaw_norm
@@ -22,7 +25,8 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Norms have their stock classes, there are no hooks of this library and nothing to switch, and everything is in evaluation mode
     and needs no gradient. Where a module carries an adapter, the copy has a Sequential of the module and the adapter, so names
-    inside that module get a ``.0``: ``layer4.1.conv1`` becomes ``layer4.1.0.conv1``. The outputs are the same.
+    inside that module get a ``.0``: ``layer4.1.conv1`` becomes ``layer4.1.0.conv1``. A module that takes several arguments gets a
+    Sequential that passes them on, which torch.jit.script cannot read. The outputs are the same.
 
     Args:
         model: An injected model.
@@ -67,9 +71,26 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
     for owner in sorted(adapters, reverse=True):  # the inner ones first: their names are still those of the backbone
         parent, _, key = owner.rpartition(".")
         module = find_module(plain, owner)
-        adapted = find_module(plain, parent)._modules[key] = nn.Sequential(module, adapters[owner])
+        pair = nn.Sequential if _takes_one_argument(module) else Adapted
+        adapted = find_module(plain, parent)._modules[key] = pair(module, adapters[owner])
         _move_hooks(module, adapted, later[owner])
     return plain.eval().requires_grad_(False)
+
+
+class Adapted(nn.Sequential):
+    """A module that takes any arguments, and the adapter of what it returns."""
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the adapter's result for the module's output."""
+        module, adapter = self
+        return adapter(module(*args, **kwargs))
+
+
+def _takes_one_argument(module: nn.Module) -> bool:
+    """Tells whether a stock Sequential, which can be scripted, can call a module."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    return kinds in ([inspect.Parameter.POSITIONAL_ONLY], [inspect.Parameter.POSITIONAL_OR_KEYWORD])
 
 
 def _move_hooks(module: nn.Module, adapted: nn.Module, hooks: list[int]) -> None:

@@ -112,9 +112,11 @@ def read_adapter_file(path: str | bytes | os.PathLike[str]) -> tuple[AdapterInfo
     """
     try:
         path = Path(os.fsdecode(path))
+        if path.exists() and not path.is_file():
+            raise OSError("it is no ordinary file")
         data = path.read_bytes()
-    except (OSError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path!r}: cannot be read: {error}. Check the path.") from error
+    except (OSError, TypeError, ValueError, MemoryError) as error:
+        raise AdapterFileError(f"{path!r}: cannot be read: {error or 'it is too large'}. Check the path.") from error
     manifest, tensors = decode(data, path)
     number = manifest.get("format_version")
     if type(number) is not int or not 1 <= number <= FORMAT_VERSION:

@@ -88,8 +88,8 @@ def _created(directory: Path, prefix: str) -> BinaryIO:
     while True:
         path = directory / f"{prefix}{secrets.token_hex(8)}.tmp"
         file = open(path, "xb")  # noqa: SIM115 - the caller closes it
-        _lock(file)
-        if path.exists():  # else another process took it, not yet locked, for one that was left behind
+        # Not yet locked, another process may take it for one that was left behind: it has the lock now, or has removed the file.
+        if _lock(file) is not False and path.exists():
             return file
         file.close()
 
@@ -97,19 +97,22 @@ def _created(directory: Path, prefix: str) -> BinaryIO:
 def _remove_leftovers(directory: Path, prefix: str) -> None:
     """Removes temporary files that no process has locked: those that wrote them were killed."""
     for path in directory.glob(f"{prefix}*.tmp"):
-        with suppress(OSError), open(path, "rb") as file:
-            if _lock(file):
-                path.unlink()
+        if path.is_file():
+            with suppress(OSError), open(path, "rb") as file:
+                if _lock(file):
+                    path.unlink()
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Locks an open file; tells whether that could be done."""
+def _lock(file: BinaryIO) -> bool | None:
+    """Locks an open file; tells whether this process has the lock now, None where there are no locks."""
     if fcntl is None:
-        return False
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process has it, or the file system has no locks
+    except BlockingIOError:
         return False
+    except OSError:  # a file system without locks
+        return None
     return True
 
 

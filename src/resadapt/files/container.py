@@ -105,6 +105,8 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise TypeError("no manifest, or tensors without names")
         if not all(_is_plain(tensor) for tensor in tensors.values()):
             raise TypeError("something that is no plain tensor")
+        if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > len(data):
+            raise ValueError("tensors that share memory, which resadapt never writes")
     except AdapterFileError:
         raise
     except Exception as error:  # whatever the readers make of bytes that somebody sealed
@@ -115,7 +117,8 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _is_plain(tensor: object) -> bool:
     """Tells whether something is a dense tensor with as many elements as it has memory for."""
     return (
-        isinstance(tensor, Tensor)
+        type(tensor) is Tensor
+        and not tensor.__dict__  # attributes that could take the place of its methods
         and tensor.layout is torch.strided
         and not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
         and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

@@ -52,11 +52,14 @@ def measure_sites(model: nn.Module, owners: Mapping[str, str], example_input: ob
         outputs = _outputs_of_a_guess(model, owners)
     else:
         outputs = {}
+    tokens = any(type(module).forward in _OVER_LAST for _, module in backbone_modules(model))
     shapes = {}
     for name, shape in declared.items():
         seen = outputs.get(name, [])
         if seen or example_input is not None:
-            shapes[name] = _measured(name, find_module(model, name), seen, channel_dim)
+            output = _single(name, seen)
+            dim = channel_dim or _channel_dim(name, find_module(model, name), output.shape, tokens)
+            shapes[name] = Shape(output.shape[dim], output.ndim - 2, dim)
         elif shape and channel_dim != -1:
             shapes[name] = shape  # the first forward with a real input checks it
         else:
@@ -109,7 +112,8 @@ def _recording(model: nn.Module, owners: Mapping[str, str]) -> Iterator[dict[str
         yield outputs
 
 
-def _measured(name: str, module: nn.Module, outputs: list[object], channel_dim: int | None) -> Shape:
+def _single(name: str, outputs: list[object]) -> Tensor:
+    """Returns what a site returned in the one run that it must have had."""
     if len(outputs) != 1:
         raise InjectionError(
             f"Site {name!r} ran {len(outputs)} times in one forward, and an adapter needs a module that "
@@ -122,21 +126,39 @@ def _measured(name: str, module: nn.Module, outputs: list[object], channel_dim: 
             f"Site {name!r} returned {what}, but an adapter needs one floating-point tensor [N, C, ...]. Choose a module "
             "inside it that returns one."
         )
-    dim = channel_dim or _channel_dim(name, module, output.shape)
-    return Shape(output.shape[dim], output.ndim - 2, dim)
+    return output
 
 
 _OVER_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
 
 
-def _channel_dim(name: str, module: nn.Module, shape: torch.Size) -> int:
-    """Tells where the channels are by the last layer inside a site that is as wide as one of the two dimensions."""
+def _channel_dim(name: str, module: nn.Module, shape: torch.Size, tokens: bool) -> int:
+    """Tells where the channels are by the last layer inside a site that is as wide as one of the two dimensions.
+
+    Args:
+        name: The site.
+        module: Its module.
+        shape: The shape of its output.
+        tokens: Whether the model has norms over the last dimension, so that no layer inside does not mean ``[N, C, ...]``.
+
+    Raises:
+        InjectionError: No layer tells.
+    """
     if len(shape) == 2:
         return 1
+    if len(shape) == 3 and any(isinstance(each, nn.MultiheadAttention) and not each.batch_first for each in module.modules()):
+        raise InjectionError(
+            f"Site {name!r} has a MultiheadAttention with batch_first=False, whose sequences are [L, N, C], and an adapter needs "
+            "the batch first. Build the model with batch_first=True; if the site returns [N, L, C] anyway, pass channel_dim=-1."
+        )
     for each in reversed(list(module.modules())):
         match each:
-            case nn.modules.conv._ConvNd() if each.out_channels == shape[1]:
-                return 1
+            case nn.modules.conv._ConvNd() if len(each.kernel_size) + 2 == len(shape):
+                if each.out_channels == shape[1]:
+                    return 1
+                continue
+            case nn.modules.conv._ConvNd():  # its positions were made one dimension, as patches are
+                width = each.out_channels
             case nn.modules.batchnorm._NormBase() if each.num_features == shape[1]:
                 return 1
             case nn.LayerNorm() | nn.RMSNorm() if type(each).forward in _OVER_LAST:  # a subclass may permute first
@@ -146,13 +168,19 @@ def _channel_dim(name: str, module: nn.Module, shape: torch.Size) -> int:
             case _:
                 continue
         if width == shape[1] == shape[-1]:
-            raise InjectionError(
-                f"Site {name!r} returned shape {list(shape)}, whose channels may be in dimension 1 or in the last one. Pass "
-                "channel_dim=1 or channel_dim=-1, or an example_input= of another size."
-            )
+            raise _either(name, shape)
         if width in (shape[1], shape[-1]):
             return 1 if width == shape[1] else -1
+    if tokens:
+        raise _either(name, shape)
     return 1
+
+
+def _either(name: str, shape: torch.Size) -> InjectionError:
+    return InjectionError(
+        f"Site {name!r} returned shape {list(shape)}, whose channels may be in dimension 1 or in the last one. Pass "
+        "channel_dim=1 or channel_dim=-1, or an example_input= of another size."
+    )
 
 
 _KEEPS_SHAPE = (

@@ -10,6 +10,7 @@ from torch import nn
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import listing, within
+from resadapt.base.tensors import address
 from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module
 
 __all__ = ["match", "names_in", "select_head"]
@@ -65,9 +66,9 @@ def select_head(model: nn.Module, head: object) -> tuple[str, ...]:
         asked.update(trained)
     outermost = tuple(name for name in modules if name in asked and not within(name.rpartition(".")[0], asked))
     for name in outermost:
-        owned = {id(tensor) for _, tensor in backbone_tensors(find_module(model, name))}
+        owned = {address(tensor) for _, tensor in backbone_tensors(find_module(model, name))}
         for path, tensor in backbone_tensors(model):
-            if not within(path, outermost) and id(tensor) in owned:
+            if not within(path, outermost) and address(tensor) in owned:
                 raise InjectionError(
                     f"head: {name!r} shares the tensor {path!r} with the backbone, which stays frozen. Untie them."
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 
 from torch import nn
 
@@ -102,8 +103,8 @@ def _site(name: str, owner: str, shape: Shape, size: int | float) -> SiteSpec:
 
 
 def _checked_size(pattern: str, size: object) -> int | float:
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 1:
-        return size
+    if isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= 1:
+        return int(size)
     if isinstance(size, float) and 0.0 < size < 1.0:
         return size
     raise InjectionError(

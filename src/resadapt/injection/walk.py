@@ -36,6 +36,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InjectionError(f"model is {type(model).__name__}, not a torch.nn.Module.")
     while True:
+        if "_fsdp_wrapped_module" in model._modules:
+            raise InjectionError(
+                "FullyShardedDataParallel makes one flat parameter of many, of which no adapter can be told. Inject first, and "
+                "shard with torch.distributed.fsdp.fully_shard, which keeps them apart."
+            )
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
         elif (inner := behind_wrappers(model)) is model:

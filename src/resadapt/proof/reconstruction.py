@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError
 from resadapt.base.names import listing
+from resadapt.base.tensors import is_dense, is_sharded
+from resadapt.base.undisturbed import random_states_kept
 from resadapt.injection.ledger import find_ledger
 from resadapt.injection.sets import remove_adapters
-from resadapt.injection.walk import backbone_modules, slots_of, unwrap
+from resadapt.injection.walk import backbone_modules, backbone_tensors, slots_of, unwrap
 from resadapt.proof.report import Check
 
 __all__ = ["Rebuild", "Reconstruction", "reconstruct", "replaced_forwards"]
@@ -51,8 +53,8 @@ def reconstruct(live: nn.Module, rebuild: Rebuild | None) -> Reconstruction:
 
 
 def _rebuilt(live: nn.Module, rebuild: Rebuild) -> Reconstruction:
-    devices = sorted({tensor.device.index for tensor in nn.Module.parameters(live) if tensor.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
+    devices = {tensor.device for tensor in nn.Module.parameters(live)}
+    with random_states_kept(devices), torch.inference_mode(False):
         built = rebuild()
     if not isinstance(built, nn.Module):
         raise AdapterError(f"rebuild returned {type(built).__name__}: return the backbone, a torch.nn.Module.")
@@ -63,9 +65,20 @@ def _rebuilt(live: nn.Module, rebuild: Rebuild) -> Reconstruction:
         return Reconstruction(
             Check(_LINE, "failed", f"rebuild() returned a model that shares {listing(shared)} with the live one: build it afresh")
         )
-    if len(found := {tensor.device for tensor in nn.Module.parameters(live)}) == 1:
-        model.to(found.pop())
+    if len(devices) == 1:
+        model.to(devices.pop())
+    _lay_out(model, dict(backbone_tensors(live)))
     return Reconstruction(Check(_LINE, "passed", "rebuild() built the backbone afresh"), model)
+
+
+def _lay_out(model: nn.Module, like: Mapping[str, Tensor]) -> None:
+    """Gives tensors the memory format of others of the same name (channels_last), on which the rounding of outputs depends."""
+    for name, tensor in backbone_tensors(model):
+        other = like.get(name)
+        if other is None or is_sharded(other) or not is_dense(tensor) or tensor.shape != other.shape:
+            continue
+        if tensor.stride() != other.stride():
+            tensor.data = torch.empty_like(other, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
 
 
 def _copied(live: nn.Module) -> Reconstruction:

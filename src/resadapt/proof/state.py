@@ -11,7 +11,7 @@ from resadapt.base.errors import AdapterFileError, AdapterKeyError
 from resadapt.base.module_record import other_state
 from resadapt.base.names import listing, reasons_listing
 from resadapt.base.spec import SetSpec
-from resadapt.base.tensors import dtype_name, is_sharded, same_bits, whole
+from resadapt.base.tensors import address, dtype_name, is_dense, is_sharded, same_bits, whole
 from resadapt.injection.heads import head_tensors
 from resadapt.injection.installation import adapter_shapes
 from resadapt.injection.ledger import AdapterSet, adapter_tensors, ledger_of
@@ -91,11 +91,13 @@ def live_tensors(model: nn.Module, record: AdapterSet) -> dict[str, Tensor]:
     """Returns a set's own tensors, parameters and persistent buffers, by their names in a file."""
     spec = record.spec
     adapters = {f"adapters.{key}": tensor for key, tensor in adapter_tensors(model, spec)}
-    described = {f"adapters.{site.name}.{key}" for site in spec.sites for key in adapter_shapes(spec, site)}
-    if changed := sorted(described ^ adapters.keys()):
+    described = {f"adapters.{site.name}.{key}": shape for site in spec.sites for key, shape in adapter_shapes(spec, site).items()}
+    found = {key: tuple(tensor.shape) for key, tensor in adapters.items() if is_sharded(tensor) or is_dense(tensor)}
+    if changed := sorted({key for key, _ in described.items() ^ found.items()} | (adapters.keys() - described.keys())):
         raise AdapterKeyError(
-            f"The adapters of set {spec.name!r} do not have the tensors of their family: {listing(changed)}. They were pruned or "
-            "parametrized: make that permanent first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)."
+            f"The adapters of set {spec.name!r} do not have the tensors of their family: {listing(changed)}. They were pruned, "
+            "parametrized, quantized or flattened: make the first two permanent (torch.nn.utils.prune.remove, "
+            "parametrize.remove_parametrizations), save before the others."
         )
     head = persistent(model, record.parked_head or head_tensors(model, spec.head))
     live = adapters | {f"head.{path}": tensor for path, tensor in head.items()}
@@ -136,9 +138,8 @@ def fitting(live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) 
             ready[key] = value.detach().to(tensor.device, tensor.dtype, copy=True)
             if value.dtype != tensor.dtype and not torch.equal(ready[key].to(value.device, value.dtype), value):
                 problems[key] = f"is {dtype_name(value)} and would lose precision in the model's {dtype_name(tensor)}"
-            place = id(tensor) if is_sharded(tensor) else (tensor.data_ptr(), tensor.shape, tensor.stride())
-            first = first_at.setdefault(place, key)
-            if tensor.numel() and not same_bits(ready[first], ready[key]):
+            first = first_at.setdefault((address(tensor), tensor.shape, tensor.stride()), key)
+            if not same_bits(ready[first], ready[key]):
                 problems[key] = f"is tied to {first!r} in this model, which is given other values"
     if problems:
         head = any(key.startswith("head.") for key in problems)
