@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -85,6 +86,15 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name.partition("/")[2] for name in info} == {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}
     needed = [Requirement(line.partition(": ")[2]) for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     assert sorted(each.name for each in needed if each.marker is None) == sorted(RUNTIME)
+
+
+def test_the_source_distribution_holds_the_tests_against_other_libraries(tmp_path: Path) -> None:
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, cwd=ROOT)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= {f"tests/clients/{file.name}" for file in (ROOT / "tests" / "clients").glob("*.py")}
+    assert names >= {"tests/support.py", "tests/conftest.py"}, "which they need"
 
 
 @pytest.mark.parametrize("package", ["safetensors", "matplotlib", "sklearn", "pytest", "pip"])
