@@ -44,6 +44,29 @@ class Extra(nn.Module):
         return x * self.weight
 
 
+OTHER_STATES = [
+    (b"a", b"b"),
+    (b"1", 1),
+    ("1", 1),
+    (None, "null"),
+    (torch.float32, torch.float16),
+    ({"a": 1}, {"b": 1}),
+    ({"a": 1, "b": 2}, {"a": 2, "b": 1}),
+    ([1, [2, 3]], [[1, 2], 3]),
+    ([12], [1, 2]),
+    ([{}, 1], [{}]),
+    (object(), set()),
+    (torch.ones(2), torch.ones(2).double()),
+    (torch.zeros(2, 3), torch.zeros(3, 2)),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), OTHER_STATES)
+def test_states_of_every_kind_have_digests(one: Any, other: Any) -> None:
+    assert ModuleRecord.of(Extra(one)) == ModuleRecord.of(Extra(copy.deepcopy(one)))
+    assert "has other state" in (ModuleRecord.of(Extra(one)).difference(ModuleRecord.of(Extra(other))) or "")
+
+
 class Shows(nn.Module):
     def __init__(self, scale: float | None) -> None:
         super().__init__()

@@ -307,6 +307,14 @@ def test_accepting_freezes_norms_that_came_in_since() -> None:
         resadapt.accept_backbone(model)
 
 
+def test_accepting_leaves_norms_of_the_head_in_training() -> None:
+    model = small_net(head=nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    resadapt.inject_adapters(model, "c2", 2, head="head").train()
+    resadapt.accept_backbone(model)
+    assert model.head[1].training
+    assert [type(model.bn).__name__, type(model.head[1]).__name__] == ["FrozenBatchNorm2d", "BatchNorm1d"]
+
+
 def test_an_optimizer_that_writes_into_every_parameter_it_is_given() -> None:
     """LBFGS adds its step to all parameters as one vector, zeros to the frozen ones: -0.0 becomes 0.0, which is drift."""
     for parameters, drifted in ((lambda m: m.parameters(), ["conv.weight"]), (resadapt.trainable_parameters, [])):

@@ -58,6 +58,30 @@ def test_groups(head: bool, head_lr: float | None, decay: float, decay_bias: boo
     torch.optim.AdamW(groups).step()
 
 
+def test_groups_that_nothing_is_said_of() -> None:
+    model = resadapt.inject_adapters(small_resnet(), head="fc")
+    groups = resadapt.parameter_groups(model, 0.25)
+    assert [(group["name"], group["lr"], group["weight_decay"]) for group in groups] == [("adapters", 0.25, 0.0), ("head", 0.25, 0.0)]
+    groups = resadapt.parameter_groups(model, 0.25, weight_decay=0.5)
+    assert [(group["name"], group["weight_decay"]) for group in groups] == [("adapters", 0.5), ("head", 0.5)], "biases too"
+    groups = resadapt.parameter_groups(model, 0.25, weight_decay=0.5, decay_bias=False)
+    names = ["adapters", "adapters, no decay", "head", "head, no decay"]
+    assert [(group["name"], group["weight_decay"]) for group in groups] == list(zip(names, [0.5, 0.0] * 2, strict=True))
+
+
+@pytest.mark.parametrize("name", ["lr", "head_lr", "weight_decay", "decay_bias"])
+def test_bad_rates_are_named(name: str) -> None:
+    model = resadapt.inject_adapters(small_resnet(), head="fc")
+    with pytest.raises(resadapt.AdapterError, match=rf"^{name}\b"):
+        resadapt.parameter_groups(model, **{"lr": 0.1, name: -1.0})
+
+
+def test_sizes_that_are_not_known_yet() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LazyLinear(2))
+    with pytest.raises(resadapt.AdapterError, match=r"Parameter '1\.weight' has no size yet"):
+        resadapt.count_parameters(model)
+
+
 def test_nothing_to_train() -> None:
     model = resadapt.inject_adapters(small_resnet(), head="fc")
     with resadapt.adapters_disabled(model):

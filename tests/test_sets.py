@@ -212,6 +212,25 @@ def test_leftover_gradients_do_not_move_a_set_that_was_left() -> None:
     assert all(torch.equal(v, state[k]) for k, v in resadapt.adapter_state_dict(model, "a").items())
 
 
+def test_loading_into_a_set_leaves_no_gradients_on_the_one_before(path: Path) -> None:
+    model = resadapt.inject_adapters(small_resnet(), head="fc", name="a")
+    resadapt.inject_adapters(model, head="fc", name="b")
+    resadapt.save_adapters(model, path, name="b", verify=False)
+    resadapt.set_active_adapters(model, "a")
+    model(images()).sum().backward()
+    own = dict(resadapt.named_trainable_parameters(model))
+    assert all(p.grad is not None for p in own.values())
+    resadapt.load_adapters(model, path, name="b")
+    assert all(p.grad is None for name, p in own.items() if ".resadapt.a." in name)
+    model(images()).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in resadapt.named_trainable_parameters(model) if p.grad is not None}
+    resadapt.load_adapters(model, path, name="b")
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in resadapt.named_trainable_parameters(model) if p.grad is not None)
+    resadapt.set_active_adapters(model, None)
+    resadapt.load_adapters(model, path, name="b")
+    assert [each.name for each in resadapt.list_adapters(model) if each.active] == ["b"]
+
+
 def test_disabling_between_forward_and_backward() -> None:
     """As for distillation: the teacher is the same model with its adapters off."""
     model = resadapt.inject_adapters(small_resnet(), head="fc").eval()

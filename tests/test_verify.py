@@ -392,6 +392,9 @@ def test_the_example_input_becomes_the_probe(path: Path) -> None:
     assert list(probe.outputs) == ["output.both.0"]
     torch.manual_seed(0)
     assert outcomes(resadapt.verify_adapters(Two(), path))["recorded outputs"] == "passed"
+    torch.manual_seed(0)
+    loaded = resadapt.load_adapters(Two(), path)
+    assert outcomes(resadapt.save_adapters(loaded, path))["outputs"] == "passed", "a loaded set has its example too"
 
 
 def test_bad_targets(model: nn.Module, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def _canonical(value: object) -> bytes:
     if isinstance(value, list | tuple):
         return b"[" + b",".join(map(_canonical, value)) + b"]"
     if isinstance(value, bytes | bytearray):
-        return bytes(value)
+        return repr(bytes(value)).encode()
     if value is None or isinstance(value, bool | int | float | str):
         return json.dumps(value).encode()
     if isinstance(value, torch.dtype):

@@ -216,7 +216,7 @@ def _probe(data: Any) -> ProbeRecord | None:
 def _from_format_1(manifest: dict[str, Any]) -> dict[str, Any]:
     """Returns the manifest of a file of format 1 as one of format 2."""
     spec = manifest["set"]
-    sites = [{**site, "channel_dim": 1} for site in spec["sites"]] if isinstance(spec.get("sites"), list) else None
+    sites = [{**site, "channel_dim": 1} for site in spec["sites"]]
     options = {key: value for key, value in spec["options"].items() if key != "init"}
     backbone = {"tensors": manifest["backbone"], "modules": None, "caches": []}
     return {**manifest, "set": {**spec, "sites": sites, "options": options}, "backbone": backbone}

@@ -47,7 +47,7 @@ def format_for(path: Path) -> str:
 
 def encode(manifest: dict[str, Any], tensors: dict[str, Tensor], format: str) -> bytes:
     """Returns the bytes of a file; the same content gives the same bytes."""
-    text = json.dumps(manifest, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(manifest, separators=(",", ":"))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
     data = bytearray(_safetensors_bytes(text, tensors) if format == "safetensors" else _zip_bytes(text, tensors))
     at = _seal_position(data)

@@ -125,7 +125,7 @@ NORM_POLICIES: dict[str, Callable[[nn.Module], None]] = {"frozen": freeze_norm}
 """What a set does with each of the backbone's norms outside its head, by the name of the policy."""
 
 
-def apply_norm_policy(model: nn.Module, policy: str, head: Collection[str] = ()) -> None:
+def apply_norm_policy(model: nn.Module, policy: str, head: Collection[str]) -> None:
     """Applies a set's norm policy to the backbone outside its head; norms inside the head run as they were built."""
     for name, module in backbone_modules(model):
         if not within(name, head):

@@ -42,7 +42,7 @@ def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
     if new:
         apply_norm_policy(model, new.spec.norm, new.spec.head)
     else:
-        apply_norm_policy(model, "frozen")
+        apply_norm_policy(model, "frozen", ())
 
 
 @contextmanager
