@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import images, small_net, small_resnet, train
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import resadapt
 
@@ -203,6 +204,27 @@ def test_two_processes(body: str, tmp_path: Path) -> None:
     if body is DDP:
         plain = resadapt.load_adapters(small_resnet(), out)
         assert resadapt.verify_adapters(plain, out).ok
+
+
+@pytest.mark.parametrize("at", ["", "conv"])
+def test_flat_parameters_are_refused(at: str, path: Path) -> None:
+    """FullyShardedDataParallel itself asks for a GPU when it is built, so here stands an empty one around the module."""
+    model: Any = resadapt.inject_adapters(small_net(), "c2", 2, head="head")
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper._modules["_fsdp_wrapped_module"] = model.get_submodule(at)
+    if at:
+        model._modules[at] = wrapper
+    else:
+        model = wrapper
+    for call in (
+        lambda: resadapt.inject_adapters(model, "c1", 2, name="other"),
+        lambda: resadapt.check_backbone(model),
+        lambda: resadapt.save_adapters(model, path),
+    ):
+        with pytest.raises(resadapt.InjectionError, match="FullyShardedDataParallel makes one flat parameter of many"):
+            call()
+    assert not path.exists()
 
 
 def test_data_parallel_replicas() -> None:

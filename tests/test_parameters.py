@@ -61,7 +61,10 @@ def test_groups(head: bool, head_lr: float | None, decay: float, decay_bias: boo
 def test_groups_that_nothing_is_said_of() -> None:
     model = resadapt.inject_adapters(small_resnet(), head="fc")
     groups = resadapt.parameter_groups(model, 0.25)
-    assert [(group["name"], group["lr"], group["weight_decay"]) for group in groups] == [("adapters", 0.25, 0.0), ("head", 0.25, 0.0)]
+    assert [(group["name"], group["lr"], group["weight_decay"]) for group in groups] == [
+        ("adapters", 0.25, 0.0),
+        ("head", 0.25, 0.0),
+    ]
     groups = resadapt.parameter_groups(model, 0.25, weight_decay=0.5)
     assert [(group["name"], group["weight_decay"]) for group in groups] == [("adapters", 0.5), ("head", 0.5)], "biases too"
     groups = resadapt.parameter_groups(model, 0.25, weight_decay=0.5, decay_bias=False)

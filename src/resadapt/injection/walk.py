@@ -36,11 +36,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InjectionError(f"model is {type(model).__name__}, not a torch.nn.Module.")
     while True:
-        if "_fsdp_wrapped_module" in model._modules:
-            raise InjectionError(
-                "FullyShardedDataParallel makes one flat parameter of many, of which no adapter can be told. Inject first, and "
-                "shard with torch.distributed.fsdp.fully_shard, which keeps them apart."
-            )
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
         elif (inner := behind_wrappers(model)) is model:
@@ -122,7 +117,16 @@ def _child(module: nn.Module, key: str) -> nn.Module | None:
 
 
 def behind_wrappers(module: nn.Module) -> nn.Module:
-    """Returns what a wrapper passes its inputs on to; the module itself if it is no wrapper."""
+    """Returns what a wrapper passes its inputs on to; the module itself if it is no wrapper.
+
+    Raises:
+        InjectionError: The wrapper makes other parameters of those of the module.
+    """
+    if "_fsdp_wrapped_module" in module._modules:
+        raise InjectionError(
+            "FullyShardedDataParallel makes one flat parameter of many, of which no adapter can be told. Inject first, and shard "
+            "with torch.distributed.fsdp.fully_shard, which keeps them apart."
+        )
     for key in _PASSED_ON_TO:
         if key in module._modules:
             return behind_wrappers(module._modules[key])  # type: ignore[arg-type]
