@@ -1,1 +1,1 @@
-"""What everything stands on: errors, descriptions as data, digests, running a model without a trace."""
+"""Words and tools for all rooms: errors, descriptions as data, digests, running a model without a trace."""
