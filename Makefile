@@ -23,7 +23,7 @@ $(CLIENTS): $(STAMP)
 
 demo: $(STAMP)  ## the codec example from data to pictures, at most 10 minutes
 	rm -rf runs/demo
-	"$(BIN)/python" examples/codec_stage2/demo.py
+	"$(BIN)/python" examples/codec/demo.py
 
 test: $(STAMP)  ## all tests, the examples in docstrings and docs, and branch coverage
 	"$(BIN)/python" -m pytest src tests --ignore=tests/clients --doctest-modules --numprocesses auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered

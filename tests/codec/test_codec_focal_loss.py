@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from focal_loss import ClassBalancedFocalLoss, class_balanced_weights
+from av1partition.training.focal_loss import ClassBalancedFocalLoss, class_balanced_weights
 
 COUNTS = [27_267, 41_171, 13_002]
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from atomic_file import write_atomically
-from stage1_files import load_stage1_backbone
-from stage_models import stage2_head
-from stage_training import Trainee, macro_f1, predict_logits
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import TensorDataset
 
+from av1partition.atomic_file import write_atomically
+from av1partition.evaluation.metrics import macro_f1
+from av1partition.models.stage1_files import load_stage1_backbone
+from av1partition.models.stages import stage2_head
+from av1partition.training.loop import Trainee, predict_logits
 from resadapt import (
     adapter_state_dict,
     load_adapter_state_dict,

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from stage2_trainees import LOGITS_FILE, reload_stage2
-from stage_training import add_common_options, macro_f1, predict_logits
-from study_layout import load_dataset
+from av1partition.data.study_layout import load_dataset
+from av1partition.evaluation.metrics import macro_f1
+from av1partition.training.loop import add_common_options, predict_logits
+from av1partition.training.trainees import LOGITS_FILE, reload_stage2
 
 
 def main(argv: Sequence[str] | None = None) -> None:

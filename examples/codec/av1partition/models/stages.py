@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from av1_blocks import BLOCK, STAGE2_CLASSES
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
+from av1partition.data.blocks import BLOCK, STAGE2_CLASSES
 from resadapt import inject_adapters
 
 BackboneKind = Literal["plain", "attention"]

@@ -9,10 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from av1_blocks import STAGE2_CLASSES, BlockSet
-from focal_loss import ClassBalancedFocalLoss
-from stage1_files import load_stage1_backbone
-from stage2_trainees import (
+from av1partition.data.blocks import STAGE2_CLASSES, BlockSet
+from av1partition.data.study_layout import load_dataset
+from av1partition.evaluation.metrics import best_record, classification_metrics
+from av1partition.evaluation.reports import draw_confusion_matrix, draw_learning_curves, write_json
+from av1partition.models.stage1_files import load_stage1_backbone
+from av1partition.models.stages import adapt_for_stage2, stage2_head
+from av1partition.training.focal_loss import ClassBalancedFocalLoss
+from av1partition.training.loop import Schedule, add_common_options, fit, predict_logits
+from av1partition.training.state import Config, digest_of_data
+from av1partition.training.trainees import (
     ADAPTER_FILE,
     HEAD_FILE,
     adapter_trainee,
@@ -20,12 +26,7 @@ from stage2_trainees import (
     head_trainee,
     reload_stage2,
 )
-from stage_models import adapt_for_stage2, stage2_head
-from stage_reports import classification_metrics, draw_confusion_matrix, draw_learning_curves, write_json
-from stage_training import Schedule, add_common_options, best_record, fit, predict_logits
-from study_layout import load_dataset
 from torch.utils.data import TensorDataset
-from training_state import Config, digest_of_data
 
 from resadapt import count_parameters
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from av1_blocks import BlockSet, cut_blocks
+from av1partition.data.blocks import BlockSet, cut_blocks
+from av1partition.data.study_layout import write_study_file
+from av1partition.models.stage1_files import save_stage1
+from av1partition.models.stages import BackboneKind, Stage1Model, build_backbone
 from PIL import Image
-from stage1_files import save_stage1
-from stage_models import BackboneKind, Stage1Model, build_backbone
-from study_layout import write_study_file
 from torch import nn
 
 

@@ -17,15 +17,15 @@ import torch
 import train_stage1
 import train_stage2
 import verify_run
+from av1partition.data.study_layout import load_dataset, read_study_file, write_study_file
+from av1partition.models.stage1_files import load_stage1_backbone
+from av1partition.models.stages import BackboneKind
+from av1partition.training.loop import macro_f1, predict_logits
+from av1partition.training.state import TrainingStateError
+from av1partition.training.trainees import frozen_features, reload_stage2
 from PIL import Image
 from sklearn.metrics import f1_score
-from stage1_files import load_stage1_backbone
-from stage2_trainees import frozen_features, reload_stage2
-from stage_models import BackboneKind
-from stage_training import macro_f1, predict_logits
-from study_layout import load_dataset, read_study_file, write_study_file
 from torch.utils.data import TensorDataset
-from training_state import TrainingStateError
 
 from resadapt import BackboneMismatchError, load_adapters
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from atomic_file import write_atomically
-from stage_models import BackboneKind, BinaryHead, Stage1Model, build_backbone
 from torch import Tensor, nn
+
+from av1partition.atomic_file import write_atomically
+from av1partition.models.stages import BackboneKind, BinaryHead, Stage1Model, build_backbone
 
 BACKBONE = "backbone."
 
@@ -47,7 +48,7 @@ def load_backbone_from(backbone: nn.Module, path: str | Path) -> None:
     """Load a Stage 1 file into a backbone of one's own, all or nothing.
 
     Args:
-        backbone: As `stage_models.build_backbone` returns it, before adapters are injected.
+        backbone: As `stages.build_backbone` returns it, before adapters are injected.
         path: As for `load_stage1_backbone`.
 
     Raises:

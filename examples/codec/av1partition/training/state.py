@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from atomic_file import write_atomically
 from torch import Tensor
 from torch.utils.data import TensorDataset
+
+from av1partition.atomic_file import write_atomically
 
 Config = dict[str, str | int | float | bool]
 

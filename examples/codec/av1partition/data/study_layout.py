@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from atomic_file import write_atomically
-from av1_blocks import BLOCK, PARTITIONS, BlockSet, DatasetError, cut_blocks
 from torch import Tensor
+
+from av1partition.atomic_file import write_atomically
+from av1partition.data.blocks import BLOCK, PARTITIONS, BlockSet, DatasetError, cut_blocks
 
 KEYS = (
     "samples",
@@ -125,5 +126,5 @@ def _check_consistency(path: Path, blocks: BlockSet, content: dict[str, Tensor])
             partition = PARTITIONS[int(blocks.labels_stage0[row])]
             raise DatasetError(
                 f"{path}: {key!r}[{row}] is {int(content[key][row])}, but 'labels_stage0' says {partition}, for which "
-                f"it must be {int(expected[row])}; derive the labels with the tables in av1_blocks.py"
+                f"it must be {int(expected[row])}; derive the labels with the tables in av1partition/data/blocks.py"
             )

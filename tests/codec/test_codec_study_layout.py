@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from av1_blocks import BlockSet, DatasetError
-from study_layout import load_dataset, read_study_file, write_study_file
+from av1partition.data.blocks import BlockSet, DatasetError
+from av1partition.data.study_layout import load_dataset, read_study_file, write_study_file
 
 KEYS = {"samples", "labels_stage0", "labels_stage1", "labels_stage2", "labels_stage3_RECT", "labels_stage3_AB", "qps"}
 

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from av1_blocks import DATA_DIR
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
-from training_state import Config, TrainingState, load_state, save_state
+
+from av1partition.data.blocks import DATA_DIR
+from av1partition.evaluation.metrics import classes_of, macro_f1
+from av1partition.training.state import Config, TrainingState, load_state, save_state
 
 LOWEST_LR = 1e-6
 EVALUATION_BATCH = 1024
 
-log = logging.getLogger("codec_stage2")
+log = logging.getLogger("av1partition")
 
 
 @dataclass(frozen=True)
@@ -126,28 +128,11 @@ def fit(
     return history
 
 
-def best_record(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The epoch whose model was kept: the first with the highest macro-F1."""
-    return max(history, key=lambda record: float(record["macro_f1"]))
-
-
 @torch.no_grad()
 def predict_logits(model: nn.Module, samples: Tensor, device: torch.device) -> Tensor:
     """Logits of all samples, on the CPU; the model is in evaluation mode afterwards."""
     model.eval()
     return torch.cat([model(batch.to(device)).cpu() for batch in torch.split(samples, EVALUATION_BATCH)])
-
-
-def classes_of(logits: Tensor) -> Tensor:
-    """Predicted class numbers, [N]."""
-    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
-
-
-def macro_f1(logits: Tensor, labels: Tensor) -> float:
-    """Mean over the classes of their F1, 0 for a class never right."""
-    classes = list(range(max(2, logits.shape[1])))
-    score = f1_score(labels.numpy(), classes_of(logits).numpy(), labels=classes, average="macro", zero_division=0)
-    return float(score)
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

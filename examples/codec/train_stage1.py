@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from av1_blocks import STAGE1_CLASSES
-from stage1_files import save_stage1
-from stage_models import Stage1Model, build_backbone
-from stage_reports import classification_metrics, draw_learning_curves, write_json
-from stage_training import Schedule, Trainee, add_common_options, best_record, fit
-from study_layout import load_dataset
+from av1partition.data.blocks import STAGE1_CLASSES
+from av1partition.data.study_layout import load_dataset
+from av1partition.evaluation.metrics import best_record, classification_metrics
+from av1partition.evaluation.reports import draw_learning_curves, write_json
+from av1partition.models.stage1_files import save_stage1
+from av1partition.models.stages import Stage1Model, build_backbone
+from av1partition.training.loop import Schedule, Trainee, add_common_options, fit
+from av1partition.training.state import Config, digest_of_data
 from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.data import TensorDataset
 from torchvision.models import ResNet18_Weights
-from training_state import Config, digest_of_data
 
 STAGE1_FILE = "stage1.pt"
 

@@ -1,51 +1,18 @@
-"""Metrics and pictures of a finished run, from scikit-learn and matplotlib."""
+"""JSON and pictures of a finished run, from matplotlib."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from atomic_file import write_atomically
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from sklearn.metrics import ConfusionMatrixDisplay, classification_report, confusion_matrix
-from stage_training import best_record, classes_of
-from torch import Tensor
+from sklearn.metrics import ConfusionMatrixDisplay
 
-
-def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, averaged and per-class scores, and the confusion matrix.
-
-    Args:
-        logits: [N, K], or [N, 1] for two classes.
-        labels: Class numbers, [N].
-        classes: Names of the K classes.
-
-    Returns:
-        Numbers, lists and dictionaries only, ready for JSON. In the confusion matrix a row is a true class.
-    """
-    truth, predicted, numbers = labels.numpy(), classes_of(logits).numpy(), list(range(len(classes)))
-    report = classification_report(truth, predicted, labels=numbers, target_names=list(classes), output_dict=True, zero_division=0)
-    per_class = {
-        name: {
-            "precision": float(report[name]["precision"]),
-            "recall": float(report[name]["recall"]),
-            "f1": float(report[name]["f1-score"]),
-            "support": int(report[name]["support"]),
-        }
-        for name in classes
-    }
-    return {
-        "accuracy": float((truth == predicted).mean()),
-        "macro_f1": float(report["macro avg"]["f1-score"]),
-        "weighted_f1": float(report["weighted avg"]["f1-score"]),
-        "per_class": per_class,
-        "confusion_matrix": confusion_matrix(truth, predicted, labels=numbers).tolist(),
-        "classes": list(classes),
-    }
+from av1partition.atomic_file import write_atomically
+from av1partition.evaluation.metrics import best_record
 
 
 def write_json(path: Path, content: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 BLOCK = 16
 SPLITS = ("train", "val", "test")
 COLUMNS = ["frame", "cq_level", "base_q_idx", "row", "col", "label"]
-DATA_DIR = Path(__file__).resolve().parent / "data"
+DATA_DIR = Path(__file__).resolve().parents[2] / "data"
 
 PARTITIONS = ("NONE", "HORZ", "VERT", "SPLIT", "HORZ_A", "HORZ_B", "VERT_A", "VERT_B", "HORZ_4", "VERT_4")
 STAGE1_CLASSES = ("NONE", "PARTITION")

@@ -17,8 +17,8 @@ import torch
 import train_stage1
 import train_stage2
 import verify_run
-from av1_blocks import cut_blocks
-from study_layout import write_study_file
+from av1partition.data.blocks import cut_blocks
+from av1partition.data.study_layout import write_study_file
 
 HERE = Path(__file__).resolve().parent
 # One quantizer, because the models do not see it and it shifts the choice from SPLIT to NONE; the

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from stage1_files import Stage1FileError, load_backbone_from, load_stage1_backbone, save_stage1
-from stage_models import (
+from av1partition.models.stage1_files import Stage1FileError, load_backbone_from, load_stage1_backbone, save_stage1
+from av1partition.models.stages import (
     AttentionResNet18,
     BackboneKind,
     SpatialAttention,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from av1_blocks import DATA_DIR, PARTITIONS, BlockSet, DatasetError, cut_blocks
+from av1partition.data.blocks import DATA_DIR, PARTITIONS, BlockSet, DatasetError, cut_blocks
 from PIL import Image
 
 MEANING = {

@@ -1,0 +1,1 @@
+"""Blocks and labels: from frames, and from the files of the study."""

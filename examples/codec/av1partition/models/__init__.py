@@ -1,0 +1,1 @@
+"""Backbones, heads, and the files of Stage 1."""
