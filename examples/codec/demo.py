@@ -19,6 +19,7 @@ import train_stage2
 import verify_run
 from av1partition.data.blocks import cut_blocks
 from av1partition.data.study_layout import write_study_file
+from av1partition.data.tasks import STAGE2
 
 HERE = Path(__file__).resolve().parent
 # One quantizer, because the models do not see it and it shifts the choice from SPLIT to NONE; the
@@ -44,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Stage 1: {STAGE1_EPOCHS} epochs from random weights (ImageNet's would need a download); "
         f"Stage 2: {STAGE2_EPOCHS} epochs; seed {SEED}"
     )
-    common = ["--dataset-dir", str(dataset), "--seed", SEED, "--device", "cpu"]
-    train_stage1.main([*common, "--epochs", str(STAGE1_EPOCHS), "--output-dir", str(stage1)])
+    common = ["--dataset-dir", str(dataset), "--device", "cpu"]
+    train_stage1.main([*common, "--seed", SEED, "--epochs", str(STAGE1_EPOCHS), "--output-dir", str(stage1)])
     rows = []
     for name, flags in (("frozen baseline", []), ("adapters", ["--use-adapters"])):
         run = output / name.replace(" ", "_")
         where = ["--stage1-model", str(stage1 / train_stage1.STAGE1_FILE), "--output-dir", str(run)]
-        train_stage2.main([*common, *where, *flags, "--epochs", str(STAGE2_EPOCHS)])
+        train_stage2.main([*common, *where, *flags, "--seed", SEED, "--epochs", str(STAGE2_EPOCHS)])
         rows.append((name, json.loads((run / "metrics.json").read_text()), _verify([*common, *where])))
     print(_table(rows))
     print("Pictures:")
@@ -68,7 +69,7 @@ def _write_dataset(folder: Path) -> str:
         part = blocks[name].take(blocks[name].qps == BASE_Q_IDX)
         part = part.take(torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:most])
         write_study_file(part, folder / f"{name}.pt")
-        divided = int((part.labels_stage2 >= 0).sum())
+        divided = len(part.of(STAGE2))
         said.append(f"{name} {len(part)} of {len(blocks[name])} blocks ({divided} of them divided, for Stage 2)")
     return f"Data: base_q_idx {BASE_Q_IDX} only; {', '.join(said)}"
 

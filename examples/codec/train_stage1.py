@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from av1partition.data.blocks import STAGE1_CLASSES
 from av1partition.data.study_layout import load_dataset
+from av1partition.data.tasks import STAGE1
+from av1partition.evaluation.calibration import choose_threshold, fit_temperature
 from av1partition.evaluation.metrics import best_record, classification_metrics
-from av1partition.evaluation.reports import draw_learning_curves, write_json
-from av1partition.models.stage1_files import save_stage1
-from av1partition.models.stages import Stage1Model, build_backbone
-from av1partition.training.loop import Schedule, Trainee, add_common_options, fit
+from av1partition.evaluation.reports import draw_confusion_matrix, draw_learning_curves, write_json
+from av1partition.models.backbones import build_backbone
+from av1partition.models.cascade import Stage1Model
+from av1partition.models.stage1_files import load_stage1, save_stage1
+from av1partition.training.loop import Schedule, Trainee, add_common_options, fit, predict_logits
 from av1partition.training.state import Config, digest_of_data
-from torch import Tensor
+from torch import Tensor, logit
 from torch.optim import AdamW
 from torch.utils.data import TensorDataset
 from torchvision.models import ResNet18_Weights
@@ -30,6 +32,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/stage1"), help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     output: Path = options.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    train, val = (TensorDataset(blocks.samples, blocks.labels_stage1) for blocks in load_dataset(options.dataset_dir))
+    train, val = (blocks.data(STAGE1) for blocks in load_dataset(options.dataset_dir))
     torch.manual_seed(options.seed)
     weights = ResNet18_Weights.IMAGENET1K_V1 if options.imagenet else None
     model = Stage1Model(build_backbone("attention" if options.attention else "plain", weights)).to(options.device)
@@ -55,10 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         weight = positive_weight.to(logits.device)
         return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), pos_weight=weight)
 
-    def keep_best(record: dict[str, Any], logits: Tensor) -> None:
+    def keep_best(_: dict[str, Any], __: Tensor) -> None:
         save_stage1(model, output / STAGE1_FILE)
-        metrics = classification_metrics(logits, val.tensors[1], STAGE1_CLASSES)
-        write_json(output / "metrics.json", {"epoch": record["epoch"], **metrics})
 
     trainee = Trainee(
         model,
@@ -80,10 +81,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": digest_of_data(train, val),
     }
     history = fit(trainee, train, val, schedule, state_file=output / "training_state.pt", config=config)
-    write_json(output / "history.json", history)
-    draw_learning_curves(history, output / "learning_curves.png", "Stage 1: NONE or PARTITION")
+    metrics = _calibrate(output / STAGE1_FILE, val, options.device)
     best = best_record(history)
-    print(f"Stage 1: macro-F1 {best['macro_f1']:.4f} at epoch {best['epoch']}, written to {output / STAGE1_FILE}")
+    write_json(output / "history.json", history)
+    write_json(output / "metrics.json", {"best_epoch": best["epoch"], **metrics})
+    draw_learning_curves(history, output / "learning_curves.png", "Stage 1: NONE or PARTITION")
+    draw_confusion_matrix(metrics, output / "confusion_matrix.png", f"Stage 1\nmacro-F1 {metrics['macro_f1']:.4f}")
+    print(f"Stage 1: macro-F1 {metrics['macro_f1']:.4f} at epoch {best['epoch']}, written to {output / STAGE1_FILE}")
+
+
+def _calibrate(path: Path, val: TensorDataset, device: torch.device) -> dict[str, Any]:
+    """Give the best epoch's file a temperature and a threshold, both chosen on the validation blocks."""
+    samples, labels = val.tensors
+    model = load_stage1(path)
+    model.temperature.fill_(1)
+    model.temperature.fill_(fit_temperature(predict_logits(model.to(device), samples, device), labels))
+    logits = predict_logits(model, samples, device)
+    model.threshold = choose_threshold(logits[:, 0].sigmoid(), labels)
+    save_stage1(model, path)
+    answers = logits - logit(torch.tensor(model.threshold))
+    return {
+        **classification_metrics(answers, labels, STAGE1.classes),
+        "temperature": float(model.temperature),
+        "threshold": model.threshold,
+        "negative_log_likelihood": float(F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())),
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Check a finished Stage 2 run in a fresh process: do its files alone give the logits the live model gave?"""
+"""Check a finished run of a specialist in a fresh process: do its files alone give the logits the live model gave?"""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from av1partition.data.study_layout import load_dataset
+from av1partition.data.tasks import SPECIALISTS
 from av1partition.evaluation.metrics import macro_f1
 from av1partition.training.loop import add_common_options, predict_logits
-from av1partition.training.trainees import LOGITS_FILE, reload_stage2
+from av1partition.training.trainees import LOGITS_FILE, reload_specialist
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,12 +22,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage1-model", type=Path, required=True, help="the Stage 1 file of the run")
     parser.add_argument("--output-dir", type=Path, required=True, help="the folder of the run")
     options = parser.parse_args(argv)
+    key = json.loads((options.output_dir / "metrics.json").read_text())["task"]
+    (task,) = (task for task in SPECIALISTS if task.key == key)
     _, val = load_dataset(options.dataset_dir)
-    divided = val.take(val.labels_stage2 >= 0)
+    samples, labels = val.data(task).tensors
     live = torch.load(options.output_dir / LOGITS_FILE, weights_only=True)
-    model = reload_stage2(options.stage1_model, options.output_dir).to(options.device)
-    reloaded = predict_logits(model, divided.samples, options.device)
-    labels = divided.labels_stage2
+    model = reload_specialist(options.stage1_model, task, options.output_dir).to(options.device)
+    reloaded = predict_logits(model, samples, options.device)
     differences = {
         "macro_f1": abs(macro_f1(live, labels) - macro_f1(reloaded, labels)),
         "logits": float((live - reloaded).abs().max()),

@@ -13,8 +13,9 @@ import pytest
 import torch
 from av1partition.data.blocks import BlockSet, cut_blocks
 from av1partition.data.study_layout import write_study_file
+from av1partition.models.backbones import BackboneKind, build_backbone
+from av1partition.models.cascade import Stage1Model
 from av1partition.models.stage1_files import save_stage1
-from av1partition.models.stages import BackboneKind, Stage1Model, build_backbone
 from PIL import Image
 from torch import nn
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from av1partition.data.blocks import DATA_DIR, PARTITIONS, BlockSet, DatasetError, cut_blocks
+from av1partition.data.blocks import DATA_DIR, BlockSet, DatasetError, cut_blocks
+from av1partition.data.tasks import AB, PARTITIONS, RECT, STAGE1, STAGE2
 from PIL import Image
 
 MEANING = {
@@ -99,7 +100,7 @@ def test_samples_are_unit_floats(all_blocks: dict[str, BlockSet]) -> None:
 @pytest.mark.parametrize("number", range(10))
 def test_labels_of_every_stage(number: int) -> None:
     blocks = BlockSet(torch.zeros(1, 1, 16, 16), torch.tensor([number]), torch.tensor([80]))
-    labels = (blocks.labels_stage1, blocks.labels_stage2, blocks.labels_stage3_rect, blocks.labels_stage3_ab)
+    labels = [blocks.labels(task) for task in (STAGE1, STAGE2, RECT, AB)]
     assert tuple(int(label) for label in labels) == MEANING[PARTITIONS[number]]
 
 

@@ -9,23 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from av1partition.models.stage1_files import Stage1FileError, load_backbone_from, load_stage1_backbone, save_stage1
-from av1partition.models.stages import (
+from av1partition.data.tasks import SPECIALISTS, STAGE1, STAGE2
+from av1partition.models.backbones import (
     AttentionResNet18,
     BackboneKind,
     SpatialAttention,
     SqueezeExcitation,
-    Stage1Model,
-    adapt_for_stage2,
     build_backbone,
     gray_resnet18,
     gray_stem,
-    stage2_head,
 )
+from av1partition.models.cascade import Answers, Cascade, Stage1Model, adapt
+from av1partition.models.stage1_files import Stage1FileError, load_stage1, save_stage1
 from torch import nn
 from torchvision.models import ResNet18_Weights, resnet18
 
-from resadapt import count_parameters, list_adapters
+from resadapt import count_parameters, list_adapters, remove_adapters, set_active_adapters
 
 KINDS: tuple[BackboneKind, ...] = ("plain", "attention")
 HEAD_NAMES = {"head.head.0.weight", "head.head.0.bias", "head.head.3.weight", "head.head.3.bias", "temperature"}
@@ -106,34 +105,64 @@ def test_study_names_and_shapes(kind: BackboneKind) -> None:
         assert {name: list(state[name].shape) for name in ATTENTION_SHAPES} == ATTENTION_SHAPES
 
 
+def cascade(kind: BackboneKind = "plain") -> Cascade:
+    torch.manual_seed(0)
+    return Cascade(Stage1Model(build_backbone(kind)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameter_counts(kind: BackboneKind) -> None:
-    model = adapt_for_stage2(build_backbone(kind), kind)
+    model = adapt(cascade(kind), STAGE2)
     counts = count_parameters(model)
     assert (counts.adapters, counts.head, counts.trainable) == (124_096, 1_539, 125_635)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 125_635
-    assert sum(p.numel() for p in stage2_head().parameters()) == 1_539
 
 
 def test_the_studys_50k_is_bottleneck_25() -> None:
-    assert count_parameters(adapt_for_stage2(build_backbone("plain"), "plain", bottleneck=25)).adapters == 49_060
+    assert count_parameters(adapt(cascade(), STAGE2, bottleneck=25)).adapters == 49_060
 
 
 def test_attention_sites() -> None:
-    (adapters,) = list_adapters(adapt_for_stage2(build_backbone("attention"), "attention"))
-    sites = [(site.name, site.channels) for site in adapters.sites]
+    (adapters,) = list_adapters(adapt(cascade("attention"), STAGE2))
+    sites = [(site.name.rpartition(".")[2], site.channels) for site in adapters.sites]
     assert sorted(sites) == [("se1", 64), ("se2", 128), ("se3", 256), ("spatial_attn", 512)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_specialists_are_sets_in_one_model(kind: BackboneKind) -> None:
+    """Each has a head of its own width; without any, the model is Stage 1."""
+    model = cascade(kind).eval()
+    x = torch.rand(3, 1, 16, 16)
+    alone = model.stage1(x)
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    outputs = {}
+    for task in SPECIALISTS:
+        adapt(model, task)
+        outputs[task.key] = Answers(model, task).eval()(x)
+        assert outputs[task.key].shape == (3, len(task.classes))
+        assert outputs[task.key].abs().min() > 0
+    for task in SPECIALISTS:
+        set_active_adapters(model, task.key)
+        assert torch.equal(Answers(model, task)(x), outputs[task.key])
+    set_active_adapters(model, None)
+    assert torch.equal(Answers(model, STAGE1)(x), alone)
+    assert all(not model(x)[task.key].any() for task in SPECIALISTS), "heads that no set has brought"
+    remove_adapters(model)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stage1_file_round_trip(kind: BackboneKind, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Stage1Model(build_backbone(kind)).eval()
+    model.temperature.fill_(1.7)
+    model.threshold = 0.35
     save_stage1(model, tmp_path / "stage1.pt")
-    backbone, found = load_stage1_backbone(tmp_path / "stage1.pt")
-    assert found == kind
+    loaded = load_stage1(tmp_path / "stage1.pt").eval()
     x = torch.rand(3, 1, 16, 16)
-    assert torch.equal(backbone.eval()(x), model.backbone(x))
+    assert torch.equal(loaded(x), model(x))
+    assert torch.equal(loaded.backbone(x), model.backbone(x))
+    assert loaded.threshold == 0.35
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,13 +171,25 @@ def test_stage1_head_may_be_absent(kind: BackboneKind, left_out: set[str], tmp_p
     state = Stage1Model(build_backbone(kind)).state_dict()
     kept = {name: tensor for name, tensor in state.items() if name not in left_out}
     torch.save({"model_state_dict": kept, "epoch": 3}, tmp_path / "stage1.pt")
-    assert load_stage1_backbone(tmp_path / "stage1.pt")[1] == kind
+    loaded = load_stage1(tmp_path / "stage1.pt").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in kept.items())
+    assert all(not loaded[name].any() for name in left_out - {"temperature"})
+    assert loaded["temperature"] == 1
 
 
 def test_scalar_temperature_is_read(tmp_path: Path) -> None:
     state = Stage1Model(build_backbone("plain")).state_dict() | {"temperature": torch.tensor(1.3)}
     torch.save({"model_state_dict": state}, tmp_path / "stage1.pt")
-    load_stage1_backbone(tmp_path / "stage1.pt")
+    assert load_stage1(tmp_path / "stage1.pt").temperature.tolist() == pytest.approx([1.3])
+
+
+@pytest.mark.parametrize("threshold", [0, 1.0, -0.1, "0.5", float("nan"), None])
+def test_strange_thresholds_are_refused(threshold: object, tmp_path: Path) -> None:
+    torch.save(
+        {"model_state_dict": Stage1Model(build_backbone("plain")).state_dict(), "threshold": threshold}, tmp_path / "stage1.pt"
+    )
+    with pytest.raises(Stage1FileError, match="'threshold' is"):
+        load_stage1(tmp_path / "stage1.pt")
 
 
 def change(name: str, to: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any]], object]:
@@ -178,27 +219,15 @@ BREAKAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BREAKAGES)
-def test_wrong_stage1_file_is_refused_and_changes_nothing(name: str, tmp_path: Path) -> None:
+def test_wrong_stage1_file_is_refused(name: str, tmp_path: Path) -> None:
     state = Stage1Model(build_backbone("attention")).state_dict()
     breaks, message = BREAKAGES[name]
     breaks(state)
     path = tmp_path / "stage1.pt"
     torch.save({"model_state_dict": state}, path)
-    backbone = build_backbone("attention")
-    before = copy.deepcopy(backbone.state_dict())
     with pytest.raises(Stage1FileError, match=message) as raised:
-        load_backbone_from(backbone, path)
+        load_stage1(path)
     assert str(path) in str(raised.value)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in backbone.state_dict().items())
-    with pytest.raises(Stage1FileError, match=message):
-        load_stage1_backbone(path)
-
-
-def test_plain_file_is_no_attention_backbone(stage1_file: Callable[[BackboneKind], Path]) -> None:
-    with pytest.raises(Stage1FileError, match=r"missing backbone.se1.excitation.0.weight.*missing backbone.spatial_attn"):
-        load_backbone_from(build_backbone("attention"), stage1_file("plain"))
-    with pytest.raises(Stage1FileError, match=r"unexpected backbone.se1.excitation.0.weight"):
-        load_backbone_from(build_backbone("plain"), stage1_file("attention"))
 
 
 @pytest.mark.parametrize(
@@ -209,15 +238,15 @@ def test_plain_file_is_no_attention_backbone(stage1_file: Callable[[BackboneKind
 def test_other_files_are_refused(content: object, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "stage1.pt")
     with pytest.raises(Stage1FileError, match=message):
-        load_stage1_backbone(tmp_path / "stage1.pt")
+        load_stage1(tmp_path / "stage1.pt")
 
 
 def test_damaged_and_absent_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "stage1.pt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(Stage1FileError, match="cannot be read as tensors"):
-        load_stage1_backbone(tmp_path / "stage1.pt")
+        load_stage1(tmp_path / "stage1.pt")
     with pytest.raises(Stage1FileError, match=r"no such file; make one with train_stage1\.py"):
-        load_stage1_backbone(tmp_path / "none.pt")
+        load_stage1(tmp_path / "none.pt")
 
 
 @pytest.mark.parametrize("module", [SqueezeExcitation(32), SpatialAttention()])
@@ -236,5 +265,5 @@ def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     torch.save({"model_state_dict": Opens()}, tmp_path / "stage1.pt")
     with pytest.raises(Stage1FileError, match="cannot be read as tensors"):
-        load_stage1_backbone(tmp_path / "stage1.pt")
+        load_stage1(tmp_path / "stage1.pt")
     assert not (tmp_path / "opened-by-pickle").exists()

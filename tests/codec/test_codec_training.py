@@ -16,13 +16,19 @@ import pytest
 import torch
 import train_stage1
 import train_stage2
+import train_stage3
 import verify_run
+from av1partition.data.blocks import DatasetError
+from av1partition.data.noise import with_misrouted
 from av1partition.data.study_layout import load_dataset, read_study_file, write_study_file
-from av1partition.models.stage1_files import load_stage1_backbone
-from av1partition.models.stages import BackboneKind
-from av1partition.training.loop import macro_f1, predict_logits
+from av1partition.data.tasks import RECT, STAGE2
+from av1partition.evaluation.metrics import macro_f1
+from av1partition.models.backbones import BackboneKind
+from av1partition.models.cascade import Answers, Cascade
+from av1partition.models.stage1_files import load_stage1
+from av1partition.training.loop import predict_logits
 from av1partition.training.state import TrainingStateError
-from av1partition.training.trainees import frozen_features, reload_stage2
+from av1partition.training.trainees import frozen_features, reload_specialist
 from PIL import Image
 from sklearn.metrics import f1_score
 from torch.utils.data import TensorDataset
@@ -73,16 +79,15 @@ def test_outputs(adapter_run: Run, tiny_dataset: Path) -> None:
     for picture in ("learning_curves.png", "confusion_matrix.png"):
         with Image.open(output / picture) as image:
             assert min(image.size) >= 400
-    divided = sum(int((read_study_file(tiny_dataset / "val.pt").labels_stage2 == k).sum()) for k in range(3))
-    assert metrics["blocks"]["val"] == divided
+    assert metrics["blocks"]["val"] == len(read_study_file(tiny_dataset / "val.pt").of(STAGE2))
 
 
 def test_metrics_follow_from_the_logits(adapter_run: Run, tiny_dataset: Path) -> None:
     _, output = adapter_run
     metrics = read(output / "metrics.json")
     logits = torch.load(output / "best_validation_logits.pt", weights_only=True)
-    labels = read_study_file(tiny_dataset / "val.pt").labels_stage2
-    pairs = list(zip(labels[labels >= 0].tolist(), logits.argmax(1).tolist(), strict=True))
+    labels = read_study_file(tiny_dataset / "val.pt").data(STAGE2).tensors[1]
+    pairs = list(zip(labels.tolist(), logits.argmax(1).tolist(), strict=True))
     matrix = [[pairs.count((true, guess)) for guess in range(3)] for true in range(3)]
     assert metrics["confusion_matrix"] == matrix
     assert metrics["accuracy"] == pytest.approx(sum(matrix[k][k] for k in range(3)) / len(pairs))
@@ -200,7 +205,8 @@ def test_files_alone_give_the_live_logits(adapter_run: Run, capsys: pytest.Captu
 
 def test_verification_can_fail(adapter_run: Run, tmp_path: Path) -> None:
     where, output = adapter_run[0][:6], adapter_run[1]
-    (tmp_path / "adapters.pt").write_bytes((output / "adapters.pt").read_bytes())
+    for name in ("adapters.pt", "metrics.json"):
+        (tmp_path / name).write_bytes((output / name).read_bytes())
     logits = torch.load(output / "best_validation_logits.pt", weights_only=True)
     logits[0, 0] += 1e-6
     torch.save(logits, tmp_path / "best_validation_logits.pt")
@@ -215,7 +221,7 @@ def test_adapters_of_another_backbone_are_refused(
     content["model_state_dict"]["backbone.layer2.0.bn1.running_mean"][3] += 1e-3
     torch.save(content, tmp_path / "stage1.pt")
     with pytest.raises(BackboneMismatchError, match=r"layer2\.0\.bn1\.running_mean"):
-        reload_stage2(tmp_path / "stage1.pt", adapter_run[1])
+        reload_specialist(tmp_path / "stage1.pt", STAGE2, adapter_run[1])
 
 
 def test_baseline_trains_the_head_alone(tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path) -> None:
@@ -223,17 +229,16 @@ def test_baseline_trains_the_head_alone(tiny_dataset: Path, stage1_file: Callabl
     assert {path.name for path in tmp_path.iterdir()} == OUTPUTS | {"head.pt"}
     metrics = read(tmp_path / "metrics.json")
     assert metrics["parameters"] == {"trainable": 1_539, "adapters": 0, "head": 1_539}
-    model = reload_stage2(stage1_file("plain"), tmp_path)
-    stage1, _ = load_stage1_backbone(stage1_file("plain"))
-    for name, tensor in stage1.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor)
+    model = reload_specialist(stage1_file("plain"), STAGE2, tmp_path)
+    for name, tensor in load_stage1(stage1_file("plain")).state_dict().items():
+        assert torch.equal(model.model.state_dict()[f"stage1.{name}"], tensor)
     history = read(tmp_path / "history.json")
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     verify_run.main([*options(tiny_dataset, stage1_file("plain"), tmp_path)[:6], "--device", "cpu"])
 
 
 def test_features_leave_the_backbone_alone(stage1_file: Callable[[BackboneKind], Path]) -> None:
-    backbone, _ = load_stage1_backbone(stage1_file("attention"))
+    backbone = load_stage1(stage1_file("attention")).backbone
     backbone.train()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     data = TensorDataset(torch.rand(40, 1, 16, 16), torch.zeros(40, dtype=torch.long))
@@ -255,18 +260,11 @@ def test_attention_backbone_from_stage1_to_verified_run(
     capsys.readouterr()
     verify_run.main([*where, "--dataset-dir", str(tiny_dataset), "--device", "cpu"])
     assert json.loads(capsys.readouterr().out) == {"macro_f1": 0.0, "logits": 0.0}
-    model = load_adapters(load_stage2_shape(stage1 / "stage1.pt"), stage2 / "adapters.pt")
-    _, val = load_dataset(tiny_dataset)
-    divided = val.take(val.labels_stage2 >= 0)
-    logits = predict_logits(model, divided.samples, torch.device("cpu"))
-    expected = f1_score(divided.labels_stage2, logits.argmax(1), average="macro", labels=[0, 1, 2], zero_division=0)
-    assert macro_f1(logits, divided.labels_stage2) == expected
-
-
-def load_stage2_shape(stage1: Path) -> torch.nn.Module:
-    backbone, _ = load_stage1_backbone(stage1)
-    backbone.fc = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(512, 3))
-    return backbone
+    model = Answers(load_adapters(Cascade(load_stage1(stage1 / "stage1.pt")), stage2 / "adapters.pt"), STAGE2)
+    samples, labels = load_dataset(tiny_dataset)[1].data(STAGE2).tensors
+    logits = predict_logits(model, samples, torch.device("cpu"))
+    expected = f1_score(labels, logits.argmax(1), average="macro", labels=[0, 1, 2], zero_division=0)
+    assert macro_f1(logits, labels) == expected
 
 
 def test_stage1_resumes(tiny_dataset: Path, tmp_path: Path) -> None:
@@ -278,3 +276,56 @@ def test_stage1_resumes(tiny_dataset: Path, tmp_path: Path) -> None:
     train_stage1.main([*arguments, "--output-dir", str(tmp_path / "again")])
     for name in ("stage1.pt", "history.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_stage3_trains_a_specialist_for_each_seed(
+    tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path
+) -> None:
+    where = ["--dataset-dir", str(tiny_dataset), "--stage1-model", str(stage1_file("plain")), "--output-dir", str(tmp_path)]
+    train_stage3.main([*where, "--kind", "ab", "--seeds", "0", "1", "--use-adapters", "--epochs", "1", "--device", "cpu"])
+    runs = [tmp_path / "ab" / f"seed{seed}" for seed in (0, 1)]
+    assert runs[0].joinpath("adapters.pt").read_bytes() != runs[1].joinpath("adapters.pt").read_bytes()
+    for run in runs:
+        metrics = read(run / "metrics.json")
+        assert metrics["task"] == "ab"
+        assert list(metrics["per_class"]) == ["HORZ_A", "HORZ_B", "VERT_A", "VERT_B"]
+        assert metrics["parameters"] == {"trainable": 124_096 + 2_052, "adapters": 124_096, "head": 2_052}
+        verify_run.main([*where[:4], "--output-dir", str(run), "--device", "cpu"])
+
+
+def test_stage3_with_misrouted_blocks(adapter_run: Run, tmp_path: Path) -> None:
+    arguments, stage2 = adapter_run
+    where = [*arguments[:4], "--output-dir", str(tmp_path), "--epochs", "1", "--device", "cpu", "--kind", "rect", "--use-adapters"]
+    noisy = ["--noise-injection", "0.1", "--stage2-model", str(stage2 / "adapters.pt")]
+    train_stage3.main([*where, *noisy])
+    own = len(read_study_file(Path(arguments[1]) / "train.pt").of(RECT))
+    assert read(tmp_path / "rect" / "seed0" / "metrics.json")["blocks"]["train"] == own + round(own / 9)
+    with pytest.raises(TrainingStateError, match="data was"):
+        train_stage3.main(where)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--noise-injection", "1"], "expected 0 <= P < 1"), (["--noise-injection", "nan"], "expected 0 <= P < 1"),
+     (["--noise-injection", "0.1"], "needs --stage2-model"), (["--kind", "split"], "invalid choice")],
+)  # fmt: skip
+def test_stage3_refuses_bad_flags_before_anything_else(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_stage3.main(["--kind", "ab", "--stage1-model", "absent.pt", *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_misrouted_blocks_get_every_answer() -> None:
+    own = TensorDataset(torch.zeros(900, 1, 16, 16), torch.zeros(900, dtype=torch.long))
+    strangers = torch.rand(400, 1, 16, 16)
+    samples, labels = with_misrouted(own, strangers, 4, 0.25, seed=0).tensors
+    assert len(samples) == len(labels) == 1200
+    assert torch.equal(samples[:900], own.tensors[0])
+    assert torch.equal(labels[:900], own.tensors[1])
+    injected = samples[900:].flatten(1)
+    assert len(injected.unique(dim=0)) == 300, "each at most once"
+    assert (injected[:, None] == strangers.flatten(1)[None, :50]).all(2).any()
+    assert labels[900:].bincount(minlength=4).min() > 40
+    assert not torch.equal(labels, with_misrouted(own, strangers, 4, 0.25, seed=1).tensors[1])
+    with pytest.raises(DatasetError, match=r"400 blocks are misrouted, a share of 0\.5 takes 900"):
+        with_misrouted(own, strangers, 4, 0.5, seed=0)

@@ -14,22 +14,14 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from av1partition.data.tasks import PARTITIONS, Task
 
 BLOCK = 16
 SPLITS = ("train", "val", "test")
 COLUMNS = ["frame", "cq_level", "base_q_idx", "row", "col", "label"]
 DATA_DIR = Path(__file__).resolve().parents[2] / "data"
-
-PARTITIONS = ("NONE", "HORZ", "VERT", "SPLIT", "HORZ_A", "HORZ_B", "VERT_A", "VERT_B", "HORZ_4", "VERT_4")
-STAGE1_CLASSES = ("NONE", "PARTITION")
-STAGE2_CLASSES = ("SPLIT", "RECT", "AB")
-
-# One row per AV1 id. AV1's 1:4 partitions cut in one direction only, with no 8x8 part, so they are
-# rectangular: RECT in Stage 2, and HORZ or VERT by their direction in Stage 3.
-STAGE1_OF_AV1 = torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 1, 1])
-STAGE2_OF_AV1 = torch.tensor([-1, 1, 1, 0, 2, 2, 2, 2, 1, 1])
-STAGE3_RECT_OF_AV1 = torch.tensor([-1, 0, 1, -1, -1, -1, -1, -1, 0, 1])
-STAGE3_AB_OF_AV1 = torch.tensor([-1, -1, -1, -1, 0, 1, 2, 3, -1, -1])
 
 
 class DatasetError(ValueError):
@@ -58,25 +50,18 @@ class BlockSet:
         """The blocks that an index or a mask selects, in its order."""
         return BlockSet(self.samples[index], self.labels_stage0[index], self.qps[index])
 
-    @property
-    def labels_stage1(self) -> Tensor:
-        """0 NONE, 1 PARTITION."""
-        return STAGE1_OF_AV1[self.labels_stage0]
+    def labels(self, task: Task) -> Tensor:
+        """Class numbers of a task, int64 of shape [N]; -1 where its question does not arise."""
+        return task.of(self.labels_stage0)
 
-    @property
-    def labels_stage2(self) -> Tensor:
-        """0 SPLIT, 1 RECT (1:4 included), 2 AB, -1 where the block is not divided."""
-        return STAGE2_OF_AV1[self.labels_stage0]
+    def of(self, task: Task) -> BlockSet:
+        """The blocks of which a task asks."""
+        return self.take(self.labels(task) >= 0)
 
-    @property
-    def labels_stage3_rect(self) -> Tensor:
-        """0 HORZ (HORZ_4 included), 1 VERT (VERT_4 included), -1 otherwise."""
-        return STAGE3_RECT_OF_AV1[self.labels_stage0]
-
-    @property
-    def labels_stage3_ab(self) -> Tensor:
-        """0 HORZ_A, 1 HORZ_B, 2 VERT_A, 3 VERT_B, -1 otherwise."""
-        return STAGE3_AB_OF_AV1[self.labels_stage0]
+    def data(self, task: Task) -> TensorDataset:
+        """The blocks of which a task asks, and their class numbers."""
+        blocks = self.of(task)
+        return TensorDataset(blocks.samples, blocks.labels(task))
 
 
 def cut_blocks(data_dir: str | Path = DATA_DIR) -> dict[str, BlockSet]:

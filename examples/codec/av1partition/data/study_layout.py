@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from av1partition.atomic_file import write_atomically
-from av1partition.data.blocks import BLOCK, PARTITIONS, BlockSet, DatasetError, cut_blocks
+from av1partition.data.blocks import BLOCK, BlockSet, DatasetError, cut_blocks
+from av1partition.data.tasks import AB, PARTITIONS, RECT, STAGE1, STAGE2
 
 KEYS = (
     "samples",
@@ -95,10 +96,10 @@ def read_study_file(path: str | Path) -> BlockSet:
 def _labels(blocks: BlockSet) -> dict[str, Tensor]:
     return {
         "labels_stage0": blocks.labels_stage0,
-        "labels_stage1": blocks.labels_stage1,
-        "labels_stage2": blocks.labels_stage2,
-        "labels_stage3_RECT": blocks.labels_stage3_rect,
-        "labels_stage3_AB": blocks.labels_stage3_ab,
+        "labels_stage1": blocks.labels(STAGE1),
+        "labels_stage2": blocks.labels(STAGE2),
+        "labels_stage3_RECT": blocks.labels(RECT),
+        "labels_stage3_AB": blocks.labels(AB),
     }
 
 
@@ -126,5 +127,5 @@ def _check_consistency(path: Path, blocks: BlockSet, content: dict[str, Tensor])
             partition = PARTITIONS[int(blocks.labels_stage0[row])]
             raise DatasetError(
                 f"{path}: {key!r}[{row}] is {int(content[key][row])}, but 'labels_stage0' says {partition}, for which "
-                f"it must be {int(expected[row])}; derive the labels with the tables in av1partition/data/blocks.py"
+                f"it must be {int(expected[row])}; derive the labels with the tables in av1partition/data/tasks.py"
             )

@@ -1,4 +1,4 @@
-"""Stage 1 files, the study's and this example's own: strict to read, because Stage 2 stands on them."""
+"""Stage 1 files, the study's and this example's own: strict to read, because every specialist stands on them."""
 
 from __future__ import annotations
 
@@ -6,58 +6,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from av1partition.atomic_file import write_atomically
-from av1partition.models.stages import BackboneKind, BinaryHead, Stage1Model, build_backbone
-
-BACKBONE = "backbone."
+from av1partition.models.backbones import build_backbone
+from av1partition.models.cascade import Stage1Model
 
 
 class Stage1FileError(ValueError):
-    """A Stage 1 file does not hold the backbone it should."""
+    """A Stage 1 file does not hold the model it should."""
 
 
 def save_stage1(model: Stage1Model, path: str | Path) -> None:
-    """Write a model as the study does: a dictionary with ``model_state_dict``."""
+    """Write a model as the study does: a dictionary with ``model_state_dict``; and the threshold beside it."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    write_atomically(Path(path), lambda file: torch.save({"model_state_dict": state}, file))
+    write_atomically(Path(path), lambda file: torch.save({"model_state_dict": state, "threshold": model.threshold}, file))
 
 
-def load_stage1_backbone(path: str | Path) -> tuple[nn.Module, BackboneKind]:
-    """Build the backbone that a Stage 1 file holds: with attention if it has any tensor of it.
+def load_stage1(path: str | Path) -> Stage1Model:
+    """Build the model that a Stage 1 file holds: with attention if it has any tensor of it.
 
     Args:
         path: A dictionary with ``model_state_dict``, as the study writes it. No code in it is run.
 
     Returns:
-        The backbone, from [N, 1, 16, 16] to [N, 512], and which one it is.
+        The model. A head that the file lacks is all zeros.
 
     Raises:
-        Stage1FileError: The file cannot be read, or its tensors are not exactly those of the backbone.
+        Stage1FileError: The file cannot be read, or its tensors are not exactly those of the model.
     """
-    state = _read_state(Path(path))
-    with_attention = any(name.startswith((f"{BACKBONE}se", f"{BACKBONE}spatial_attn")) for name in state)
-    kind: BackboneKind = "attention" if with_attention else "plain"
-    backbone = build_backbone(kind)
-    _load_backbone(backbone, state, Path(path))
-    return backbone, kind
+    path = Path(path)
+    state, threshold = _read(path)
+    with_attention = any(name.startswith(("backbone.se", "backbone.spatial_attn")) for name in state)
+    model = Stage1Model(build_backbone("attention" if with_attention else "plain"))
+    known = model.state_dict()
+    # The specialists do not use the head and its calibration, so they may be absent, not different.
+    problems = [f"missing {name}" for name in known if name.startswith("backbone.") and name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in known]
+    for name in known.keys() & state.keys():
+        problems += _differences(name, state[name], known[name])
+    if problems:
+        raise Stage1FileError(
+            f"{path}: not a Stage 1 file with {type(model.backbone).__name__}: {'; '.join(sorted(problems))}. "
+            "Pass a file with exactly its tensors (train_stage1.py writes one)"
+        )
+    absent = {name: torch.zeros_like(tensor) for name, tensor in known.items() if name.startswith("head.")}
+    temperature = state.get("temperature", torch.ones(1)).reshape(1)
+    model.load_state_dict({**absent, **state, "temperature": temperature})
+    model.threshold = threshold
+    return model
 
 
-def load_backbone_from(backbone: nn.Module, path: str | Path) -> None:
-    """Load a Stage 1 file into a backbone of one's own, all or nothing.
-
-    Args:
-        backbone: As `stages.build_backbone` returns it, before adapters are injected.
-        path: As for `load_stage1_backbone`.
-
-    Raises:
-        Stage1FileError: As for `load_stage1_backbone`; the backbone is then unchanged.
-    """
-    _load_backbone(backbone, _read_state(Path(path)), Path(path))
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], float]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -67,25 +67,10 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise Stage1FileError(f"{path}: has no 'model_state_dict' of tensors; is it a Stage 1 file?")
-    return state
-
-
-def _load_backbone(backbone: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    required = {BACKBONE + name: tensor for name, tensor in backbone.state_dict().items()}
-    # Stage 2 has a head of its own, so the binary head and its calibration may be absent, not different.
-    optional = {f"head.{name}": tensor for name, tensor in BinaryHead().state_dict().items()}
-    optional["temperature"] = torch.ones(1)
-    known = required | optional
-    problems = [f"missing {name}" for name in required if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in known]
-    for name in known.keys() & state.keys():
-        problems += _differences(name, state[name], known[name])
-    if problems:
-        raise Stage1FileError(
-            f"{path}: not the Stage 1 file of this {type(backbone).__name__} backbone: {'; '.join(sorted(problems))}. "
-            "Pass a file with exactly its tensors (train_stage1.py writes one); the model is unchanged"
-        )
-    backbone.load_state_dict({name: state[BACKBONE + name] for name in backbone.state_dict()})
+    threshold = content.get("threshold", 0.5)
+    if not isinstance(threshold, float) or not 0 < threshold < 1:
+        raise Stage1FileError(f"{path}: 'threshold' is {threshold!r}, expected a probability between 0 and 1")
+    return state, threshold
 
 
 def _differences(name: str, found: Tensor, expected: Tensor) -> list[str]:

@@ -146,7 +146,6 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=128, help="blocks in a step (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default=torch.device(device), help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
     parser.add_argument("--num-workers", type=int, default=0, help="loader processes (default: %(default)s)")
 
 

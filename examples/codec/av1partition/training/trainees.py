@@ -1,4 +1,4 @@
-"""The two things Stage 2 can train on a frozen backbone: adapters with a head, or the head alone."""
+"""The two things a specialist can train on Stage 1's frozen backbone: adapters with a head, or the head alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.optim import AdamW
 from torch.utils.data import TensorDataset
 
 from av1partition.atomic_file import write_atomically
+from av1partition.data.tasks import Task
 from av1partition.evaluation.metrics import macro_f1
-from av1partition.models.stage1_files import load_stage1_backbone
-from av1partition.models.stages import stage2_head
+from av1partition.models.cascade import Answers, Cascade
+from av1partition.models.stage1_files import load_stage1
 from av1partition.training.loop import Trainee, predict_logits
 from resadapt import (
     adapter_state_dict,
@@ -32,7 +33,8 @@ PROBE_BLOCKS = 16
 
 
 def adapter_trainee(
-    model: nn.Module,
+    cascade: Cascade,
+    task: Task,
     loss: nn.Module,
     val: TensorDataset,
     output: Path,
@@ -45,7 +47,8 @@ def adapter_trainee(
     """Train adapters and head inside the model; the adapter file proves itself at each best epoch.
 
     Args:
-        model: With adapters injected, on its device.
+        cascade: With the task's adapters injected, on its device.
+        task: What they are trained for.
         loss: From logits and labels to a scalar.
         val: All validation blocks; the proof uses a fixed part of them.
         output: Where the adapter file goes.
@@ -58,17 +61,17 @@ def adapter_trainee(
 
     def metric(candidate: nn.Module) -> float:
         # Live and reloaded model are measured on the same blocks, or their difference would mean nothing.
-        return macro_f1(predict_logits(candidate, samples, device), labels)
+        return macro_f1(predict_logits(Answers(candidate, task), samples, device), labels)
 
     def keep_best(record: dict[str, Any], logits: Tensor) -> None:
         report = save_adapters(
-            model,
+            cascade,
             output / ADAPTER_FILE,
             probe=samples[:PROBE_BLOCKS].to(device),
             metric=metric,
             tolerance=0.0,
-            metadata={"epoch": record["epoch"], "macro_f1": record["macro_f1"]},
-            rebuild=lambda: stage2_backbone(stage1_file),
+            metadata={"task": task.key, "epoch": record["epoch"], "macro_f1": record["macro_f1"]},
+            rebuild=lambda: Cascade(load_stage1(stage1_file)),
         )
         record["proof"] = {
             "blocks": len(samples),
@@ -80,11 +83,11 @@ def adapter_trainee(
         _save_logits(output, logits)
 
     return Trainee(
-        model,
+        Answers(cascade, task),
         loss,
-        AdamW(parameter_groups(model, lr_adapter, head_lr=lr_head, weight_decay=WEIGHT_DECAY)),
-        capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in adapter_state_dict(model).items()},
-        restore=lambda state: load_adapter_state_dict(model, state),
+        AdamW(parameter_groups(cascade, lr_adapter, head_lr=lr_head, weight_decay=WEIGHT_DECAY)),
+        capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in adapter_state_dict(cascade).items()},
+        restore=lambda state: load_adapter_state_dict(cascade, state),
         keep_best=keep_best,
     )
 
@@ -96,7 +99,7 @@ def head_trainee(head: nn.Module, loss: nn.Module, output: Path, *, lr_head: flo
     nor BatchNorm statistics.
 
     Args:
-        head: From features to logits, on its device.
+        head: Linear, from features to logits, on its device.
         loss: From logits and labels to a scalar.
         output: Where the head's file goes.
         lr_head: Learning rate.
@@ -108,7 +111,7 @@ def head_trainee(head: nn.Module, loss: nn.Module, output: Path, *, lr_head: flo
         _save_logits(output, logits)
 
     return Trainee(
-        head,
+        nn.Sequential(nn.Dropout(0.5), head),
         loss,
         AdamW(head.parameters(), lr=lr_head, weight_decay=WEIGHT_DECAY),
         capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()},
@@ -131,20 +134,13 @@ def proof_subset(val: TensorDataset) -> tuple[Tensor, Tensor]:
     return samples[index], labels[index]
 
 
-def stage2_backbone(stage1_file: Path) -> nn.Module:
-    """Build what the adapters are put into: the Stage 1 model, with a fresh head for Stage 2."""
-    model, _ = load_stage1_backbone(stage1_file)
-    model.fc = stage2_head()
-    return model
-
-
-def reload_stage2(stage1_file: Path, output: Path) -> nn.Module:
+def reload_specialist(stage1_file: Path, task: Task, output: Path) -> Answers:
     """Build the model of a finished run from its files alone: Stage 1's and the adapters' or the head's."""
-    model = stage2_backbone(stage1_file)
+    cascade = Cascade(load_stage1(stage1_file))
     if (output / ADAPTER_FILE).exists():
-        return load_adapters(model, output / ADAPTER_FILE)
-    model.get_submodule("fc").load_state_dict(torch.load(output / HEAD_FILE, weights_only=True))
-    return model
+        return Answers(load_adapters(cascade, output / ADAPTER_FILE), task)
+    cascade.specialists.get_submodule(task.key).load_state_dict(torch.load(output / HEAD_FILE, weights_only=True))
+    return Answers(cascade, task)
 
 
 def _save_logits(output: Path, logits: Tensor) -> None:

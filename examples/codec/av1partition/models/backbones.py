@@ -1,4 +1,4 @@
-"""The study's models: ResNet-18 on one luma channel, plain or with attention, and the heads of its stages."""
+"""The study's backbones: ResNet-18 on one luma channel, plain or with attention."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
-from av1partition.data.blocks import BLOCK, STAGE2_CLASSES
-from resadapt import inject_adapters
-
 BackboneKind = Literal["plain", "attention"]
 
 FEATURES = 512
 STAGE_CHANNELS = (64, 128, 256, 512)
-ADAPTER_SITES: dict[BackboneKind, tuple[str, ...]] = {
-    "plain": ("layer1", "layer2", "layer3", "layer4"),
-    "attention": ("se1", "se2", "se3", "spatial_attn"),
-}
 
 
 def gray_resnet18(weights: ResNet18_Weights | None = None) -> nn.Module:
@@ -142,62 +135,3 @@ class AttentionResNet18(nn.Module):
 def build_backbone(kind: BackboneKind, weights: ResNet18_Weights | None = None) -> nn.Module:
     """The plain or the attention backbone, from [N, 1, H, W] to [N, 512]."""
     return AttentionResNet18(weights) if kind == "attention" else gray_resnet18(weights)
-
-
-class BinaryHead(nn.Module):
-    """Stage 1's head, 512-256-1; nested so that its parameters have the study's names."""
-
-    def __init__(self, dropout: float = 0.5) -> None:
-        """See the class."""
-        super().__init__()
-        self.head = nn.Sequential(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, 1))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logit of PARTITION, [N, 1]."""
-        logit: Tensor = self.head(features)
-        return logit
-
-
-class Stage1Model(nn.Module):
-    """NONE or PARTITION: a backbone and a binary head.
-
-    Args:
-        backbone: From [N, 1, 16, 16] to [N, 512].
-    """
-
-    temperature: Tensor
-
-    def __init__(self, backbone: nn.Module) -> None:
-        """See the class."""
-        super().__init__()
-        self.backbone = backbone
-        self.head = BinaryHead()
-        # For calibrating the finished classifier; training leaves it at 1.
-        self.register_buffer("temperature", torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Calibrated logit of PARTITION, [N, 1]."""
-        return torch.as_tensor(self.head(self.backbone(x)) / self.temperature)
-
-
-def stage2_head() -> nn.Module:
-    """SPLIT, RECT or AB from the backbone's features."""
-    return nn.Sequential(nn.Dropout(0.5), nn.Linear(FEATURES, len(STAGE2_CLASSES)))
-
-
-def adapt_for_stage2(backbone: nn.Module, kind: BackboneKind, bottleneck: int = 64, dropout: float = 0.1) -> nn.Module:
-    """Freeze a Stage 1 backbone and put the Stage 2 head and the study's adapters into it.
-
-    Args:
-        backbone: As `build_backbone` returns it, with the Stage 1 weights; changed in place.
-        kind: Which backbone it is.
-        bottleneck: Hidden units of each adapter.
-        dropout: Inside each adapter.
-
-    Returns:
-        The backbone, now from [N, 1, 16, 16] to logits of SPLIT, RECT and AB.
-    """
-    backbone.fc = stage2_head()
-    # The example input tells the channels of the attention modules, which are not torchvision's.
-    example = torch.zeros(1, 1, BLOCK, BLOCK)
-    return inject_adapters(backbone, ADAPTER_SITES[kind], bottleneck, head=("fc",), dropout=dropout, example_input=example)
