@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import pytest
 import torch
 import train_stage1
@@ -22,7 +24,7 @@ from av1partition.data.blocks import DatasetError
 from av1partition.data.noise import with_misrouted
 from av1partition.data.study_layout import load_dataset, read_study_file, write_study_file
 from av1partition.data.tasks import RECT, STAGE2
-from av1partition.evaluation.metrics import macro_f1
+from av1partition.evaluation.metrics import collapse, macro_f1
 from av1partition.models.backbones import BackboneKind
 from av1partition.models.cascade import Answers, Cascade
 from av1partition.models.stage1_files import load_stage1
@@ -329,3 +331,41 @@ def test_misrouted_blocks_get_every_answer() -> None:
     assert not torch.equal(labels, with_misrouted(own, strangers, 4, 0.25, seed=1).tensors[1])
     with pytest.raises(DatasetError, match=r"400 blocks are misrouted, a share of 0\.5 takes 900"):
         with_misrouted(own, strangers, 4, 0.5, seed=0)
+
+
+def test_evaluation_beside_the_baseline(
+    adapter_run: Run, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, output = adapter_run
+    run, baseline = tmp_path / "run", tmp_path / "baseline"
+    shutil.copytree(output, run)
+    train_stage2.main([*elsewhere(arguments[:-1], baseline), "--epochs", "1"])
+    where = [*arguments[:4], "--device", "cpu", "--output-dir", str(run)]
+    capsys.readouterr()
+    evaluate.main([*where, "--baseline-dir", str(baseline)])
+    result, metrics = read(run / "evaluation.json"), read(run / "metrics.json")
+    assert {key: result["run"][key] for key in ("macro_f1", "confusion_matrix", "per_class")} == {
+        key: metrics[key] for key in ("macro_f1", "confusion_matrix", "per_class")
+    }
+    assert result["baseline"]["macro_f1"] == read(baseline / "metrics.json")["macro_f1"]
+    columns = [sum(row[k] for row in metrics["confusion_matrix"]) for k in range(3)]
+    assert list(result["run"]["predicted"].values()) == columns
+    gain = result["run"]["macro_f1"] - result["baseline"]["macro_f1"]
+    assert f"Against the frozen baseline: {gain:+.4f} macro-F1" in capsys.readouterr().out
+    train_stage3.main([*elsewhere(arguments[:6], tmp_path), "--kind", "rect", "--epochs", "1", "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        evaluate.main([*where, "--baseline-dir", str(tmp_path / "rect" / "seed0")])
+    assert "is not a run of Stage 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ([50, 30, 20], None),
+        ([91, 5, 4], "Collapsed: 91.0% of all predictions are SPLIT."),
+        ([60, 0, 40], "RECT is never predicted."),
+        ([0, 0, 7], "Collapsed: 100.0% of all predictions are AB. SPLIT, RECT are never predicted."),
+    ],
+)
+def test_collapse_is_called_out(counts: list[int], said: str | None) -> None:
+    assert collapse(torch.tensor(counts), ("SPLIT", "RECT", "AB")) == said

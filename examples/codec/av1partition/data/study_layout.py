@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ KEYS = (
 )
 
 
-def load_dataset(directory: str | Path) -> tuple[BlockSet, BlockSet]:
-    """Load the training and validation blocks from either kind of folder.
+def load_dataset(directory: str | Path, splits: Sequence[str] = ("train", "val")) -> tuple[BlockSet, ...]:
+    """Load blocks from either kind of folder.
 
     Args:
         directory: Frames with a manifest (as ``data/`` here), or the study's ``train.pt`` and ``val.pt``.
+        splits: Which blocks: of "train", "val" and "test".
 
     Returns:
-        The training and the validation blocks.
+        The blocks of each split.
 
     Raises:
         DatasetError: The folder is neither, both, or its content is not valid.
@@ -45,8 +47,8 @@ def load_dataset(directory: str | Path) -> tuple[BlockSet, BlockSet]:
         )
     if framed:
         blocks = cut_blocks(root)
-        return blocks["train"], blocks["val"]
-    return read_study_file(root / "train.pt"), read_study_file(root / "val.pt")
+        return tuple(blocks[split] for split in splits)
+    return tuple(read_study_file(root / f"{split}.pt") for split in splits)
 
 
 def write_study_file(blocks: BlockSet, path: str | Path) -> None:

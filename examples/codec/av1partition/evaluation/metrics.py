@@ -56,3 +56,25 @@ def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str
         "confusion_matrix": confusion_matrix(truth, predicted, labels=numbers).tolist(),
         "classes": list(classes),
     }
+
+
+def collapse(predicted: Tensor, classes: Sequence[str], most: float = 0.9) -> str | None:
+    """Says in words that a classifier gives the same answer nearly always, or some answer never; None if it does neither.
+
+    Args:
+        predicted: How often each class was predicted, [K].
+        classes: Names of the K classes.
+        most: Share of the predictions from which on one class has taken them over.
+
+    Example:
+        >>> import torch
+        >>> collapse(torch.tensor([96, 4, 0]), ("SPLIT", "RECT", "AB"))
+        'Collapsed: 96.0% of all predictions are SPLIT. AB is never predicted.'
+    """
+    shares = predicted / predicted.sum().clamp(min=1)
+    said = []
+    if shares.max() >= most:
+        said.append(f"Collapsed: {shares.max():.1%} of all predictions are {classes[int(shares.argmax())]}.")
+    if never := [name for name, count in zip(classes, predicted.tolist(), strict=True) if not count]:
+        said.append(f"{', '.join(never)} {'is' if len(never) == 1 else 'are'} never predicted.")
+    return " ".join(said) or None

@@ -59,3 +59,45 @@ def draw_confusion_matrix(metrics: dict[str, Any], path: Path, title: str) -> No
     axes.set_xlabel("predicted")
     axes.set_ylabel("chosen by AV1")
     figure.savefig(path, dpi=150)
+
+
+def draw_flow(flow: list[dict[str, Any]], path: Path, title: str) -> None:
+    """For each true kind, how many blocks end right and how many are lost at which stage: bands from left to right."""
+    kinds = list(dict.fromkeys(each["kind"] for each in flow))
+    ends = list(dict.fromkeys(each["end"] for each in flow))
+    total = sum(each["blocks"] for each in flow)
+    gap = 0.015 * total
+    colours = dict(zip(ends, ("#c0392b", "#e67e22", "#f1c40f", "#27ae60"), strict=True))
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    left, right = _places(flow, "kind", kinds, gap), _places(flow, "end", ends, gap)
+    x = np.linspace(0, 1, 50)
+    ease = x * x * (3 - 2 * x)
+    for each in flow:
+        low, high = left[each["kind"]][each["end"]], right[each["end"]][each["kind"]]
+        lower = low + (high - low) * ease
+        axes.fill_between(x, lower, lower + each["blocks"], color=colours[each["end"]], alpha=0.55, linewidth=0)
+    for x_text, places, names, key, align in ((-0.02, left, kinds, "kind", "right"), (1.02, right, ends, "end", "left")):
+        for name in names:
+            count = sum(each["blocks"] for each in flow if each[key] == name)
+            middle = min(places[name].values()) + count / 2
+            axes.text(x_text, middle, f"{name}\n{count} ({count / total:.1%})", ha=align, va="center", fontsize=9)
+    axes.set_xlim(-0.25, 1.3)
+    axes.invert_yaxis()
+    axes.set_axis_off()
+    axes.set_title(title)
+    figure.savefig(path, dpi=150)
+
+
+def _places(flow: list[dict[str, Any]], key: str, names: list[str], gap: float) -> dict[str, dict[str, float]]:
+    """Where each band starts on one side: for each name there, by the name on the other side."""
+    other = "end" if key == "kind" else "kind"
+    at = 0.0
+    places: dict[str, dict[str, float]] = {}
+    for name in names:
+        places[name] = {}
+        for each in (each for each in flow if each[key] == name):
+            places[name][each[other]] = at
+            at += each["blocks"]
+        at += gap
+    return places

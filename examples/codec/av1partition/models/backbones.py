@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -123,13 +124,28 @@ class AttentionResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From [N, 1, H, W] to the output of ``fc``."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.se1(self.layer1(x))
-        x = self.se2(self.layer2(x))
-        x = self.se3(self.layer3(x))
-        x = self.spatial_attn(self.se4(self.layer4(x)))
-        features: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
-        return features
+        return rest(self, front(self, x))
+
+
+def front(backbone: nn.Module, x: Tensor) -> Tensor:
+    """The part of a backbone up to the first site and with it: what stages with different adapters have in common."""
+    last = ("layer1", "se1") if isinstance(backbone, AttentionResNet18) else ("layer1",)
+    return _through(backbone, ("conv1", "bn1", "relu", "maxpool", *last), x)
+
+
+def rest(backbone: nn.Module, h: Tensor) -> Tensor:
+    """The part of a backbone behind the first site, to the output of ``fc``."""
+    if isinstance(backbone, AttentionResNet18):
+        h = _through(backbone, ("layer2", "se2", "layer3", "se3", "layer4", "se4", "spatial_attn"), h)
+    else:
+        h = _through(backbone, ("layer2", "layer3", "layer4"), h)
+    return _through(backbone, ("fc",), torch.flatten(_through(backbone, ("avgpool",), h), 1))
+
+
+def _through(backbone: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
+    for name in names:
+        x = backbone.get_submodule(name)(x)
+    return x
 
 
 def build_backbone(kind: BackboneKind, weights: ResNet18_Weights | None = None) -> nn.Module:
