@@ -333,7 +333,9 @@ def test_loading_into_sets(path: Path) -> None:
     resadapt.save_adapters(model, path)
     expected = model(X)
     resadapt.load_adapters(model, path, name="copy")
-    assert [(info.name, info.active) for info in resadapt.list_adapters(model)] == [("default", False), ("copy", True)]
+    first, second = resadapt.list_adapters(model)
+    assert (first.name, first.active, second.name, second.active) == ("default", False, "copy", True)
+    assert (first.norm, first.family, first.head) == (second.norm, second.family, second.head) == ("frozen", "pooled", ("3",))
     assert torch.equal(model(X), expected)
     state = resadapt.adapter_state_dict(model)
     resadapt.load_adapter_state_dict(model, {k: torch.zeros_like(v) for k, v in state.items()})

@@ -76,6 +76,8 @@ def gated(channels: int, hidden: int) -> nn.Module:
         (Tokens, "block.mlp.0", None, (24, 1, -1)),
         (Tokens, "head", None, (2, 0, 1)),
         (Tokens, "patches", None, (12, 2, 1)),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 1)), "0", images(2, 8), (8, 2, 1)),  # as wide as its output: still a convolution
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.LayerNorm(4)), "1", images(2, 4), (8, 2, 1)),
         (lambda: gated(8, 4), "1", images(2, 4), (8, 2, 1)),  # as wide as its hidden layer: the last layer tells
         (lambda: gated(8, 4), "1", None, (8, 2, 1)),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), ChannelsFirstNorm(8)), "1", X, (8, 2, 1)),

@@ -132,6 +132,23 @@ def _by_method(model: Any) -> None:
     model.forward = types.MethodType(lambda self, x: forward(self, x), model)
 
 
+def _fails(x: Any) -> Any:
+    raise RuntimeError("no such input")
+
+
+def test_a_rebuilt_backbone_that_does_not_take_the_probe(path: Path) -> None:
+    def rebuild() -> Any:
+        model = small_net()
+        model.forward = _fails  # type: ignore[method-assign]
+        return model
+
+    model = resadapt.inject_adapters(small_net(), "c2", 2, head="head")
+    with pytest.raises(resadapt.VerificationError, match="RuntimeError: no such input") as failed:
+        resadapt.save_adapters(model, path, probe=X, rebuild=rebuild)
+    assert outcomes(failed.value.report)["outputs"] == "failed"
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("replace", [_by_closure, _by_partial, _by_autocast, _by_compile, _in_a_child, _by_method])
 @pytest.mark.parametrize("early", [False, True])
 def test_a_forward_replaced_on_the_instance_proves_nothing(replace: Callable[[Any], None], early: bool, path: Path) -> None:

@@ -308,6 +308,12 @@ def test_recorded_outputs_find_other_weights(model: nn.Module, path: Path) -> No
         lambda value: value.double(),
     ):
         assert not compare_with_record(kept, stored, {key: wrong(value) for key, value in outputs.items()})[1]
+    kept, stored = record({"a": torch.ones(2), "b": torch.ones(2)})
+    for a, b in ((1.5, 1.25), (1.25, 1.5)):
+        assert compare_with_record(kept, stored, {"a": torch.full((2,), a), "b": torch.full((2,), b)}) == (0.5, False), (
+            "the largest"
+        )
+    assert math.isnan(compare_with_record(kept, stored, {"a": torch.full((2,), math.nan), "b": torch.ones(2)})[0])
     kept, stored = record({"output": torch.arange(10_000.0)})
     assert stored["probe.output"].tolist() == list(range(0, 10_000, 3))
 

@@ -175,7 +175,7 @@ def _is_compiled(root: nn.Module, name: str) -> bool:
     module, waiting = root, name.split(".")
     while True:
         forward = module.__dict__.get("forward")
-        if "_orig_mod" in module._modules or hasattr(forward, "_torchdynamo_orig_callable") or module._compiled_call_impl:
+        if hasattr(forward, "_torchdynamo_orig_callable") or module._compiled_call_impl:
             return True
         passed_on = module._modules.get("_checkpoint_wrapped_module")
         if passed_on is None and not waiting:
