@@ -14,8 +14,8 @@ from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import SPECIALISTS, Task
 from av1partition.evaluation.metrics import classes_of, classification_metrics, collapse
 from av1partition.evaluation.reports import draw_confusion_matrix, write_json
+from av1partition.models.specialist_files import reload_specialist
 from av1partition.training.loop import predict_logits
-from av1partition.training.trainees import reload_specialist
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (blocks,) = load_dataset(options.dataset_dir, [options.split])
     threshold = options.stage1_threshold or pipeline.cascade.stage1.threshold
     rates = {name: _blocks_a_second(pipeline, blocks, threshold, one) for name, one in (("one_pass", True), ("one_by_one", False))}
-    predictions = pipeline.run(blocks.samples, threshold, also=true_inputs(blocks))
+    predictions = pipeline.run(blocks.inputs(), threshold, also=true_inputs(blocks))
     paths = [options.stage1_model, *(path for several in files.values() for path in several)]
     result = {
         "split": options.split,
@@ -68,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _blocks_a_second(pipeline: Pipeline, blocks: BlockSet, threshold: float, one_pass: bool) -> float:
+    inputs = blocks.inputs()
     started = time.perf_counter()
-    pipeline.run(blocks.samples, threshold, one_pass=one_pass)
+    pipeline.run(inputs, threshold, one_pass=one_pass)
     return len(blocks) / (time.perf_counter() - started)
 
 

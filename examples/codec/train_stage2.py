@@ -9,7 +9,7 @@ from pathlib import Path
 
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import STAGE2
-from av1partition.training.specialists import add_specialist_options, train_specialist
+from av1partition.training.specialists import add_specialist_options, check_specialist_options, train_specialist
 
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -18,7 +18,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_specialist_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/stage2"), help="default: %(default)s")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    check_specialist_options(parser, options)
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:

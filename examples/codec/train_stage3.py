@@ -10,12 +10,10 @@ from pathlib import Path
 from av1partition.data.noise import with_misrouted
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import AB, RECT, STAGE2
-from av1partition.models.cascade import Answers, Cascade
-from av1partition.models.stage1_files import load_stage1
+from av1partition.models.cascade import Answers
+from av1partition.models.specialist_files import open_cascade
 from av1partition.training.loop import predict_logits
-from av1partition.training.specialists import add_specialist_options, train_specialist
-
-from resadapt import load_adapters
+from av1partition.training.specialists import add_specialist_options, check_specialist_options, train_specialist
 
 KINDS = {task.key: task for task in (RECT, AB)}
 
@@ -36,6 +34,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--stage2-model", type=Path, help="adapter file of the Stage 2 that misroutes them")
     options = parser.parse_args(argv)
+    check_specialist_options(parser, options)
     if not 0 <= options.noise_injection < 1:
         parser.error(f"--noise-injection is {options.noise_injection}, expected 0 <= P < 1")
     if options.noise_injection and options.stage2_model is None:
@@ -50,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     blocks, val = load_dataset(options.dataset_dir)
     routed = None
     if options.noise_injection:
-        stage2 = Answers(load_adapters(Cascade(load_stage1(options.stage1_model)), options.stage2_model), STAGE2).to(options.device)
+        stage2 = Answers(open_cascade(options.stage1_model, {STAGE2: [options.stage2_model]})[0], STAGE2).to(options.device)
         divided = blocks.of(STAGE2)
-        routed = predict_logits(stage2, divided.samples, options.device).argmax(dim=1)
+        routed = predict_logits(stage2, divided.inputs(), options.device).argmax(dim=1)
     for seed in options.seeds:
         train = blocks.data(task)
         if routed is not None:
             strangers = divided.take((routed == STAGE2.classes.index(task.key.upper())) & (divided.labels(task) < 0))
-            train = with_misrouted(train, strangers.samples, len(task.classes), options.noise_injection, seed)
+            train = with_misrouted(train, strangers.inputs(), len(task.classes), options.noise_injection, seed)
         train_specialist(task, train, val.data(task), options, seed, options.output_dir / task.key / f"seed{seed}")
 
 

@@ -11,8 +11,9 @@ import torch
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import SPECIALISTS
 from av1partition.evaluation.metrics import macro_f1
+from av1partition.models.specialist_files import reload_specialist
 from av1partition.training.loop import add_common_options, predict_logits
-from av1partition.training.trainees import LOGITS_FILE, reload_specialist
+from av1partition.training.trainees import LOGITS_FILE
 
 
 def main(argv: Sequence[str] | None = None) -> None:

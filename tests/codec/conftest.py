@@ -63,14 +63,17 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory, all_blocks: dict[str,
 
 @pytest.fixture(scope="session")
 def stage1_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[BackboneKind], Path]:
-    """Writes the Stage 1 file of an untrained backbone with lively BatchNorm statistics."""
+    """Writes the Stage 1 file of an untrained backbone with lively BatchNorm statistics.
+
+    The fine one's head knows all kinds and sees the quantizer.
+    """
     folder = tmp_path_factory.mktemp("stage1")
 
     def write(kind: BackboneKind) -> Path:
         path = folder / f"{kind}.pt"
         if not path.exists():
             torch.manual_seed(0)
-            model = Stage1Model(build_backbone(kind))
+            model = Stage1Model(build_backbone(kind), kinds=kind == "fine", quantizer=kind == "fine")
             for module in model.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     nn.init.normal_(module.running_mean, std=0.1)

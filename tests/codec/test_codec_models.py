@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from av1partition.data.inputs import with_quantizer
 from av1partition.data.tasks import SPECIALISTS, STAGE1, STAGE2
 from av1partition.models.backbones import (
     AttentionResNet18,
@@ -132,12 +133,12 @@ def test_attention_sites() -> None:
 def test_specialists_are_sets_in_one_model(kind: BackboneKind) -> None:
     """Each has a head of its own width; without any, the model is Stage 1."""
     model = cascade(kind).eval()
-    x = torch.rand(3, 1, 16, 16)
+    x = with_quantizer(torch.rand(3, 1, 16, 16), torch.tensor([20, 100, 200]))
     alone = model.stage1(x)
     plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     outputs = {}
     for task in SPECIALISTS:
-        adapt(model, task)
+        adapt(model, task, quantizer=task is STAGE2)
         outputs[task.key] = Answers(model, task).eval()(x)
         assert outputs[task.key].shape == (3, len(task.classes))
         assert outputs[task.key].abs().min() > 0
@@ -163,6 +164,33 @@ def test_stage1_file_round_trip(kind: BackboneKind, tmp_path: Path) -> None:
     assert torch.equal(loaded(x), model(x))
     assert torch.equal(loaded.backbone(x), model.backbone(x))
     assert loaded.threshold == 0.35
+
+
+@pytest.mark.parametrize("kinds", [False, True])
+@pytest.mark.parametrize("quantizer", [False, True])
+def test_stage1_files_tell_backbone_and_head(kinds: bool, quantizer: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Stage1Model(build_backbone("fine"), kinds=kinds, quantizer=quantizer).eval()
+    save_stage1(model, tmp_path / "stage1.pt")
+    loaded = load_stage1(tmp_path / "stage1.pt").eval()
+    x = with_quantizer(torch.rand(3, 1, 16, 16), torch.tensor([20, 100, 200]))
+    assert loaded.backbone.get_parameter("conv1.weight").shape == (64, 1, 3, 3)
+    assert torch.equal(loaded(x), model(x))
+    assert torch.equal(loaded(x), loaded(with_quantizer(x[:, :1], torch.zeros(3)))) is not quantizer
+
+
+def test_partition_is_any_kind_but_none() -> None:
+    torch.manual_seed(0)
+    model = Stage1Model(build_backbone("fine"), kinds=True).eval()
+    model.temperature.fill_(1.0)
+    x = torch.rand(5, 1, 16, 16)
+    kinds = model.answers(model.backbone(x), x).softmax(dim=1)
+    torch.testing.assert_close(model(x)[:, 0].sigmoid(), kinds[:, 1:].sum(dim=1))
+
+
+def test_the_fine_backbone_has_no_imagenet_weights() -> None:
+    with pytest.raises(ValueError, match="no weights for it; leave them out"):
+        build_backbone("fine", ResNet18_Weights.IMAGENET1K_V1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

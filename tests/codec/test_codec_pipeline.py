@@ -12,6 +12,7 @@ import pytest
 import run_pipeline
 import torch
 from av1partition.data.blocks import BlockSet
+from av1partition.data.inputs import with_quantizer
 from av1partition.data.study_layout import read_study_file
 from av1partition.data.tasks import AB, PARTITIONS, RECT, SPECIALISTS, STAGE2, Task
 from av1partition.evaluation.cascade_analysis import FOLDED, analyse, fold
@@ -39,14 +40,18 @@ def files(tmp_path_factory: pytest.TempPathFactory, stage1_file: Callable[[Backb
             for seed, path in enumerate(made[task]):
                 if not path.exists():
                     torch.manual_seed(seed)
-                    model = adapt(Cascade(load_stage1(stage1)), task)
+                    # The fine one has heads that see the quantizer, and a set inside the front, one without a site there.
+                    layers = {STAGE2: ["layer1.*", "layer3"], RECT: ["layer4"]}.get(task) if kind == "fine" else None
+                    model = adapt(Cascade(load_stage1(stage1)), task, layers=layers, quantizer=kind == "fine" and task is not RECT)
                     with torch.no_grad():
                         for name, parameter in model.named_parameters():
                             if parameter.requires_grad:
                                 parameter.copy_(torch.randn_like(parameter) * (1.0 if "specialists" in name else 0.1))
                         # Every answer should be somebody's.
-                        head = model.specialists.get_submodule(task.key)
-                        head.bias -= model.eval()(samples(200))[task.key].mean(dim=0)
+                        *_, weight, bias = (p for p in model.specialists[task.key].parameters() if p.requires_grad)
+                        logits = model.eval()(samples(200))[task.key]
+                        weight /= logits.std(dim=0)[:, None]
+                        bias.copy_((bias - logits.mean(dim=0)) / logits.std(dim=0))
                     save_adapters(model, path, verify=False)
         return stage1, made
 
@@ -59,14 +64,15 @@ def pipeline(made: tuple[Path, Files]) -> Pipeline:
 
 def samples(count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(count, 1, 16, 16, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
+    luma = torch.rand(count, 1, 16, 16, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
+    return with_quantizer(luma, torch.randint(0, 256, (count,), generator=generator))
 
 
 def median_threshold(whole: Pipeline, x: torch.Tensor) -> float:
     return float(whole.run(x, 0.5).partition.median())
 
 
-@pytest.mark.parametrize("kind", ["plain", "attention"])
+@pytest.mark.parametrize("kind", ["plain", "attention", "fine"])
 def test_one_pass_equals_stage_by_stage_bit_for_bit(kind: BackboneKind, files: Make) -> None:
     whole, x = pipeline(files(kind)), samples(1500)
     threshold = median_threshold(whole, x)
@@ -76,7 +82,7 @@ def test_one_pass_equals_stage_by_stage_bit_for_bit(kind: BackboneKind, files: M
     for task in SPECIALISTS:
         assert torch.equal(ours.reached[task.key], theirs.reached[task.key])
         assert torch.equal(ours.specialists[task.key].nan_to_num(9), theirs.specialists[task.key].nan_to_num(9))
-        assert 20 < ours.reached[task.key].sum() < 1400, "the blocks go different ways"
+        assert 10 < ours.reached[task.key].sum() < 1400, "the blocks go different ways"
     assert len(set(ours.kinds.tolist())) >= 5
 
 

@@ -21,21 +21,23 @@ import train_stage2
 import train_stage3
 import verify_run
 from av1partition.data.blocks import DatasetError
+from av1partition.data.inputs import quantizer_code, with_quantizer
 from av1partition.data.noise import with_misrouted
 from av1partition.data.study_layout import load_dataset, read_study_file, write_study_file
-from av1partition.data.tasks import RECT, STAGE2
+from av1partition.data.tasks import RECT, STAGE1, STAGE2
 from av1partition.evaluation.metrics import collapse, macro_f1
 from av1partition.models.backbones import BackboneKind
-from av1partition.models.cascade import Answers, Cascade
+from av1partition.models.cascade import Answers, Cascade, adapt
+from av1partition.models.specialist_files import reload_specialist
 from av1partition.models.stage1_files import load_stage1
 from av1partition.training.loop import predict_logits
 from av1partition.training.state import TrainingStateError
-from av1partition.training.trainees import frozen_features, reload_specialist
+from av1partition.training.trainees import frozen_features
 from PIL import Image
 from sklearn.metrics import f1_score
 from torch.utils.data import TensorDataset
 
-from resadapt import BackboneMismatchError, load_adapters
+from resadapt import BackboneMismatchError, load_adapters, save_adapters
 
 EPOCHS = 8
 OUTPUTS = {"history.json", "metrics.json", "learning_curves.png", "confusion_matrix.png", "training_state.pt",
@@ -239,13 +241,87 @@ def test_baseline_trains_the_head_alone(tiny_dataset: Path, stage1_file: Callabl
     verify_run.main([*options(tiny_dataset, stage1_file("plain"), tmp_path)[:6], "--device", "cpu"])
 
 
+@pytest.mark.parametrize("start", ["--full-fine-tuning", "--from-scratch"])
+def test_a_whole_network_is_trained_and_reloaded(
+    start: str, tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path
+) -> None:
+    where = [*options(tiny_dataset, stage1_file("plain"), tmp_path)[:6], "--device", "cpu"]
+    train_stage2.main([*where, start, "--epochs", "2", "--lr-backbone", "1e-5"])
+    assert {path.name for path in tmp_path.iterdir()} == OUTPUTS | {"network.pt"}
+    before = load_stage1(stage1_file("plain"))
+    size = sum(parameter.numel() for parameter in before.backbone.parameters())
+    assert read(tmp_path / "metrics.json")["parameters"] == {"trainable": size + 1_539, "adapters": 0, "head": 1_539}
+    after = reload_specialist(stage1_file("plain"), STAGE2, tmp_path).model.backbone.get_parameter("conv1.weight")
+    distance = (after - before.backbone.get_parameter("conv1.weight")).abs().max()
+    assert 0 < distance < 1e-3 if start == "--full-fine-tuning" else distance > 0.05
+    verify_run.main(where)
+
+
+@pytest.mark.parametrize("what", [[], ["--use-adapters", "--adapter-layers", "layer[34]", "layer2.0", "--augment"]])
+def test_quantizer_in_the_head(
+    what: list[str],
+    tiny_dataset: Path,
+    stage1_file: Callable[[BackboneKind], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = [*options(tiny_dataset, stage1_file("fine"), tmp_path)[:6], "--device", "cpu"]
+    train_stage2.main([*where, *what, "--quantizer", "--epochs", "2", "--lr-head", "1e-2"])
+    head = 521 * 128 + 128 + 128 * 3 + 3
+    adapters = sum(2 * c * 64 + 64 + c for c in (128, 256, 512)) if what else 0
+    assert read(tmp_path / "metrics.json")["parameters"] == {"trainable": head + adapters, "adapters": adapters, "head": head}
+    model = reload_specialist(stage1_file("fine"), STAGE2, tmp_path).eval()
+    x = load_dataset(tiny_dataset)[1].inputs()[:8]
+    assert not torch.equal(model(x), model(with_quantizer(x[:, :1], torch.zeros(8))))
+    capsys.readouterr()
+    verify_run.main(where)
+    assert json.loads(capsys.readouterr().out) == {"macro_f1": 0.0, "logits": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--adapter-layers", "layer1"], "--adapter-layers goes with --use-adapters"),
+     (["--augment"], "--augment does not go with the frozen baseline"),
+     (["--use-adapters", "--from-scratch"], "not allowed with argument")],
+)  # fmt: skip
+def test_contradicting_flags_are_refused(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train_stage2.main(["--stage1-model", "none.pt", "--output-dir", str(tmp_path / "run"), *flags])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_stage1_of_all_kinds_with_the_quantizer(tiny_dataset: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--dataset-dir",
+        str(tiny_dataset),
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--fine",
+        "--all-kinds",
+        "--quantizer",
+        "--augment",
+    ]
+    train_stage1.main([*arguments, "--output-dir", str(tmp_path)])
+    metrics = read(tmp_path / "metrics.json")
+    model, val = load_stage1(tmp_path / "stage1.pt").eval(), load_dataset(tiny_dataset)[1].data(STAGE1)
+    with torch.no_grad():
+        divided = model(val.tensors[0])[:, 0].sigmoid() >= model.threshold
+    assert metrics["accuracy"] == pytest.approx((divided.long() == val.tensors[1]).float().mean().item())
+
+
 def test_features_leave_the_backbone_alone(stage1_file: Callable[[BackboneKind], Path]) -> None:
-    backbone = load_stage1(stage1_file("attention")).backbone
-    backbone.train()
+    backbone = load_stage1(stage1_file("attention")).backbone.train()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    data = TensorDataset(torch.rand(40, 1, 16, 16), torch.zeros(40, dtype=torch.long))
-    features = frozen_features(backbone, data, torch.device("cpu"))
+    data = TensorDataset(with_quantizer(torch.rand(40, 1, 16, 16), torch.arange(40)), torch.zeros(40, dtype=torch.long))
+    features = frozen_features(backbone, data, torch.device("cpu"), quantizer=False)
     assert features.tensors[0].shape == (40, 512)
+    both = frozen_features(backbone, data, torch.device("cpu"), quantizer=True).tensors[0]
+    assert torch.equal(both, torch.cat([features.tensors[0], quantizer_code(data.tensors[0])], dim=1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
 
 
@@ -296,9 +372,13 @@ def test_stage3_trains_a_specialist_for_each_seed(
 
 
 def test_stage3_with_misrouted_blocks(adapter_run: Run, tmp_path: Path) -> None:
-    arguments, stage2 = adapter_run
+    arguments = adapter_run[0]
     where = [*arguments[:4], "--output-dir", str(tmp_path), "--epochs", "1", "--device", "cpu", "--kind", "rect", "--use-adapters"]
-    noisy = ["--noise-injection", "0.1", "--stage2-model", str(stage2 / "adapters.pt")]
+    model = adapt(Cascade(load_stage1(Path(arguments[3]))), STAGE2)
+    with torch.no_grad():
+        model.specialists["stage2"].linear.bias.copy_(torch.tensor([0.0, 100.0, 0.0]))  # All are RECT to it.
+    save_adapters(model, tmp_path / "stage2.pt", verify=False)
+    noisy = ["--noise-injection", "0.1", "--stage2-model", str(tmp_path / "stage2.pt")]
     train_stage3.main([*where, *noisy])
     own = len(read_study_file(Path(arguments[1]) / "train.pt").of(RECT))
     assert read(tmp_path / "rect" / "seed0" / "metrics.json")["blocks"]["train"] == own + round(own / 9)

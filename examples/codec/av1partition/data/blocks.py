@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from av1partition.data.inputs import with_quantizer
 from av1partition.data.tasks import PARTITIONS, Task
 
 BLOCK = 16
@@ -58,10 +59,14 @@ class BlockSet:
         """The blocks of which a task asks."""
         return self.take(self.labels(task) >= 0)
 
+    def inputs(self) -> Tensor:
+        """What models are given, [N, 2, 16, 16]: luma, and the quantizer as a plane."""
+        return with_quantizer(self.samples, self.qps)
+
     def data(self, task: Task) -> TensorDataset:
-        """The blocks of which a task asks, and their class numbers."""
+        """The inputs of the blocks of which a task asks, and their class numbers."""
         blocks = self.of(task)
-        return TensorDataset(blocks.samples, blocks.labels(task))
+        return TensorDataset(blocks.inputs(), blocks.labels(task))
 
 
 def cut_blocks(data_dir: str | Path = DATA_DIR) -> dict[str, BlockSet]:

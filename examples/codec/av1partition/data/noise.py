@@ -15,8 +15,8 @@ def with_misrouted(own: TensorDataset, strangers: Tensor, classes: int, share: f
     None of its answers is right for them. Each gets one at random, so that what is learned of such blocks is to be undecided.
 
     Args:
-        own: Blocks [N, 1, 16, 16] and class numbers.
-        strangers: Misrouted blocks [M, 1, 16, 16].
+        own: Inputs [N, 2, 16, 16] and class numbers.
+        strangers: Inputs of misrouted blocks, [M, 2, 16, 16].
         classes: Number of the specialist's answers.
         share: Of the strangers in the result, in [0, 1).
         seed: Of the choice of the strangers and of their labels.

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from av1partition.data.blocks import BlockSet
+from av1partition.data.inputs import luma
 from av1partition.data.tasks import AB, PARTITIONS, RECT, SPECIALISTS, STAGE2, Task
-from av1partition.models.backbones import front, rest
-from av1partition.models.cascade import Cascade
-from av1partition.models.stage1_files import load_stage1
-from resadapt import list_adapters, load_adapters, set_active_adapters
+from av1partition.models.backbones import FRONT, front, front_end, rest
+from av1partition.models.cascade import BACKBONE
+from av1partition.models.specialist_files import open_cascade
+from resadapt import list_adapters, set_active_adapters
 
 BATCH = 1024
 
@@ -51,21 +52,15 @@ class Pipeline:
 
     def __init__(self, stage1_file: Path, adapter_files: Mapping[Task, Sequence[Path]], device: torch.device) -> None:
         """See the class."""
-        self.cascade = Cascade(load_stage1(stage1_file))
-        self.sets: dict[str, list[str]] = {}
-        for task, files in adapter_files.items():
-            self.sets[task.key] = [f"{task.key}{number}" for number in range(len(files))]
-            for name, file in zip(self.sets[task.key], files, strict=True):
-                load_adapters(self.cascade, file, name=name)
+        self.cascade, self.sets = open_cascade(stage1_file, adapter_files)
         set_active_adapters(self.cascade, None)
         self.cascade.eval().to(device)
         self.device = device
-        self.owners = {info.name: info.sites[0].owner for info in list_adapters(self.cascade)}
 
     @torch.no_grad()
     def run(
         self,
-        samples: Tensor,
+        inputs: Tensor,
         threshold: float | None = None,
         *,
         also: Mapping[str, Tensor] | None = None,
@@ -74,53 +69,66 @@ class Pipeline:
         """Predict blocks.
 
         Args:
-            samples: [N, 1, 16, 16].
+            inputs: [N, 2, 16, 16], luma and quantizer.
             threshold: Probability of PARTITION from which on a block goes to Stage 2; None: the Stage 1 file's.
             also: For a specialist's key further blocks to ask it about, a mask [N].
             one_pass: Compute what the stages share, the backbone up to its first site, once for each block. Otherwise each
                 stage runs from the pixels. The results are equal.
         """
-        shared: list[Tensor] = []
-
-        def stage1(x: Tensor) -> Tensor:
-            if not one_pass:
-                return self.cascade.stage1(x)[:, 0].sigmoid()  # type: ignore[no-any-return]
-            h = front(self.cascade.backbone, x)
-            shared.append(h)
-            return self.cascade.stage1.classify(rest(self.cascade.backbone, h))[:, 0].sigmoid()
-
+        backbone, stage1 = self.cascade.backbone, self.cascade.stage1
         set_active_adapters(self.cascade, None)
-        partition = self._in_batches(stage1, samples)
-        inputs = torch.cat(shared) if one_pass else samples
+        shared = self._in_batches(lambda x: front(backbone, luma(x)), inputs) if one_pass else None
+        if shared is None:
+            partition = self._in_batches(lambda x: stage1(x)[:, 0].sigmoid(), inputs)
+        else:
+            partition = self._in_batches(lambda x, h: stage1.classify(rest(backbone, h), x)[:, 0].sigmoid(), inputs, shared)
         divided = partition >= (self.cascade.stage1.threshold if threshold is None else threshold)
         also = {task.key: torch.zeros_like(divided) for task in SPECIALISTS} | dict(also or {})
         reached = {STAGE2.key: divided}
-        probabilities = {STAGE2.key: self._ask(STAGE2, inputs, divided | also[STAGE2.key], one_pass)}
+        probabilities = {STAGE2.key: self._ask(STAGE2, inputs, shared, divided | also[STAGE2.key])}
         choices = probabilities[STAGE2.key].argmax(dim=1)
         for task in (RECT, AB):
             reached[task.key] = divided & (choices == STAGE2.classes.index(task.key.upper()))
-            probabilities[task.key] = self._ask(task, inputs, reached[task.key] | also[task.key], one_pass)
+            probabilities[task.key] = self._ask(task, inputs, shared, reached[task.key] | also[task.key])
         return Predictions(partition, probabilities, reached, _kinds(probabilities, reached))
 
-    def _ask(self, task: Task, inputs: Tensor, asked: Tensor, one_pass: bool) -> Tensor:
+    def _ask(self, task: Task, inputs: Tensor, shared: Tensor | None, asked: Tensor) -> Tensor:
         """The probabilities of a specialist, the mean over its sets; NaN for blocks that it is not asked about."""
         answers = torch.full((len(asked), len(task.classes)), torch.nan)
         if asked.any():
-            names = self.sets[task.key]
-            answers[asked] = torch.stack([self._softmax(task, name, inputs[asked], one_pass) for name in names]).mean(dim=0)
+            features = None if shared is None else shared[asked]
+            several = [self._softmax(task, name, inputs[asked], features) for name in self.sets[task.key]]
+            answers[asked] = torch.stack(several).mean(dim=0)
         return answers
 
-    def _softmax(self, task: Task, name: str, inputs: Tensor, one_pass: bool) -> Tensor:
+    def _softmax(self, task: Task, name: str, inputs: Tensor, shared: Tensor | None) -> Tensor:
+        """The probabilities of one set; ``shared`` is what the front without adapters makes of the inputs."""
         cascade = self.cascade
         set_active_adapters(cascade, name)
-        if not one_pass:
+        adapter = self._adapter_behind_front(name)
+        if shared is None or adapter is None:
             return self._in_batches(lambda x: cascade(x)[task.key].softmax(dim=1), inputs)
-        adapter: nn.Module = cascade.get_submodule(f"{self.owners[name]}.resadapt.{name}")
-        head = cascade.specialists.get_submodule(task.key)
-        return self._in_batches(lambda h: head(rest(cascade.backbone, adapter(h))).softmax(dim=1), inputs)
 
-    def _in_batches(self, answer: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        return torch.cat([answer(batch.to(self.device)).cpu() for batch in torch.split(inputs, BATCH)])
+        def answer(x: Tensor, h: Tensor) -> Tensor:
+            features = rest(cascade.backbone, adapter(h))
+            return cascade.answer(task, features, x).softmax(dim=1)
+
+        return self._in_batches(answer, inputs, shared)
+
+    def _adapter_behind_front(self, name: str) -> nn.Module | None:
+        """What a set has at the end of the front: its adapter, an identity if none; None if it changes the front inside."""
+        (info,) = (info for info in list_adapters(self.cascade) if info.name == name)
+        behind: nn.Module = nn.Identity()
+        for site in info.sites:
+            if site.name == f"{BACKBONE}.{front_end(self.cascade.backbone)}":
+                behind = self.cascade.get_submodule(f"{site.owner}.resadapt.{name}")
+            elif site.name.removeprefix(f"{BACKBONE}.").split(".")[0] in FRONT:
+                return None
+        return behind
+
+    def _in_batches(self, answer: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        batches = zip(*(torch.split(tensor, BATCH) for tensor in tensors), strict=True)
+        return torch.cat([answer(*(part.to(self.device) for part in batch)).cpu() for batch in batches])
 
 
 def true_inputs(blocks: BlockSet) -> dict[str, Tensor]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
-BackboneKind = Literal["plain", "attention"]
+BackboneKind = Literal["plain", "attention", "fine"]
 
 FEATURES = 512
 STAGE_CHANNELS = (64, 128, 256, 512)
+FRONT = ("conv1", "bn1", "relu", "maxpool", "layer1", "se1")
 
 
 def gray_resnet18(weights: ResNet18_Weights | None = None) -> nn.Module:
@@ -40,8 +41,15 @@ def gray_stem(colour: nn.Conv2d) -> nn.Conv2d:
     return stem
 
 
-def _new_stem() -> nn.Conv2d:
-    stem = nn.Conv2d(1, STAGE_CHANNELS[0], 7, stride=2, padding=3, bias=False)
+def fine_resnet18() -> nn.Module:
+    """`gray_resnet18` with a stem made for 16x16 blocks, a 3x3 convolution of stride 1; random weights."""
+    model = gray_resnet18()
+    model.conv1 = _new_stem(3, stride=1)
+    return model
+
+
+def _new_stem(size: int = 7, stride: int = 2) -> nn.Conv2d:
+    stem = nn.Conv2d(1, STAGE_CHANNELS[0], size, stride=stride, padding=size // 2, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # As torchvision starts its own.
     return stem
 
@@ -127,10 +135,14 @@ class AttentionResNet18(nn.Module):
         return rest(self, front(self, x))
 
 
+def front_end(backbone: nn.Module) -> str:
+    """The last module of a backbone's front, behind which the study's first adapter sits."""
+    return "se1" if isinstance(backbone, AttentionResNet18) else "layer1"
+
+
 def front(backbone: nn.Module, x: Tensor) -> Tensor:
     """The part of a backbone up to the first site and with it: what stages with different adapters have in common."""
-    last = ("layer1", "se1") if isinstance(backbone, AttentionResNet18) else ("layer1",)
-    return _through(backbone, ("conv1", "bn1", "relu", "maxpool", *last), x)
+    return _through(backbone, FRONT[: FRONT.index(front_end(backbone)) + 1], x)
 
 
 def rest(backbone: nn.Module, h: Tensor) -> Tensor:
@@ -148,6 +160,21 @@ def _through(backbone: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
     return x
 
 
+def kind_of(backbone: nn.Module) -> BackboneKind:
+    """What `build_backbone` was asked for."""
+    if isinstance(backbone, AttentionResNet18):
+        return "attention"
+    return "plain" if backbone.get_parameter("conv1.weight").shape[-1] == 7 else "fine"
+
+
 def build_backbone(kind: BackboneKind, weights: ResNet18_Weights | None = None) -> nn.Module:
-    """The plain or the attention backbone, from [N, 1, H, W] to [N, 512]."""
+    """A backbone from [N, 1, H, W] to [N, 512]; the fine one has no ImageNet weights.
+
+    Raises:
+        ValueError: Weights for the fine one.
+    """
+    if kind == "fine":
+        if weights is not None:
+            raise ValueError("the fine backbone's stem is not ImageNet's, so there are no weights for it; leave them out")
+        return fine_resnet18()
     return AttentionResNet18(weights) if kind == "attention" else gray_resnet18(weights)

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from av1partition.data.blocks import BLOCK
-from av1partition.data.tasks import SPECIALISTS, STAGE1, Task
+from av1partition.data.inputs import CODE_SIZE, luma, quantizer_code
+from av1partition.data.tasks import KINDS, SPECIALISTS, STAGE1, Task
 from av1partition.models.backbones import FEATURES, AttentionResNet18
 from resadapt import inject_adapters
 
 SITES = {"plain": ("layer1", "layer2", "layer3", "layer4"), "attention": ("se1", "se2", "se3", "spatial_attn")}
+HIDDEN = 128
+BACKBONE = "stage1.backbone"
 
 
-class BinaryHead(nn.Module):
-    """Stage 1's head, 512-256-1; nested so that its parameters have the study's names."""
+class Stage1Head(nn.Module):
+    """Stage 1's head, 512-256-1 in the study; nested so that its parameters have the study's names."""
 
-    def __init__(self, dropout: float = 0.5) -> None:
+    def __init__(self, features: int = FEATURES, outputs: int = 1, dropout: float = 0.5) -> None:
         """See the class."""
         super().__init__()
-        self.head = nn.Sequential(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, 1))
+        self.head = nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, outputs))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logit of PARTITION, [N, 1]."""
-        logit: Tensor = self.head(features)
-        return logit
+        """Logits [N, outputs]."""
+        logits: Tensor = self.head(features)
+        return logits
 
 
 class Stage1Model(nn.Module):
-    """NONE or PARTITION: a backbone and a binary head.
+    """NONE or PARTITION: a backbone and a head.
 
     Args:
         backbone: From [N, 1, 16, 16] to [N, 512].
+        kinds: The head tells all ten kinds apart, and PARTITION is any but NONE; otherwise it has the one logit of PARTITION.
+        quantizer: The head sees the quantizer beside the features.
 
     Attributes:
         temperature: Divides the logit, so that its sigmoid is a probability; training leaves it at 1.
@@ -40,40 +47,67 @@ class Stage1Model(nn.Module):
 
     temperature: Tensor
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, *, kinds: bool = False, quantizer: bool = False) -> None:
         """See the class."""
         super().__init__()
         self.backbone = backbone
-        self.head = BinaryHead()
+        self.head = Stage1Head(FEATURES + CODE_SIZE * quantizer, len(KINDS.classes) if kinds else 1)
         self.register_buffer("temperature", torch.ones(1))
         self.threshold = 0.5
+        self.quantizer = quantizer
 
-    def classify(self, features: Tensor) -> Tensor:
+    def answers(self, features: Tensor, inputs: Tensor) -> Tensor:
+        """What the head says, uncalibrated: [N, 1], or [N, 10] of all kinds."""
+        logits: Tensor = self.head(beside_quantizer(features, inputs) if self.quantizer else features)
+        return logits
+
+    def classify(self, features: Tensor, inputs: Tensor) -> Tensor:
         """Calibrated logit of PARTITION, [N, 1], from the backbone's features."""
-        return torch.as_tensor(self.head(features) / self.temperature)
+        logits = self.answers(features, inputs)
+        if logits.shape[1] > 1:
+            logits = logits[:, 1:].logsumexp(dim=1, keepdim=True) - logits[:, :1]
+        return logits / self.temperature
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Calibrated logit of PARTITION, [N, 1]."""
-        return self.classify(self.backbone(x))
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Calibrated logit of PARTITION, [N, 1], from luma and, if the head sees it, the quantizer: [N, 1 or 2, 16, 16]."""
+        return self.classify(self.backbone(luma(inputs)), inputs)
 
 
-class SpecialistHeads(nn.Module):
-    """A linear head for each specialist, zero until an adapter set brings its own."""
+class UncalibratedAnswers(nn.Module):
+    """What Stage 1's head says, as it is trained: [N, 1], or [N, 10] of all kinds."""
 
-    def __init__(self, dropout: float = 0.5) -> None:
+    def __init__(self, model: Stage1Model) -> None:
         """See the class."""
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        for task in SPECIALISTS:
-            head = nn.Linear(FEATURES, len(task.classes))
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-            self.add_module(task.key, head)
+        self.model = model
 
-    def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """Logits [N, K] by the key of the task."""
-        features = self.dropout(features)
-        return {task.key: self.get_submodule(task.key)(features) for task in SPECIALISTS}
+    def forward(self, inputs: Tensor) -> Tensor:
+        """From [N, 1 or 2, 16, 16]."""
+        return self.model.answers(self.model.backbone(luma(inputs)), inputs)
+
+
+class SpecialistHead(nn.Module):
+    """Two heads of one task whose answers are added, both zero until an adapter set brings its own for one of them.
+
+    Both are always there, so that the files of sets with either kind of head fit the same model.
+
+    Attributes:
+        linear: On the features alone, as the study's.
+        beside: Sees the quantizer beside the features, and has a hidden layer to combine them.
+    """
+
+    def __init__(self, task: Task) -> None:
+        """See the class."""
+        super().__init__()
+        self.linear = new_head(task, quantizer=False)
+        self.beside = new_head(task, quantizer=True)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, features: Tensor, inputs: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        logits: Tensor = self.linear(features) + self.beside(beside_quantizer(features, inputs))
+        return logits
 
 
 class Cascade(nn.Module):
@@ -83,27 +117,36 @@ class Cascade(nn.Module):
 
     Args:
         stage1: Backbone, head and temperature; they become a part of this model.
+        dropout: In front of the specialists' heads.
     """
 
-    def __init__(self, stage1: Stage1Model) -> None:
+    def __init__(self, stage1: Stage1Model, dropout: float = 0.5) -> None:
         """See the class."""
         super().__init__()
         self.stage1 = stage1
-        self.specialists = SpecialistHeads()
+        self.dropout = nn.Dropout(dropout)
+        self.specialists = nn.ModuleDict({task.key: SpecialistHead(task) for task in SPECIALISTS})
 
     @property
     def backbone(self) -> nn.Module:
         """From [N, 1, 16, 16] to [N, 512]."""
         return self.stage1.backbone
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def answer(self, task: Task, features: Tensor, inputs: Tensor) -> Tensor:
+        """Logits [N, K] of one specialist, from the backbone's features."""
+        logits: Tensor = self.specialists[task.key](self.dropout(features), inputs)
+        return logits
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """Logits of every stage, by the key of its task."""
-        features = self.backbone(x)
-        return {STAGE1.key: self.stage1.classify(features), **self.specialists(features)}
+        features = self.backbone(luma(inputs))
+        return {STAGE1.key: self.stage1.classify(features, inputs)} | {
+            task.key: self.answer(task, features, inputs) for task in SPECIALISTS
+        }
 
 
 class Answers(nn.Module):
-    """What a model says to one task: logits [N, K], and [N, 1] of Stage 1."""
+    """What a cascade says to one task: logits [N, K], and [N, 1] of Stage 1."""
 
     def __init__(self, model: nn.Module, task: Task) -> None:
         """See the class."""
@@ -111,13 +154,34 @@ class Answers(nn.Module):
         self.model = model
         self.key = task.key
 
-    def forward(self, x: Tensor) -> Tensor:
-        """From [N, 1, 16, 16]."""
-        logits: Tensor = self.model(x)[self.key]
+    def forward(self, inputs: Tensor) -> Tensor:
+        """From [N, 2, 16, 16]."""
+        logits: Tensor = self.model(inputs)[self.key]
         return logits
 
 
-def adapt(cascade: Cascade, task: Task, bottleneck: int = 64, dropout: float = 0.1, *, name: str | None = None) -> Cascade:
+def new_head(task: Task, quantizer: bool) -> nn.Module:
+    """A specialist's head at a random start: linear on the features, or a small network on features and quantizer."""
+    if not quantizer:
+        return nn.Linear(FEATURES, len(task.classes))
+    return nn.Sequential(nn.Linear(FEATURES + CODE_SIZE, HIDDEN), nn.ReLU(), nn.Dropout(0.3), nn.Linear(HIDDEN, len(task.classes)))
+
+
+def head_name(task: Task, quantizer: bool) -> str:
+    """Where in a cascade a specialist's head is."""
+    return f"specialists.{task.key}.{'beside' if quantizer else 'linear'}"
+
+
+def adapt(
+    cascade: Cascade,
+    task: Task,
+    bottleneck: int = 64,
+    dropout: float = 0.1,
+    *,
+    layers: Sequence[str] | None = None,
+    quantizer: bool = False,
+    name: str | None = None,
+) -> Cascade:
     """Put an adapter set of the study's kind for a task into a cascade, and make it the active one.
 
     Args:
@@ -125,18 +189,24 @@ def adapt(cascade: Cascade, task: Task, bottleneck: int = 64, dropout: float = 0
         task: Its head is trained with the set, from a random start.
         bottleneck: Hidden units of each adapter.
         dropout: Inside each adapter.
+        layers: Modules of the backbone behind which adapters go; None: the study's.
+        quantizer: The head sees the quantizer.
         name: Of the set; None: the task's key.
 
     Returns:
         The cascade.
     """
-    kind = "attention" if isinstance(cascade.backbone, AttentionResNet18) else "plain"
-    sites = tuple(f"stage1.backbone.{site}" for site in SITES[kind])
-    head = f"specialists.{task.key}"
+    if layers is None:
+        layers = SITES["attention" if isinstance(cascade.backbone, AttentionResNet18) else "plain"]
+    head = head_name(task, quantizer)
     # The example input tells the channels of the attention modules, which are not torchvision's.
-    example = torch.zeros(1, 1, BLOCK, BLOCK)
+    example = torch.zeros(1, 2, BLOCK, BLOCK)
+    sites = tuple(f"{BACKBONE}.{layer}" for layer in layers)
     inject_adapters(cascade, sites, bottleneck, head=head, dropout=dropout, example_input=example, name=name or task.key)
-    linear = cascade.get_submodule(head)
-    assert isinstance(linear, nn.Linear)
-    linear.reset_parameters()
+    cascade.get_submodule(head).load_state_dict(new_head(task, quantizer).state_dict())
     return cascade
+
+
+def beside_quantizer(features: Tensor, inputs: Tensor) -> Tensor:
+    """Features with the code of the quantizer behind them, [N, 521]."""
+    return torch.cat([features, quantizer_code(inputs).to(features.dtype)], dim=1)

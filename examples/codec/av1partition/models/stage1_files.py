@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from av1partition.atomic_file import write_atomically
-from av1partition.models.backbones import build_backbone
+from av1partition.data.inputs import CODE_SIZE
+from av1partition.data.tasks import KINDS
+from av1partition.models.backbones import FEATURES, BackboneKind, build_backbone
 from av1partition.models.cascade import Stage1Model
 
 
@@ -24,7 +26,7 @@ def save_stage1(model: Stage1Model, path: str | Path) -> None:
 
 
 def load_stage1(path: str | Path) -> Stage1Model:
-    """Build the model that a Stage 1 file holds: with attention if it has any tensor of it.
+    """Build the model that a Stage 1 file holds; which backbone and head it has, its tensors' names and shapes tell.
 
     Args:
         path: A dictionary with ``model_state_dict``, as the study writes it. No code in it is run.
@@ -37,8 +39,7 @@ def load_stage1(path: str | Path) -> Stage1Model:
     """
     path = Path(path)
     state, threshold = _read(path)
-    with_attention = any(name.startswith(("backbone.se", "backbone.spatial_attn")) for name in state)
-    model = Stage1Model(build_backbone("attention" if with_attention else "plain"))
+    model = _of_the_shape(state)
     known = model.state_dict()
     # The specialists do not use the head and its calibration, so they may be absent, not different.
     problems = [f"missing {name}" for name in known if name.startswith("backbone.") and name not in state]
@@ -55,6 +56,21 @@ def load_stage1(path: str | Path) -> Stage1Model:
     model.load_state_dict({**absent, **state, "temperature": temperature})
     model.threshold = threshold
     return model
+
+
+def _of_the_shape(state: dict[str, Tensor]) -> Stage1Model:
+    kind: BackboneKind = "plain"
+    if any(name.startswith(("backbone.se", "backbone.spatial_attn")) for name in state):
+        kind = "attention"
+    elif _shape(state, "backbone.conv1.weight")[2:] == [3, 3]:
+        kind = "fine"
+    kinds = _shape(state, "head.head.3.weight")[:1] == [len(KINDS.classes)]
+    quantizer = _shape(state, "head.head.0.weight")[1:] == [FEATURES + CODE_SIZE]
+    return Stage1Model(build_backbone(kind), kinds=kinds, quantizer=quantizer)
+
+
+def _shape(state: dict[str, Tensor], name: str) -> list[int]:
+    return list(state[name].shape) if name in state else []
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], float]:

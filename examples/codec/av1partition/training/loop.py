@@ -38,6 +38,7 @@ class Schedule:
         seed: Of the order of the blocks and of dropout.
         device: Where to compute.
         num_workers: Processes that prepare batches; 0 prepares them in this one.
+        augment: Makes of a training batch another, inputs and labels.
     """
 
     epochs: int
@@ -45,6 +46,7 @@ class Schedule:
     seed: int
     device: torch.device
     num_workers: int
+    augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Trainee:
     loss: Callable[[Tensor, Tensor], Tensor]
     optimizer: Optimizer
     capture: Callable[[], dict[str, Tensor]]
-    restore: Callable[[dict[str, Tensor]], None]
+    restore: Callable[[dict[str, Tensor]], object]
     keep_best: Callable[[dict[str, Any], Tensor], None]
 
 
@@ -156,7 +158,8 @@ def _train_epoch(trainee: Trainee, train: TensorDataset, schedule: Schedule, epo
     trainee.model.train()
     device, total, count = schedule.device, torch.zeros((), device=schedule.device), 0
     batches = tqdm(_batches(train, schedule), desc=f"epoch {epoch}/{schedule.epochs}", leave=False, disable=None)
-    for samples, labels in batches:
+    for batch in batches:
+        samples, labels = schedule.augment(*batch) if schedule.augment else batch
         trainee.optimizer.zero_grad(set_to_none=True)
         loss = trainee.loss(trainee.model(samples.to(device)), labels.to(device))
         torch.autograd.backward(loss)

@@ -8,29 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import TensorDataset
 
+from av1partition.data.symmetries import turn_at_random
 from av1partition.data.tasks import Task
 from av1partition.evaluation.metrics import best_record, classification_metrics
 from av1partition.evaluation.reports import draw_confusion_matrix, draw_learning_curves, write_json
-from av1partition.models.backbones import FEATURES
-from av1partition.models.cascade import Cascade, adapt
+from av1partition.models.backbones import build_backbone, kind_of
+from av1partition.models.cascade import Cascade, adapt, head_name, new_head
+from av1partition.models.specialist_files import ADAPTER_FILE, HEAD_FILE, NETWORK_FILE, reload_specialist
 from av1partition.models.stage1_files import load_stage1
 from av1partition.training.focal_loss import ClassBalancedFocalLoss
 from av1partition.training.loop import Schedule, add_common_options, fit, predict_logits
 from av1partition.training.state import Config, digest_of_data
-from av1partition.training.trainees import (
-    ADAPTER_FILE,
-    HEAD_FILE,
-    adapter_trainee,
-    frozen_features,
-    head_trainee,
-    reload_specialist,
-)
+from av1partition.training.trainees import adapter_trainee, frozen_features, head_trainee, network_trainee
 from resadapt import count_parameters
 
 BETA, GAMMA = 0.9999, 2.0
+FILES = {"adapters": ADAPTER_FILE, "head": HEAD_FILE, "network": NETWORK_FILE}
+TITLES = {"adapters": "adapters and head", "head": "frozen baseline, head only", "network": "whole network"}
 
 
 def add_specialist_options(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +34,27 @@ def add_specialist_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser)
     parser.add_argument("--stage1-model", type=Path, required=True, help="Stage 1 file; tells which backbone it is")
     parser.add_argument("--epochs", type=int, default=50, help="default: %(default)s")
-    parser.add_argument("--use-adapters", action="store_true", help="without it: the frozen baseline, head only")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--use-adapters", action="store_true", help="without any of these: the frozen baseline, head only")
+    what.add_argument("--full-fine-tuning", action="store_true", help="train the whole network, from Stage 1's weights")
+    what.add_argument("--from-scratch", action="store_true", help="train the whole network, from random weights")
     parser.add_argument("--adapter-bottleneck", type=int, default=64, help="hidden units (default: %(default)s)")
     parser.add_argument("--adapter-dropout", type=float, default=0.1, help="default: %(default)s")
+    parser.add_argument("--adapter-layers", nargs="+", help="modules of the backbone, globs too (default: behind its four stages)")
+    parser.add_argument("--quantizer", action="store_true", help="the head sees the quantizer, and has a hidden layer")
+    parser.add_argument("--augment", action="store_true", help="turn each training block by one of the eight symmetries at random")
     parser.add_argument("--lr-adapter", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument("--lr-head", type=float, default=5e-4, help="default: %(default)s")
+    parser.add_argument("--lr-backbone", type=float, default=1e-4, help="where it is trained (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
+
+
+def check_specialist_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, before any data is read."""
+    if options.adapter_layers and not options.use_adapters:
+        parser.error("--adapter-layers goes with --use-adapters")
+    if options.augment and _what(options) == "head":
+        parser.error("--augment does not go with the frozen baseline, whose features are computed once")
 
 
 def train_specialist(
@@ -52,8 +64,8 @@ def train_specialist(
 
     Args:
         task: Its question.
-        train: Blocks and class numbers.
-        val: Blocks and class numbers.
+        train: Inputs and class numbers.
+        val: Inputs and class numbers.
         options: As `add_specialist_options` has them read.
         seed: Of the start, of the order of the blocks and of dropout.
         output: The run's folder; a run that was interrupted there goes on.
@@ -67,31 +79,44 @@ def train_specialist(
     """
     device: torch.device = options.device
     output.mkdir(parents=True, exist_ok=True)
-    stage1 = load_stage1(options.stage1_model)
+    cascade = Cascade(load_stage1(options.stage1_model))
     config = _config(options, task, seed, train, val)
     loss = ClassBalancedFocalLoss(train.tensors[1].bincount(minlength=len(task.classes)), BETA, GAMMA).to(device)
-    schedule = Schedule(options.epochs, options.batch_size, seed, device, options.num_workers)
+    augment = turn_at_random(task) if options.augment else None
+    schedule = Schedule(options.epochs, options.batch_size, seed, device, options.num_workers, augment)
+    what = _what(options)
+    rates = {"lr_head": options.lr_head, "weight_decay": options.weight_decay}
     torch.manual_seed(seed)
-    if options.use_adapters:
-        cascade = adapt(Cascade(stage1), task, options.adapter_bottleneck, options.adapter_dropout).to(device)
-        rates = {"lr_adapter": options.lr_adapter, "lr_head": options.lr_head}
+    data: tuple[TensorDataset, ...] = (train, val)
+    if what == "adapters":
+        size, dropout = options.adapter_bottleneck, options.adapter_dropout
+        adapt(cascade, task, size, dropout, layers=options.adapter_layers, quantizer=options.quantizer).to(device)
+        rates["lr_adapter"] = options.lr_adapter
         trainee = adapter_trainee(cascade, task, loss, val, output, device, stage1_file=options.stage1_model, **rates)
         counts = count_parameters(cascade)
         parameters = {"trainable": counts.trainable, "adapters": counts.adapters, "head": counts.head}
-        data = (train, val)
     else:
-        head = nn.Linear(FEATURES, len(task.classes)).to(device)
-        trainee = head_trainee(head, loss, output, lr_head=options.lr_head)
+        head = new_head(task, options.quantizer).to(device)
         size = sum(parameter.numel() for parameter in head.parameters())
         parameters = {"trainable": size, "adapters": 0, "head": size}
-        data = (frozen_features(stage1.backbone, train, device), frozen_features(stage1.backbone, val, device))
-    history = fit(trainee, *data, schedule, state_file=output / "training_state.pt", config=config)
+        if what == "head":
+            trainee = head_trainee(head, loss, output, **rates)
+            backbone, quantizer = cascade.backbone, options.quantizer
+            data = tuple(frozen_features(backbone, each, device, quantizer=quantizer) for each in (train, val))
+        else:
+            if options.from_scratch:
+                cascade.stage1.backbone = build_backbone(kind_of(cascade.backbone))
+            cascade.set_submodule(head_name(task, options.quantizer), head)
+            trainee = network_trainee(cascade.to(device), task, head, loss, output, lr_backbone=options.lr_backbone, **rates)
+            parameters["trainable"] += sum(parameter.numel() for parameter in cascade.backbone.parameters())
+    history = fit(trainee, data[0], data[1], schedule, state_file=output / "training_state.pt", config=config)
     # The metrics are those of the file, not of the model in memory, which is that of the last epoch.
     logits = predict_logits(reload_specialist(options.stage1_model, task, output).to(device), val.tensors[0], device)
-    file = output / (ADAPTER_FILE if options.use_adapters else HEAD_FILE)
+    file = output / FILES[what]
     metrics = {
         **classification_metrics(logits, val.tensors[1], task.classes),
         "task": task.key,
+        "trained": what,
         "best_epoch": best_record(history)["epoch"],
         "parameters": parameters,
         "file": {"name": file.name, "bytes": file.stat().st_size},
@@ -99,17 +124,24 @@ def train_specialist(
     }
     write_json(output / "history.json", history)
     write_json(output / "metrics.json", metrics)
-    title = f"{task.title}, {'adapters and head' if options.use_adapters else 'frozen baseline, head only'}"
+    title = f"{task.title}, {TITLES[what]}"
     draw_learning_curves(history, output / "learning_curves.png", title)
     draw_confusion_matrix(metrics, output / "confusion_matrix.png", f"{title}\nmacro-F1 {metrics['macro_f1']:.4f}")
     print(f"{title}: macro-F1 {metrics['macro_f1']:.4f} at epoch {metrics['best_epoch']}, written to {file}")
     return metrics
 
 
+def _what(options: argparse.Namespace) -> str:
+    if options.use_adapters:
+        return "adapters"
+    return "network" if options.full_fine_tuning or options.from_scratch else "head"
+
+
 def _config(options: argparse.Namespace, task: Task, seed: int, *data: TensorDataset) -> Config:
     # All that decides the outcome, and nothing else: a run may resume with other workers or from another folder.
-    names = ("epochs", "batch_size", "use_adapters", "adapter_bottleneck", "adapter_dropout", "lr_adapter", "lr_head")
-    config: Config = {name: getattr(options, name) for name in names}
+    indifferent = ("dataset_dir", "stage1_model", "stage2_model", "output_dir", "num_workers", "device", "seed", "seeds", "kind")
+    config: Config = {name: value for name, value in vars(options).items() if name not in indifferent}
+    config["adapter_layers"] = " ".join(options.adapter_layers or ())
     config["task"], config["seed"], config["device"] = task.key, seed, options.device.type
     config["stage1_model"] = hashlib.sha256(options.stage1_model.read_bytes()).hexdigest()
     config["data"] = digest_of_data(*data)

@@ -1,4 +1,4 @@
-"""The two things a specialist can train on Stage 1's frozen backbone: adapters with a head, or the head alone."""
+"""What a specialist can train: adapters with a head on Stage 1's frozen backbone, the head alone, or the whole network."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from torch.optim import AdamW
 from torch.utils.data import TensorDataset
 
 from av1partition.atomic_file import write_atomically
+from av1partition.data.inputs import luma
 from av1partition.data.tasks import Task
 from av1partition.evaluation.metrics import macro_f1
-from av1partition.models.cascade import Answers, Cascade
+from av1partition.models.cascade import Answers, Cascade, beside_quantizer
+from av1partition.models.specialist_files import ADAPTER_FILE, HEAD_FILE, NETWORK_FILE
 from av1partition.models.stage1_files import load_stage1
 from av1partition.training.loop import Trainee, predict_logits
 from resadapt import (
     adapter_state_dict,
     load_adapter_state_dict,
-    load_adapters,
     parameter_groups,
     save_adapters,
 )
 
-ADAPTER_FILE = "adapters.pt"
-HEAD_FILE = "head.pt"
 LOGITS_FILE = "best_validation_logits.pt"
-WEIGHT_DECAY = 1e-4
 PROOF_BLOCKS = 2048
 PROBE_BLOCKS = 16
 
@@ -43,6 +41,7 @@ def adapter_trainee(
     stage1_file: Path,
     lr_adapter: float,
     lr_head: float,
+    weight_decay: float,
 ) -> Trainee:
     """Train adapters and head inside the model; the adapter file proves itself at each best epoch.
 
@@ -56,6 +55,7 @@ def adapter_trainee(
         stage1_file: What the model was built from, and is rebuilt from for each proof.
         lr_adapter: Learning rate of the adapters.
         lr_head: Learning rate of the head.
+        weight_decay: Of both, on weights only.
     """
     samples, labels = proof_subset(val)
 
@@ -80,50 +80,67 @@ def adapter_trainee(
             "macro_f1_difference": report.metric_difference,
             "checks": {check.name: check.outcome for check in report.checks},
         }
-        _save_logits(output, logits)
+        _save(logits, output / LOGITS_FILE)
 
     return Trainee(
         Answers(cascade, task),
         loss,
-        AdamW(parameter_groups(cascade, lr_adapter, head_lr=lr_head, weight_decay=WEIGHT_DECAY)),
+        AdamW(parameter_groups(cascade, lr_adapter, head_lr=lr_head, weight_decay=weight_decay)),
         capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in adapter_state_dict(cascade).items()},
         restore=lambda state: load_adapter_state_dict(cascade, state),
         keep_best=keep_best,
     )
 
 
-def head_trainee(head: nn.Module, loss: nn.Module, output: Path, *, lr_head: float) -> Trainee:
+def head_trainee(head: nn.Module, loss: nn.Module, output: Path, *, lr_head: float, weight_decay: float) -> Trainee:
     """Train the head alone, on features that the frozen backbone gave once.
 
     The backbone does not take part in the training at all, so nothing of it can move: neither weights
     nor BatchNorm statistics.
 
     Args:
-        head: Linear, from features to logits, on its device.
+        head: From features to logits, on its device.
         loss: From logits and labels to a scalar.
         output: Where the head's file goes.
         lr_head: Learning rate.
+        weight_decay: Of all its parameters.
     """
-
-    def keep_best(record: dict[str, Any], logits: Tensor) -> None:
-        state = {name: tensor.detach().cpu() for name, tensor in head.state_dict().items()}
-        write_atomically(output / HEAD_FILE, lambda file: torch.save(state, file))
-        _save_logits(output, logits)
-
-    return Trainee(
-        nn.Sequential(nn.Dropout(0.5), head),
-        loss,
-        AdamW(head.parameters(), lr=lr_head, weight_decay=WEIGHT_DECAY),
-        capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()},
-        restore=head.load_state_dict,
-        keep_best=keep_best,
-    )
+    optimizer = AdamW(head.parameters(), lr=lr_head, weight_decay=weight_decay)
+    return _whole(nn.Sequential(nn.Dropout(0.5), head), head, loss, optimizer, output / HEAD_FILE)
 
 
-def frozen_features(backbone: nn.Module, data: TensorDataset, device: torch.device) -> TensorDataset:
-    """The data with its blocks replaced by what the backbone, in evaluation mode, makes of them."""
-    samples, labels = data.tensors
-    return TensorDataset(predict_logits(backbone.to(device), samples, device), labels)
+def network_trainee(
+    cascade: Cascade,
+    task: Task,
+    head: nn.Module,
+    loss: nn.Module,
+    output: Path,
+    *,
+    lr_backbone: float,
+    lr_head: float,
+    weight_decay: float,
+) -> Trainee:
+    """Train backbone and head, and keep all of them: the rival that a frozen backbone is measured against.
+
+    Args:
+        cascade: On its device.
+        task: What it is trained for.
+        head: The one of its heads that is trained.
+        loss: From logits and labels to a scalar.
+        output: Where the network's file goes.
+        lr_backbone: Learning rate of the backbone.
+        lr_head: Learning rate of the head.
+        weight_decay: Of all parameters.
+    """
+    groups = [{"params": cascade.backbone.parameters(), "lr": lr_backbone}, {"params": head.parameters(), "lr": lr_head}]
+    return _whole(Answers(cascade, task), cascade, loss, AdamW(groups, weight_decay=weight_decay), output / NETWORK_FILE)
+
+
+def frozen_features(backbone: nn.Module, data: TensorDataset, device: torch.device, *, quantizer: bool) -> TensorDataset:
+    """The data with its inputs replaced by what a head sees: what the backbone, in evaluation mode, makes of them."""
+    inputs, labels = data.tensors
+    features = predict_logits(backbone.to(device), luma(inputs), device)
+    return TensorDataset(beside_quantizer(features, inputs) if quantizer else features, labels)
 
 
 def proof_subset(val: TensorDataset) -> tuple[Tensor, Tensor]:
@@ -134,14 +151,18 @@ def proof_subset(val: TensorDataset) -> tuple[Tensor, Tensor]:
     return samples[index], labels[index]
 
 
-def reload_specialist(stage1_file: Path, task: Task, output: Path) -> Answers:
-    """Build the model of a finished run from its files alone: Stage 1's and the adapters' or the head's."""
-    cascade = Cascade(load_stage1(stage1_file))
-    if (output / ADAPTER_FILE).exists():
-        return Answers(load_adapters(cascade, output / ADAPTER_FILE), task)
-    cascade.specialists.get_submodule(task.key).load_state_dict(torch.load(output / HEAD_FILE, weights_only=True))
-    return Answers(cascade, task)
+def _whole(model: nn.Module, kept: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> Trainee:
+    """A trainee of which one module's whole state is kept."""
+
+    def state() -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu().clone() for name, tensor in kept.state_dict().items()}
+
+    def keep_best(_: dict[str, Any], logits: Tensor) -> None:
+        _save(state(), file)
+        _save(logits, file.parent / LOGITS_FILE)
+
+    return Trainee(model, loss, optimizer, capture=state, restore=kept.load_state_dict, keep_best=keep_best)
 
 
-def _save_logits(output: Path, logits: Tensor) -> None:
-    write_atomically(output / LOGITS_FILE, lambda file: torch.save(logits, file))
+def _save(content: object, path: Path) -> None:
+    write_atomically(path, lambda file: torch.save(content, file))
