@@ -26,7 +26,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train Stage 2 and write its file, history, metrics and pictures."""
     options = parse_options(argv)
-    train, val = (blocks.data(STAGE2) for blocks in load_dataset(options.dataset_dir))
+    train, val = (blocks.coded_at(options.base_q_idx).data(STAGE2) for blocks in load_dataset(options.dataset_dir))
     train_specialist(STAGE2, train, val, options, options.seed, options.output_dir)
 
 

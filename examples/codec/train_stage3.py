@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train a Stage 3 specialist, once for each seed."""
     options = parse_options(argv)
     task = KINDS[options.kind]
-    blocks, val = load_dataset(options.dataset_dir)
+    blocks, val = (each.coded_at(options.base_q_idx) for each in load_dataset(options.dataset_dir))
     routed = None
     if options.noise_injection:
         stage2 = Answers(open_cascade(options.stage1_model, {STAGE2: [options.stage2_model]})[0], STAGE2).to(options.device)

@@ -51,6 +51,18 @@ class BlockSet:
         """The blocks that an index or a mask selects, in its order."""
         return BlockSet(self.samples[index], self.labels_stage0[index], self.qps[index])
 
+    def coded_at(self, base_q_idx: int | None) -> BlockSet:
+        """The blocks of one quantizer; None: all.
+
+        Raises:
+            DatasetError: There are none.
+        """
+        if base_q_idx is None:
+            return self
+        if not (self.qps == base_q_idx).any():
+            raise DatasetError(f"no block was coded at base_q_idx {base_q_idx}; there are {sorted(set(self.qps.tolist()))}")
+        return self.take(self.qps == base_q_idx)
+
     def labels(self, task: Task) -> Tensor:
         """Class numbers of a task, int64 of shape [N]; -1 where its question does not arise."""
         return task.of(self.labels_stage0)

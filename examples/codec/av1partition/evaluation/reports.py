@@ -61,6 +61,25 @@ def draw_confusion_matrix(metrics: dict[str, Any], path: Path, title: str) -> No
     figure.savefig(path, dpi=150)
 
 
+def draw_ablation(variants: dict[str, dict[str, Any]], path: Path, title: str) -> None:
+    """Macro-F1 of each variant, with its standard deviation over seeds; a hollow mark is averaged over the symmetries."""
+    names = list(variants)
+    figure = Figure(figsize=(8, 0.8 + 0.28 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(names))
+    for way, colour, face in (("plain", "C0", "C0"), ("averaged", "C1", "none")):
+        means = [variants[name][way]["mean"] for name in names]
+        deviations = [variants[name][way]["deviation"] for name in names]
+        axes.errorbar(means, places, xerr=deviations, fmt="o", capsize=3, label=way, color=colour, mfc=face)
+    axes.set_yticks(places, [variants[name]["about"] for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("macro-F1")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(title)
+    figure.savefig(path, dpi=150)
+
+
 def draw_flow(flow: list[dict[str, Any]], path: Path, title: str) -> None:
     """For each true kind, how many blocks end right and how many are lost at which stage: bands from left to right."""
     kinds = list(dict.fromkeys(each["kind"] for each in flow))

@@ -42,6 +42,7 @@ def add_specialist_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter-dropout", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--adapter-layers", nargs="+", help="modules of the backbone, globs too (default: behind its four stages)")
     parser.add_argument("--quantizer", action="store_true", help="the head sees the quantizer, and has a hidden layer")
+    parser.add_argument("--base-q-idx", type=int, metavar="Q", help="train and validate on the blocks of this quantizer only")
     parser.add_argument("--augment", action="store_true", help="turn each training block by one of the eight symmetries at random")
     parser.add_argument("--lr-adapter", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument("--lr-head", type=float, default=5e-4, help="default: %(default)s")

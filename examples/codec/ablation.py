@@ -1,0 +1,250 @@
+"""Compare the variants of Stage 2: train what is not trained yet, choose on validation, decide on the test pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import train_stage2
+from av1partition.data.blocks import DATA_DIR, BlockSet
+from av1partition.data.study_layout import load_dataset
+from av1partition.data.tasks import STAGE2
+from av1partition.evaluation.averaging import average_over_symmetries
+from av1partition.evaluation.metrics import classification_metrics
+from av1partition.evaluation.reports import draw_ablation, write_json
+from av1partition.evaluation.spread import over_seeds, paired_difference
+from av1partition.models.specialist_files import reload_specialist
+from av1partition.training.loop import predict_logits
+from av1partition.training.trees import fit_trees, tree_probabilities
+from av1partition.training.variants import VARIANTS, Variant
+from torch import Tensor, nn
+
+log = logging.getLogger("av1partition")
+
+WAYS = ("plain", "averaged")
+FINAL_SEEDS = (0, 1, 2, 3, 4)
+# Test pictures decide two questions: what adapters add to the frozen head, and whether a network beats the trees.
+RIVALS = {"study": "frozen", "beyond": "trees-q"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant with one seed.
+
+    Attributes:
+        variant: Which.
+        seed: Of everything random.
+        runs: Folder of all runs; the Stage 1 runs are in it.
+        dataset: As the training scripts take it.
+        device: Where to compute.
+    """
+
+    variant: Variant
+    seed: int
+    runs: Path
+    dataset: Path
+    device: str
+
+    @property
+    def folder(self) -> Path:
+        """Of this variant and seed."""
+        return self.runs / "ablation" / self.variant.name / f"seed{self.seed}"
+
+    @property
+    def stage1(self) -> Path:
+        """The Stage 1 file that a network stands on."""
+        return self.runs / self.variant.stage1 / "stage1.pt"
+
+    def parts(self) -> list[tuple[Path, list[str]]]:
+        """The folder of each of its training runs, and the flags that it has alone."""
+        if not self.variant.quantizers:
+            return [(self.folder, [])]
+        return [(self.folder / f"q{q}", ["--base-q-idx", str(q)]) for q in self.variant.quantizers]
+
+
+def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [variant.name for variant in VARIANTS]
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs/study"), help="with the Stage 1 runs (default: %(default)s)")
+    parser.add_argument("--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", default=names, help=f"of {', '.join(names)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of all variants (default: 0)")
+    parser.add_argument(
+        "--final", action="store_true", help=f"then the chosen ones and their rivals with seeds {FINAL_SEEDS}, on the test pictures"
+    )
+    parser.add_argument(
+        "--engine", choices=("here", "local", "slurm"), default="here",
+        help="where the runs go: one after another, or through submitit (default: %(default)s)",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, compare, and write ``ablation.json``, a table and a picture."""
+    options = parse_options(argv)
+    common = (options.runs_dir, options.dataset_dir, options.device)
+    variants = [variant for variant in VARIANTS if variant.name in options.only]
+    _train([Job(variant, seed, *common) for variant in variants for seed in options.seeds], options)
+    result: dict[str, Any] = {"validation": {}, "test": {}, "differences": {}}
+    for variant in variants:
+        jobs = [Job(variant, seed, *common) for seed in _seeds_of(variant, options.runs_dir)]
+        result["validation"][variant.name] = _summary(variant, [scores(job, "val") for job in jobs])
+    if options.final:
+        chosen = {group: _best(result["validation"], group) for group in RIVALS}
+        finalists = dict.fromkeys([*chosen.values(), *((rival, False) for rival in RIVALS.values())])
+        named = {variant.name: variant for variant in VARIANTS}
+        _train([Job(named[name], seed, *common) for name, _ in finalists for seed in FINAL_SEEDS], options)
+        values: dict[tuple[str, bool], list[float]] = {}
+        for name, averaged in finalists:
+            each = [scores(Job(named[name], seed, *common), "test") for seed in FINAL_SEEDS]
+            result["test"][name] = _summary(named[name], each)
+            values[name, averaged] = [one["averaged" if averaged else "plain"]["macro_f1"] for one in each]
+        for group, rival in RIVALS.items():
+            name, averaged = chosen[group]
+            result["differences"][group] = {
+                "chosen": name,
+                "averaged": averaged,
+                "rival": rival,
+                **paired_difference(values[chosen[group]], values[rival, False]),
+            }
+    folder: Path = options.runs_dir / "ablation"
+    write_json(folder / "ablation.json", result)
+    (folder / "ablation.md").write_text(table(result) + "\n", encoding="utf-8")
+    draw_ablation(result["validation"], folder / "ablation.png", "Stage 2 on the validation blocks")
+    print(table(result))
+
+
+def train(job: Job) -> None:
+    """Train the runs of a job that are not finished."""
+    if job.variant.trees:
+        return  # Trees take seconds, and are grown where they are asked.
+    for folder, own in job.parts():
+        if (folder / "metrics.json").exists():
+            continue
+        log.info("%s, seed %d: %s", job.variant.name, job.seed, folder)
+        where = ["--dataset-dir", str(job.dataset), "--stage1-model", str(job.stage1), "--output-dir", str(folder)]
+        train_stage2.main([*where, "--device", job.device, "--seed", str(job.seed), *job.variant.arguments, *own])
+
+
+def scores(job: Job, split: str) -> dict[str, Any]:
+    """A job's scores on a split, plain and averaged over the symmetries; kept in its folder."""
+    path = job.folder / f"{split}.json"
+    if not path.exists():
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (blocks,) = (each.of(STAGE2) for each in load_dataset(job.dataset, [split]))
+        labels = blocks.labels(STAGE2)
+        answers = {way: torch.empty(len(blocks), len(STAGE2.classes)) for way in WAYS}
+        for asked, answer in _answerers(job, blocks):
+            inputs = blocks.take(asked).inputs()
+            answers["plain"][asked] = answer(inputs)
+            answers["averaged"][asked] = average_over_symmetries(answer, STAGE2, inputs)
+        result = {way: classification_metrics(each.log(), labels, STAGE2.classes) for way, each in answers.items()}
+        write_json(path, {**result, "parameters": _parameters(job)})
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def _train(jobs: list[Job], options: argparse.Namespace) -> None:
+    if options.engine == "here":
+        for job in jobs:
+            train(job)
+        return
+    import submitit  # noqa: PLC0415 - an optional extra
+
+    executor = submitit.AutoExecutor(options.runs_dir / "jobs", cluster=options.engine)
+    for running in executor.map_array(train, jobs):
+        running.result()
+
+
+def _seeds_of(variant: Variant, runs: Path) -> list[int]:
+    """The seeds of which there are finished runs; trees are grown where they are asked."""
+    folders = (runs / "ablation" / variant.name).glob("seed*")
+    finished = [folder for folder in folders if variant.trees or list(folder.glob("**/metrics.json"))]
+    return sorted(int(folder.name.removeprefix("seed")) for folder in finished) or [0]
+
+
+def _answerers(job: Job, blocks: BlockSet) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """What gives the probabilities of which blocks (a mask)."""
+    device, variant = torch.device(job.device), job.variant
+    if variant.trees:
+        quantizer = "--quantizer" in variant.arguments
+        trees = fit_trees(load_dataset(job.dataset, ["train"])[0].data(STAGE2), quantizer=quantizer, seed=job.seed)
+        yield blocks.qps >= 0, partial(tree_probabilities, trees, quantizer=quantizer)
+    for (folder, _), base_q_idx in zip(job.parts(), variant.quantizers or (None,), strict=True):
+        if not variant.trees:
+            model = reload_specialist(job.stage1, STAGE2, folder).to(device)
+            asked = blocks.qps >= 0 if base_q_idx is None else blocks.qps == base_q_idx
+            yield asked, partial(_softmax, model, device)
+
+
+def _softmax(model: nn.Module, device: torch.device, inputs: Tensor) -> Tensor:
+    return predict_logits(model, inputs, device).softmax(dim=1)
+
+
+def _parameters(job: Job) -> int:
+    """How many are trained, over all runs of the job; 0 for trees."""
+    if job.variant.trees:
+        return 0
+    return sum(json.loads((folder / "metrics.json").read_text())["parameters"]["trainable"] for folder, _ in job.parts())
+
+
+def _summary(variant: Variant, each: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "about": variant.about,
+        "group": variant.group,
+        "flags": variant.flags,
+        "parameters": each[0]["parameters"],
+        **{way: over_seeds([one[way]["macro_f1"] for one in each]) for way in WAYS},
+        "per_class": {name: over_seeds([one["plain"]["per_class"][name]["f1"] for one in each])["mean"] for name in STAGE2.classes},
+    }
+
+
+def _best(validation: dict[str, Any], group: str) -> tuple[str, bool]:
+    """The adapter variant of a group with the highest macro-F1, and whether its answers are averaged over the symmetries.
+
+    The study does not average, so in its group nothing is.
+    """
+    ways = {"plain": False} if group == "study" else {"plain": False, "averaged": True}
+    candidates = [
+        (each[way]["values"][0], name, averaged)
+        for name, each in validation.items()
+        if each["group"] == group and "--use-adapters" in each["flags"]
+        for way, averaged in ways.items()
+    ]
+    _, name, averaged = max(candidates)
+    return name, averaged
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result in Markdown."""
+    lines: list[str] = []
+    for split in ("validation", "test"):
+        if not result[split]:
+            continue
+        lines += ["", f"Stage 2 on the {split} blocks, macro-F1", ""]
+        lines += ["| variant | | trained parameters | seeds | macro-F1 | averaged over the symmetries | SPLIT | RECT | AB |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        for name, each in result[split].items():
+            scores_ = " | ".join(f"{each[way]['mean']:.4f} ± {each[way]['deviation']:.4f}" for way in WAYS)
+            classes = " | ".join(f"{each['per_class'][label]:.3f}" for label in STAGE2.classes)
+            seeds = len(each["plain"]["values"])
+            lines.append(f"| {name} | {each['about']} | {each['parameters']:,} | {seeds} | {scores_} | {classes} |")
+    for each in result["differences"].values():
+        ways = ", averaged over the symmetries" if each["averaged"] else ""
+        interval = f"{each['mean']:+.4f} ({each['confidence']:.0%} interval {each['low']:+.4f} to {each['high']:+.4f})"
+        lines += ["", f"{each['chosen']}{ways} against {each['rival']} on the test blocks: {interval}"]
+    return "\n".join(lines).strip()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()

@@ -1,0 +1,166 @@
+"""The table of variants: trees, averages, intervals, and real short runs of the whole comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import ablation
+import pytest
+import torch
+from av1partition.data.blocks import BlockSet, DatasetError
+from av1partition.data.inputs import with_quantizer
+from av1partition.data.study_layout import write_study_file
+from av1partition.data.symmetries import SYMMETRIES, turn, turned_classes
+from av1partition.data.tasks import AB, KINDS, STAGE2
+from av1partition.evaluation.averaging import average_over_symmetries
+from av1partition.evaluation.spread import over_seeds, paired_difference
+from av1partition.models.backbones import BackboneKind
+from av1partition.training.trees import block_numbers, fit_trees, tree_probabilities
+from av1partition.training.variants import VARIANTS, Variant
+from scipy import stats
+
+import resadapt
+
+
+def test_block_numbers_by_hand() -> None:
+    torch.manual_seed(0)
+    inputs = with_quantizer(torch.rand(3, 1, 16, 16), torch.tensor([7, 80, 255]))
+    numbers = block_numbers(inputs, quantizer=True)
+    assert numbers.shape == (3, 23)
+    for block, found in zip(inputs[:, 0].tolist(), numbers, strict=True):
+        expected = []
+        for top, left, size in ((0, 0, 16), (0, 0, 8), (0, 8, 8), (8, 0, 8), (8, 8, 8)):
+            part = [row[left : left + size] for row in block[top : top + size]]
+            flat = [value for row in part for value in row]
+            mean = sum(flat) / len(flat)
+            expected += [mean, (sum((value - mean) ** 2 for value in flat) / len(flat)) ** 0.5]
+            down = [abs(part[i + 1][j] - part[i][j]) for i in range(size - 1) for j in range(size)]
+            across = [abs(part[i][j + 1] - part[i][j]) for i in range(size) for j in range(size - 1)]
+            expected += [sum(down) / len(down), sum(across) / len(across)]
+        expected += [sum(abs(block[8][j] - block[7][j]) for j in range(16)) / 16]
+        expected += [sum(abs(block[i][8] - block[i][7]) for i in range(16)) / 16]
+        assert found[:22] == pytest.approx(expected, abs=1e-6)
+    assert numbers[:, 22].tolist() == [7, 80, 255]
+    assert (block_numbers(inputs, quantizer=False) == numbers[:, :22]).all()
+
+
+def test_trees_are_the_same_for_the_same_seed(all_blocks: dict[str, BlockSet]) -> None:
+    data = all_blocks["val"].take(torch.arange(4000)).data(STAGE2)
+    several = [
+        tree_probabilities(fit_trees(data, quantizer=True, seed=seed), data.tensors[0][:50], quantizer=True) for seed in (0, 0, 1)
+    ]
+    assert torch.equal(several[0], several[1])
+    torch.testing.assert_close(several[0].sum(dim=1), torch.ones(50))
+
+
+@pytest.mark.parametrize("task", [KINDS, AB, STAGE2], ids=lambda task: task.key)
+def test_average_turns_the_answers_back(task) -> None:  # type: ignore[no-untyped-def]
+    """An average is unchanged, but for its classes, when all blocks are turned."""
+    torch.manual_seed(0)
+    weight = torch.randn(512, len(task.classes))
+
+    def answer(inputs: torch.Tensor) -> torch.Tensor:
+        return (inputs.flatten(1) @ weight).softmax(dim=1)
+
+    x = torch.rand(6, 2, 16, 16)
+    average = average_over_symmetries(answer, task, x)
+    torch.testing.assert_close(average.sum(dim=1), torch.ones(6))
+    assert not torch.allclose(average, answer(x), atol=1e-3)
+    for symmetry in SYMMETRIES:
+        turned = average_over_symmetries(answer, task, turn(x, symmetry))
+        torch.testing.assert_close(turned[:, turned_classes(task, symmetry)], average)
+
+
+def test_paired_difference_against_scipy() -> None:
+    ours, theirs = [0.52, 0.55, 0.54, 0.50, 0.57], [0.50, 0.51, 0.52, 0.51, 0.50]
+    found = paired_difference(ours, theirs)
+    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+    assert over_seeds(ours)["deviation"] == pytest.approx(stats.tstd(ours))
+    assert over_seeds([0.5]) == {"mean": 0.5, "deviation": 0.0, "values": [0.5]}
+    with pytest.raises(ValueError, match="1 and 1 values, expected the same number, at least two"):
+        paired_difference([1.0], [1.0])
+
+
+def test_one_quantizer(all_blocks: dict[str, BlockSet]) -> None:
+    val = all_blocks["val"]
+    assert set(val.coded_at(128).qps.tolist()) == {128}
+    assert val.coded_at(None) is val
+    with pytest.raises(DatasetError, match=r"no block was coded at base_q_idx 90; there are \[80, 128, 172, 220\]"):
+        val.coded_at(90)
+
+
+def test_variants_have_names_of_their_own_and_valid_flags() -> None:
+    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+    for variant in VARIANTS:
+        if not variant.trees:
+            ablation.train_stage2.parse_options(["--stage1-model", "none", *variant.arguments])
+
+
+SHORT = (
+    Variant("frozen", "frozen head", "study", "stage1_study", "--epochs 2 --lr-head 1e-2"),
+    Variant("v1", "adapters", "study", "stage1_study", "--epochs 1 --use-adapters"),
+    Variant("per-q", "a set for each quantizer", "quantizer", "stage1_study",
+            "--epochs 1 --use-adapters --adapter-layers layer4", quantizers=(80, 220)),
+    Variant("trees-q", "trees", "floor", "", "--quantizer", trees=True),
+    Variant("kinds-v1", "the fine backbone", "beyond", "stage1_kinds", "--epochs 1 --use-adapters --quantizer"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study(
+    tmp_path_factory: pytest.TempPathFactory, all_blocks: dict[str, BlockSet], stage1_file: Callable[[BackboneKind], Path]
+) -> Path:
+    """A folder with a small data set of two quantizers, and with Stage 1 runs."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "dataset").mkdir()
+    for split, blocks in all_blocks.items():
+        two = blocks.take((blocks.qps == 80) | (blocks.qps == 220))
+        write_study_file(
+            two.take(torch.randperm(len(two), generator=torch.Generator().manual_seed(0))[:300]), folder / "dataset" / f"{split}.pt"
+        )
+    for name, kind in (("stage1_study", "plain"), ("stage1_kinds", "fine")):
+        (folder / name).mkdir()
+        (folder / name / "stage1.pt").write_bytes(stage1_file(kind).read_bytes())  # type: ignore[arg-type]
+    return folder
+
+
+def arguments(study: Path, *more: str) -> list[str]:
+    return ["--runs-dir", str(study), "--dataset-dir", str(study / "dataset"), "--device", "cpu", *more]
+
+
+def test_the_whole_comparison(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ablation, "VARIANTS", SHORT)
+    monkeypatch.setattr(ablation, "FINAL_SEEDS", (0, 1))
+    names = [variant.name for variant in SHORT]
+    ablation.main(arguments(study))
+    first = json.loads((study / "ablation" / "ablation.json").read_text())
+    assert list(first["validation"]) == names
+    assert not first["test"], "the test pictures are for the end"
+    assert not list((study / "ablation").glob("**/test.json"))
+    stamps = {path: path.stat().st_mtime_ns for path in study.glob("ablation/**/metrics.json")}
+    ablation.main(arguments(study, "--final"))
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "what is finished is not trained again"
+    result = json.loads((study / "ablation" / "ablation.json").read_text())
+    assert set(result["test"]) == {"frozen", "v1", "trees-q", "kinds-v1"}
+    assert all(len(each["plain"]["values"]) == 2 for each in result["test"].values())
+    ours, theirs = (result["test"][name]["plain"]["values"] for name in ("v1", "frozen"))
+    expected = {"chosen": "v1", "averaged": False, "rival": "frozen", **paired_difference(ours, theirs)}
+    assert result["differences"]["study"] == expected
+    assert result["validation"]["per-q"]["parameters"] == 2 * (2 * 512 * 64 + 64 + 512 + 1539)
+    assert "v1 against frozen on the test blocks" in capsys.readouterr().out
+    assert (study / "ablation" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_jobs_go_through_submitit(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(ablation, "VARIANTS", SHORT[:1])
+    # A job starts a process of its own, which must find the scripts and this resadapt.
+    paths = [Path(ablation.__file__).parent, Path(resadapt.__file__).parents[1]]
+    monkeypatch.setenv("PYTHONPATH", ":".join(map(str, paths)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    ablation.main(arguments(study, "--engine", "local", "--seeds", "3"))
+    assert (study / "ablation" / "frozen" / "seed3" / "metrics.json").exists()
+    assert list((study / "jobs").glob("*_result.pkl"))
