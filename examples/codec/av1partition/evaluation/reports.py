@@ -80,6 +80,22 @@ def draw_ablation(variants: dict[str, dict[str, Any]], path: Path, title: str) -
     figure.savefig(path, dpi=150)
 
 
+def draw_reloads(curves: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
+    """For each way of training, macro-F1 by epoch of the live and of the reloaded model."""
+    figure = Figure(figsize=(4 * len(curves), 3.4), layout="constrained")
+    figure.suptitle(title)
+    for axes, (name, records) in zip(figure.subplots(1, len(curves), sharey=True), curves.items(), strict=True):
+        epochs = [record["epoch"] for record in records]
+        axes.plot(epochs, [record["live"] for record in records], label="live")
+        axes.plot(epochs, [record["reloaded"] for record in records], linestyle="--", label="reloaded")
+        axes.set_title(name)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("macro-F1")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
 def draw_flow(flow: list[dict[str, Any]], path: Path, title: str) -> None:
     """For each true kind, how many blocks end right and how many are lost at which stage: bands from left to right."""
     kinds = list(dict.fromkeys(each["kind"] for each in flow))
