@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-dev
 CLIENTS := $(VENV)/.installed-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clients check docs mutants clean
+.PHONY: help demo study test clients check docs mutants clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,6 +24,9 @@ $(CLIENTS): $(STAMP)
 demo: $(STAMP)  ## the codec example from data to pictures, at most 10 minutes
 	rm -rf runs/demo
 	"$(BIN)/python" examples/codec/demo.py
+
+study: $(STAMP)  ## the codec study whole, into examples/codec/results: a night or two on two cores; goes on where it was stopped
+	"$(BIN)/python" examples/codec/study.py
 
 test: $(STAMP)  ## all tests, the examples in docstrings and docs, and branch coverage
 	"$(BIN)/python" -m pytest src tests --ignore=tests/clients --doctest-modules --numprocesses auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered

@@ -89,15 +89,18 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, compare, and write ``ablation.json``, a table and a picture."""
+    """Train, compare what has been trained so far, and write ``ablation.json``, a table and a picture."""
     options = parse_options(argv)
     common = (options.runs_dir, options.dataset_dir, options.device)
-    variants = [variant for variant in VARIANTS if variant.name in options.only]
-    _train([Job(variant, seed, *common) for variant in variants for seed in options.seeds], options)
+    jobs = [Job(variant, seed, *common) for variant in VARIANTS if variant.name in options.only for seed in options.seeds]
+    _train(jobs, options)
+    for job in jobs:
+        scores(job, "val")
     result: dict[str, Any] = {"validation": {}, "test": {}, "differences": {}}
-    for variant in variants:
-        jobs = [Job(variant, seed, *common) for seed in _seeds_of(variant, options.runs_dir)]
-        result["validation"][variant.name] = _summary(variant, [scores(job, "val") for job in jobs])
+    for variant in VARIANTS:
+        if seeds := _seeds_of(variant, options.runs_dir):
+            each = [scores(Job(variant, seed, *common), "val") for seed in seeds]
+            result["validation"][variant.name] = _summary(variant, each)
     if options.final:
         chosen = {group: _best(result["validation"], group) for group in RIVALS}
         finalists = dict.fromkeys([*chosen.values(), *((rival, False) for rival in RIVALS.values())])
@@ -166,10 +169,9 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> None:
 
 
 def _seeds_of(variant: Variant, runs: Path) -> list[int]:
-    """The seeds of which there are finished runs; trees are grown where they are asked."""
-    folders = (runs / "ablation" / variant.name).glob("seed*")
-    finished = [folder for folder in folders if variant.trees or list(folder.glob("**/metrics.json"))]
-    return sorted(int(folder.name.removeprefix("seed")) for folder in finished) or [0]
+    """The seeds with which it was scored, now or earlier."""
+    scored = (runs / "ablation" / variant.name).glob("seed*/val.json")
+    return sorted(int(file.parent.name.removeprefix("seed")) for file in scored)
 
 
 def _answerers(job: Job, blocks: BlockSet) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
@@ -220,6 +222,8 @@ def _best(validation: dict[str, Any], group: str) -> tuple[str, bool]:
         if each["group"] == group and "--use-adapters" in each["flags"]
         for way, averaged in ways.items()
     ]
+    if not candidates:
+        raise SystemExit(f"no adapter variant of the group {group!r} has been scored, so none can be chosen; leave out --only")
     _, name, averaged = max(candidates)
     return name, averaged
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -281,6 +287,7 @@ def test_quantizer_in_the_head(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(["--adapter-layers", "layer1"], "--adapter-layers goes with --use-adapters"),
+     (["--beta", "1"], "--beta is 1.0, expected 0 <= beta < 1"),
      (["--augment"], "--augment does not go with the frozen baseline"),
      (["--use-adapters", "--from-scratch"], "not allowed with argument")],
 )  # fmt: skip
@@ -449,3 +456,20 @@ def test_evaluation_beside_the_baseline(
 )
 def test_collapse_is_called_out(counts: list[int], said: str | None) -> None:
     assert collapse(torch.tensor(counts), ("SPLIT", "RECT", "AB")) == said
+
+
+def test_a_terminal_sees_blocks_a_second_and_the_time_left(
+    tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, train_stage2.__file__, *options(tiny_dataset, stage1_file("plain"), tmp_path), "--use-adapters"]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    seen = b""
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # How the end of a terminal reads on Linux.
+            while piece := os.read(ours, 4096):
+                seen += piece
+    os.close(ours)
+    assert process.returncode == 0, seen
+    assert re.search(rb"epoch \d/8: +\d+%.*\[\d+:\d+<\d+:\d+, +[\d.]+ blocks/s\]", seen), seen

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from sklearn.metrics import accuracy_score
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from av1partition.data.blocks import DATA_DIR
 from av1partition.evaluation.metrics import classes_of, macro_f1
@@ -98,35 +99,37 @@ def fit(
         scheduler.load_state_dict(state.scheduler)
         history = state.history
         log.info("resumed after epoch %d of %d", len(history), schedule.epochs)
-    for epoch in range(len(history) + 1, schedule.epochs + 1):
-        rates = [float(group["lr"]) for group in trainee.optimizer.param_groups]
-        train_loss = _train_epoch(trainee, train, schedule, epoch)
-        logits = predict_logits(trainee.model, val.tensors[0], schedule.device)
-        scheduler.step()
-        best_before = max((float(record["macro_f1"]) for record in history), default=-math.inf)
-        record: dict[str, Any] = {
-            "epoch": epoch,
-            "train_loss": train_loss,
-            **_scores(trainee.loss, logits, val, schedule.device),
-            "learning_rates": rates,
-        }
-        if record["macro_f1"] > best_before:
-            trainee.keep_best(record, logits)
-        history.append(record)
-        save_state(
-            state_file,
-            TrainingState(
-                trainee.capture(),
-                trainee.optimizer.state_dict(),
-                scheduler.state_dict(),
-                history,
-            ),
-            config,
-        )
-        log.info(
-            "epoch %d/%d: train loss %.4f, val loss %.4f, macro-F1 %.4f",
-            epoch, schedule.epochs, train_loss, record["val_loss"], record["macro_f1"],
-        )  # fmt: skip
+    done, total = len(history) * len(train), schedule.epochs * len(train)
+    with logging_redirect_tqdm(), tqdm(initial=done, total=total, unit=" blocks", leave=False, disable=None) as progress:
+        for epoch in range(len(history) + 1, schedule.epochs + 1):
+            rates = [float(group["lr"]) for group in trainee.optimizer.param_groups]
+            train_loss = _train_epoch(trainee, train, schedule, epoch, progress)
+            logits = predict_logits(trainee.model, val.tensors[0], schedule.device)
+            scheduler.step()
+            best_before = max((float(record["macro_f1"]) for record in history), default=-math.inf)
+            record: dict[str, Any] = {
+                "epoch": epoch,
+                "train_loss": train_loss,
+                **_scores(trainee.loss, logits, val, schedule.device),
+                "learning_rates": rates,
+            }
+            if record["macro_f1"] > best_before:
+                trainee.keep_best(record, logits)
+            history.append(record)
+            save_state(
+                state_file,
+                TrainingState(
+                    trainee.capture(),
+                    trainee.optimizer.state_dict(),
+                    scheduler.state_dict(),
+                    history,
+                ),
+                config,
+            )
+            log.info(
+                "epoch %d/%d: train loss %.4f, val loss %.4f, macro-F1 %.4f",
+                epoch, schedule.epochs, train_loss, record["val_loss"], record["macro_f1"],
+            )  # fmt: skip
     return history
 
 
@@ -151,14 +154,14 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-workers", type=int, default=0, help="loader processes (default: %(default)s)")
 
 
-def _train_epoch(trainee: Trainee, train: TensorDataset, schedule: Schedule, epoch: int) -> float:
+def _train_epoch(trainee: Trainee, train: TensorDataset, schedule: Schedule, epoch: int, progress: tqdm[NoReturn]) -> float:
     # Seeding each epoch by its number makes a resumed run draw the same dropout masks and order
     # as an uninterrupted one, on every device, without saving generator states.
     torch.manual_seed(schedule.seed * 1_000_003 + epoch)
     trainee.model.train()
     device, total, count = schedule.device, torch.zeros((), device=schedule.device), 0
-    batches = tqdm(_batches(train, schedule), desc=f"epoch {epoch}/{schedule.epochs}", leave=False, disable=None)
-    for batch in batches:
+    progress.set_description(f"epoch {epoch}/{schedule.epochs}")
+    for batch in _batches(train, schedule):
         samples, labels = schedule.augment(*batch) if schedule.augment else batch
         trainee.optimizer.zero_grad(set_to_none=True)
         loss = trainee.loss(trainee.model(samples.to(device)), labels.to(device))
@@ -166,6 +169,7 @@ def _train_epoch(trainee: Trainee, train: TensorDataset, schedule: Schedule, epo
         trainee.optimizer.step()
         total += loss.detach() * len(labels)
         count += len(labels)
+        progress.update(len(labels))
     mean = float(total) / count
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss is {mean} in epoch {epoch}; lower the learning rates")

@@ -24,7 +24,7 @@ from av1partition.training.state import Config, digest_of_data
 from av1partition.training.trainees import adapter_trainee, frozen_features, head_trainee, network_trainee
 from resadapt import count_parameters
 
-BETA, GAMMA = 0.9999, 2.0
+GAMMA = 2.0
 FILES = {"adapters": ADAPTER_FILE, "head": HEAD_FILE, "network": NETWORK_FILE}
 TITLES = {"adapters": "adapters and head", "head": "frozen baseline, head only", "network": "whole network"}
 
@@ -47,11 +47,19 @@ def add_specialist_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr-adapter", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument("--lr-head", type=float, default=5e-4, help="default: %(default)s")
     parser.add_argument("--lr-backbone", type=float, default=1e-4, help="where it is trained (default: %(default)s)")
+    parser.add_argument(
+        "--beta",
+        type=float,
+        default=0.9999,
+        help="of the loss: nearer to 1, rare classes count more (default: %(default)s)",
+    )
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
 
 
 def check_specialist_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse options that contradict each other, before any data is read."""
+    if not 0 <= options.beta < 1:
+        parser.error(f"--beta is {options.beta}, expected 0 <= beta < 1")
     if options.adapter_layers and not options.use_adapters:
         parser.error("--adapter-layers goes with --use-adapters")
     if options.augment and _what(options) == "head":
@@ -82,7 +90,7 @@ def train_specialist(
     output.mkdir(parents=True, exist_ok=True)
     cascade = Cascade(load_stage1(options.stage1_model))
     config = _config(options, task, seed, train, val)
-    loss = ClassBalancedFocalLoss(train.tensors[1].bincount(minlength=len(task.classes)), BETA, GAMMA).to(device)
+    loss = ClassBalancedFocalLoss(train.tensors[1].bincount(minlength=len(task.classes)), options.beta, GAMMA).to(device)
     augment = turn_at_random(task) if options.augment else None
     schedule = Schedule(options.epochs, options.batch_size, seed, device, options.num_workers, augment)
     what = _what(options)

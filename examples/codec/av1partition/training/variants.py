@@ -72,4 +72,8 @@ VARIANTS = (
             f"{_ADAPTERS} {_WIDE} --augment --lr-adapter 1e-3 --lr-head 1e-3"),
     Variant("kinds-v2", "the same: layer3-4, b=64", "beyond", "stage1_kinds",
             f"{_ADAPTERS} {_WIDE} --augment --lr-adapter 1e-3 --lr-head 1e-3 --adapter-layers layer3 layer4"),
+    Variant("kinds-frozen-rare", "the same: frozen head, the rare class counts more", "beyond", "stage1_kinds",
+            f"{_HEAD} {_WIDE} --lr-head 1e-3 --beta 0.99997"),
+    Variant("kinds-v2-rare", "the same: layer3-4, b=64, the rare class counts more", "beyond", "stage1_kinds",
+            f"{_ADAPTERS} {_WIDE} --augment --lr-adapter 1e-3 --lr-head 1e-3 --adapter-layers layer3 layer4 --beta 0.99997"),
 )  # fmt: skip

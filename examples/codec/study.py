@@ -1,0 +1,129 @@
+"""The whole experiment, from two Stage 1 trainings to the results folder; what is done already is not done again."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ablation
+import mystery
+import run_pipeline
+import torch
+import train_stage1
+import train_stage2
+import train_stage3
+from av1partition.evaluation.reports import write_json
+
+HERE = Path(__file__).resolve().parent
+# What is committed of a run folder; models and training states are not.
+KEPT = ("*.json", "*.md", "*.png")
+ADAPTED = "--use-adapters --quantizer --augment --epochs 12 --batch-size 256 --weight-decay 0.01 --lr-adapter 1e-3 --lr-head 1e-3"
+log = logging.getLogger("av1partition")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the study.
+
+    Attributes:
+        name: Also its folder among the results.
+        main: The script's.
+        arguments: Its command line, split at blanks; ``{runs}`` stands for the folder of all runs.
+        finished: The last file that it writes, below the folder of all runs; None: it knows itself what is left to do.
+        folder: Of which JSON, tables and pictures are kept, below the folder of all runs.
+    """
+
+    name: str
+    main: Callable[[Sequence[str]], None]
+    arguments: str
+    finished: str | None
+    folder: str
+
+
+def steps() -> Iterator[Step]:
+    """The study, in its order."""
+    own = "--epochs 8 --batch-size 256"
+    kinds = "--fine --all-kinds --quantizer --augment --epochs 6 --batch-size 256 --lr 1e-3 --weight-decay 0.02"
+    for name, flags in (("stage1_study", own), ("stage1_kinds", kinds)):
+        yield Step(name, train_stage1.main, f"{flags} --output-dir {{runs}}/{name}", f"{name}/metrics.json", name)
+    part = "--base-q-idx 80 --blocks 12000"
+    flags = f"--stage1-model {{runs}}/stage1_study/stage1.pt {part} --output-dir {{runs}}/mystery"
+    yield Step("mystery", mystery.main, flags, "mystery/mystery.md", "mystery")
+    yield Step("ablation", ablation.main, "--runs-dir {runs} --final", None, "ablation")
+    on_kinds = "--stage1-model {runs}/stage1_kinds/stage1.pt"
+    flags = f"{on_kinds} {ADAPTED} --output-dir {{runs}}/stage2"
+    yield Step("stage2", train_stage2.main, flags, "stage2/metrics.json", "stage2")
+    for kind, seeds in (("rect", "0"), ("ab", "0 1 2")):
+        flags = f"{on_kinds} {ADAPTED} --kind {kind} --seeds {seeds} --output-dir {{runs}}/stage3"
+        yield Step(
+            f"stage3_{kind}", train_stage3.main, flags, f"stage3/{kind}/seed{seeds[-1]}/metrics.json", f"stage3/{kind}/seed0"
+        )
+    several = " ".join(f"{{runs}}/stage3/ab/seed{seed}/adapters.pt" for seed in (0, 1, 2))
+    specialists = (
+        f"{on_kinds} --stage2-model {{runs}}/stage2/adapters.pt "
+        f"--stage3-rect-model {{runs}}/stage3/rect/seed0/adapters.pt --stage3-ab-models {several}"
+    )
+    for split in ("val", "test"):
+        flags = f"{specialists} --split {split} --output-dir {{runs}}/pipeline_{split}"
+        yield Step(f"pipeline_{split}", run_pipeline.main, flags, f"pipeline_{split}/pipeline.json", f"pipeline_{split}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, and copy what is to be kept."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [step.name for step in steps()]
+    parser.add_argument("--runs-dir", type=Path, default=HERE.parents[1] / "runs" / "study", help="default: %(default)s")
+    parser.add_argument("--results-dir", type=Path, default=HERE / "results", help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", default=names, help=f"of {', '.join(names)}")
+    options = parser.parse_args(argv)
+    # Blocks are small: a second thread gains little, and the number of threads may change the last bits.
+    torch.set_num_threads(1)
+    for step in steps():
+        if step.name in options.only and not (step.finished and (options.runs_dir / step.finished).exists()):
+            log.info("%s", step.name)
+            _run(step, options.runs_dir)
+    _keep(options.runs_dir, options.results_dir)
+
+
+def _run(step: Step, runs: Path) -> None:
+    """Run a step, and add its time to what interrupted attempts at it took."""
+    arguments = [part.format(runs=runs) for part in step.arguments.split()]
+    file = runs / "seconds.json"
+    started = time.monotonic()
+    try:
+        step.main(arguments)
+    finally:
+        seconds = json.loads(file.read_text()) if file.exists() else {}
+        seconds[step.name] = round(seconds.get(step.name, 0) + time.monotonic() - started)
+        write_json(file, seconds)
+
+
+def _keep(runs: Path, results: Path) -> None:
+    """Copy JSON, tables and pictures of the finished steps, and say where and with what they were made."""
+    results.mkdir(parents=True, exist_ok=True)
+    for step in steps():
+        for file in (file for pattern in KEPT for file in sorted((runs / step.folder).glob(pattern))):
+            target = results / step.name / file.name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(), "threads": 1}
+    commands = {
+        step.name: f"python {Path(inspect.getsourcefile(step.main) or '').name} {step.arguments}".replace("{runs}", "runs/study")
+        for step in steps()
+    }
+    seconds = json.loads((runs / "seconds.json").read_text()) if (runs / "seconds.json").exists() else {}
+    write_json(results / "study.json", {"made_with": versions, "commands": commands, "seconds": seconds})
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()
