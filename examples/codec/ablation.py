@@ -6,8 +6,10 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,19 @@ from av1partition.data.blocks import DATA_DIR, BlockSet
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import STAGE2
 from av1partition.evaluation.averaging import average_over_symmetries
+from av1partition.evaluation.comparison import RIVALS, WAYS, choose, decide, summary, table
 from av1partition.evaluation.metrics import classification_metrics
 from av1partition.evaluation.reports import draw_ablation, write_json
-from av1partition.evaluation.spread import over_seeds, paired_difference
 from av1partition.models.specialist_files import reload_specialist
 from av1partition.training.loop import predict_logits
 from av1partition.training.trees import fit_trees, tree_probabilities
 from av1partition.training.variants import VARIANTS, Variant
 from torch import Tensor, nn
+from tqdm import tqdm
 
 log = logging.getLogger("av1partition")
 
-WAYS = ("plain", "averaged")
 FINAL_SEEDS = (0, 1, 2, 3, 4)
-# Test pictures decide two questions: what adapters add to the frozen head, and whether a network beats the trees.
-RIVALS = {"study": "frozen", "beyond": "trees-q"}
 
 
 @dataclass(frozen=True)
@@ -85,40 +85,39 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--engine", choices=("here", "local", "slurm"), default="here",
         help="where the runs go: one after another, or through submitit (default: %(default)s)",
     )  # fmt: skip
-    return parser.parse_args(argv)
+    parser.add_argument("--jobs", type=int, default=1, help="with --engine here, runs at once, of one thread each (default: 1)")
+    options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}, expected at least 1")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, compare what has been trained so far, and write ``ablation.json``, a table and a picture."""
     options = parse_options(argv)
     common = (options.runs_dir, options.dataset_dir, options.device)
-    jobs = [Job(variant, seed, *common) for variant in VARIANTS if variant.name in options.only for seed in options.seeds]
-    _train(jobs, options)
-    for job in jobs:
-        scores(job, "val")
-    result: dict[str, Any] = {"validation": {}, "test": {}, "differences": {}}
+    _work(
+        [Job(variant, seed, *common) for variant in VARIANTS if variant.name in options.only for seed in options.seeds],
+        "val",
+        options,
+    )
+    result: dict[str, Any] = {"validation": {}, "test": {}, "differences": {}, "verdicts": []}
     for variant in VARIANTS:
         if seeds := _seeds_of(variant, options.runs_dir):
-            each = [scores(Job(variant, seed, *common), "val") for seed in seeds]
-            result["validation"][variant.name] = _summary(variant, each)
+            result["validation"][variant.name] = summary(
+                variant.described, [scores(Job(variant, seed, *common), "val") for seed in seeds]
+            )
     if options.final:
-        chosen = {group: _best(result["validation"], group) for group in RIVALS}
-        finalists = dict.fromkeys([*chosen.values(), *((rival, False) for rival in RIVALS.values())])
-        named = {variant.name: variant for variant in VARIANTS}
-        _train([Job(named[name], seed, *common) for name, _ in finalists for seed in FINAL_SEEDS], options)
-        values: dict[tuple[str, bool], list[float]] = {}
-        for name, averaged in finalists:
-            each = [scores(Job(named[name], seed, *common), "test") for seed in FINAL_SEEDS]
-            result["test"][name] = _summary(named[name], each)
-            values[name, averaged] = [one["averaged" if averaged else "plain"]["macro_f1"] for one in each]
-        for group, rival in RIVALS.items():
-            name, averaged = chosen[group]
-            result["differences"][group] = {
-                "chosen": name,
-                "averaged": averaged,
-                "rival": rival,
-                **paired_difference(values[chosen[group]], values[rival, False]),
-            }
+        chosen = {group: choose(result["validation"], group) for group in RIVALS}
+        names = dict.fromkeys([*(name for name, _ in chosen.values()), *RIVALS.values()])
+        finalists = {
+            name: [Job(variant, seed, *common) for seed in FINAL_SEEDS] for variant in VARIANTS if (name := variant.name) in names
+        }
+        _work([job for jobs in finalists.values() for job in jobs], "test", options)
+        result["test"] = {
+            name: summary(jobs[0].variant.described, [scores(job, "test") for job in jobs]) for name, jobs in finalists.items()
+        }
+        result["differences"], result["verdicts"] = decide(result["test"], chosen)
     folder: Path = options.runs_dir / "ablation"
     write_json(folder / "ablation.json", result)
     (folder / "ablation.md").write_text(table(result) + "\n", encoding="utf-8")
@@ -151,21 +150,34 @@ def scores(job: Job, split: str) -> dict[str, Any]:
             answers["plain"][asked] = answer(inputs)
             answers["averaged"][asked] = average_over_symmetries(answer, STAGE2, inputs)
         result = {way: classification_metrics(each.log(), labels, STAGE2.classes) for way, each in answers.items()}
-        write_json(path, {**result, "parameters": _parameters(job)})
+        write_json(path, {**result, "parameters": _parameters(job), "reload_difference": _reload_difference(job)})
     content: dict[str, Any] = json.loads(path.read_text())
     return content
 
 
-def _train(jobs: list[Job], options: argparse.Namespace) -> None:
-    if options.engine == "here":
-        for job in jobs:
-            train(job)
-        return
-    import submitit  # noqa: PLC0415 - an optional extra
+def work(job: Job, split: str) -> None:
+    """Train a job and score it."""
+    train(job)
+    scores(job, split)
 
-    executor = submitit.AutoExecutor(options.runs_dir / "jobs", cluster=options.engine)
-    for running in executor.map_array(train, jobs):
-        running.result()
+
+def _work(jobs: list[Job], split: str, options: argparse.Namespace) -> None:
+    """Do what is not done yet: here, in a few processes, or through submitit."""
+    jobs = [job for job in jobs if not (job.folder / f"{split}.json").exists()]
+    if options.engine != "here":
+        import submitit  # noqa: PLC0415 - an optional extra
+
+        executor = submitit.AutoExecutor(options.runs_dir / "jobs", cluster=options.engine)
+        for running in executor.map_array(partial(work, split=split), jobs):
+            running.result()
+    elif options.jobs == 1:
+        for job in jobs:
+            work(job, split)
+    else:
+        with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            running_here = [pool.submit(work, job, split) for job in jobs]
+            for one in tqdm(as_completed(running_here), total=len(jobs), unit=" runs", disable=None):
+                one.result()
 
 
 def _seeds_of(variant: Variant, runs: Path) -> list[int]:
@@ -199,54 +211,13 @@ def _parameters(job: Job) -> int:
     return sum(json.loads((folder / "metrics.json").read_text())["parameters"]["trainable"] for folder, _ in job.parts())
 
 
-def _summary(variant: Variant, each: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "about": variant.about,
-        "group": variant.group,
-        "flags": variant.flags,
-        "parameters": each[0]["parameters"],
-        **{way: over_seeds([one[way]["macro_f1"] for one in each]) for way in WAYS},
-        "per_class": {name: over_seeds([one["plain"]["per_class"][name]["f1"] for one in each])["mean"] for name in STAGE2.classes},
-    }
-
-
-def _best(validation: dict[str, Any], group: str) -> tuple[str, bool]:
-    """The adapter variant of a group with the highest macro-F1, and whether its answers are averaged over the symmetries.
-
-    The study does not average, so in its group nothing is.
-    """
-    ways = {"plain": False} if group == "study" else {"plain": False, "averaged": True}
-    candidates = [
-        (each[way]["values"][0], name, averaged)
-        for name, each in validation.items()
-        if each["group"] == group and "--use-adapters" in each["flags"]
-        for way, averaged in ways.items()
-    ]
-    if not candidates:
-        raise SystemExit(f"no adapter variant of the group {group!r} has been scored, so none can be chosen; leave out --only")
-    _, name, averaged = max(candidates)
-    return name, averaged
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result in Markdown."""
-    lines: list[str] = []
-    for split in ("validation", "test"):
-        if not result[split]:
-            continue
-        lines += ["", f"Stage 2 on the {split} blocks, macro-F1", ""]
-        lines += ["| variant | | trained parameters | seeds | macro-F1 | averaged over the symmetries | SPLIT | RECT | AB |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
-        for name, each in result[split].items():
-            scores_ = " | ".join(f"{each[way]['mean']:.4f} ± {each[way]['deviation']:.4f}" for way in WAYS)
-            classes = " | ".join(f"{each['per_class'][label]:.3f}" for label in STAGE2.classes)
-            seeds = len(each["plain"]["values"])
-            lines.append(f"| {name} | {each['about']} | {each['parameters']:,} | {seeds} | {scores_} | {classes} |")
-    for each in result["differences"].values():
-        ways = ", averaged over the symmetries" if each["averaged"] else ""
-        interval = f"{each['mean']:+.4f} ({each['confidence']:.0%} interval {each['low']:+.4f} to {each['high']:+.4f})"
-        lines += ["", f"{each['chosen']}{ways} against {each['rival']} on the test blocks: {interval}"]
-    return "\n".join(lines).strip()
+def _reload_difference(job: Job) -> float | None:
+    """The largest difference of macro-F1 between live and reloaded model that a kept epoch's proof found; None: no proofs."""
+    differences: list[float] = []
+    for folder, _ in [] if job.variant.trees else job.parts():
+        history = json.loads((folder / "history.json").read_text())
+        differences += [record["proof"]["macro_f1_difference"] for record in history if "proof" in record]
+    return max(differences, default=None)
 
 
 if __name__ == "__main__":

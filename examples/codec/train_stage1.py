@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainee = Trainee(
         UncalibratedAnswers(model),
         loss,
-        AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay),
+        AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True),
         capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()},
         restore=model.load_state_dict,
         keep_best=keep_best,

@@ -15,6 +15,7 @@ from av1partition.data.study_layout import write_study_file
 from av1partition.data.symmetries import SYMMETRIES, turn, turned_classes
 from av1partition.data.tasks import AB, KINDS, STAGE2
 from av1partition.evaluation.averaging import average_over_symmetries
+from av1partition.evaluation.comparison import choose, decide, summary, table
 from av1partition.evaluation.spread import over_seeds, paired_difference
 from av1partition.models.backbones import BackboneKind
 from av1partition.training.trees import block_numbers, fit_trees, tree_probabilities
@@ -150,8 +151,69 @@ def test_the_whole_comparison(study: Path, monkeypatch: pytest.MonkeyPatch, caps
     expected = {"chosen": "v1", "averaged": False, "rival": "frozen", **paired_difference(ours, theirs)}
     assert result["differences"]["study"] == expected
     assert result["validation"]["per-q"]["parameters"] == 2 * (2 * 512 * 64 + 64 + 512 + 1539)
+    assert [verdict["expected"][:20] for verdict in result["verdicts"]] == [
+        "adapters of the stud", "every class of v1 wi", "F1 after the reload ", "beyond the study (ki",
+    ]  # fmt: skip
+    assert result["verdicts"][2] == {
+        "expected": "F1 after the reload within 1%", "found": "the largest difference is 0", "holds": True,
+    }  # fmt: skip
     assert "v1 against frozen on the test blocks" in capsys.readouterr().out
     assert (study / "ablation" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_processes_train_what_one_does(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "VARIANTS", SHORT[:2])
+    for jobs in (1, 2):
+        runs = tmp_path / str(jobs)
+        runs.mkdir()
+        (runs / "stage1_study").symlink_to(study / "stage1_study")
+        ablation.main(["--runs-dir", str(runs), *arguments(study, "--seeds", "5", "6", "--jobs", str(jobs))[2:]])
+    one, two = (json.loads((tmp_path / name / "ablation" / "ablation.json").read_text()) for name in "12")
+    assert one == two
+    assert len(one["validation"]["v1"]["plain"]["values"]) == 2
+    with pytest.raises(SystemExit):
+        ablation.parse_options(["--jobs", "0"])
+
+
+def scored(f1: float, per_class: float, reload_difference: float | None) -> dict[str, object]:
+    one = {"macro_f1": f1, "per_class": {name: {"f1": per_class} for name in STAGE2.classes}}
+    return {"plain": one, "averaged": one, "parameters": 5, "reload_difference": reload_difference}
+
+
+def test_verdicts_follow_the_figures() -> None:
+    def test_of(ours: float, weakest: float, reload: float) -> dict[str, object]:
+        networks = {name: summary({}, [scored(ours + s, weakest, reload) for s in (0, 0.002)]) for name in ("v1", "k")}
+        rivals = {name: summary({}, [scored(0.5 + s, 0.5, None) for s in (0, 0.001)]) for name in ("frozen", "trees-q")}
+        return networks | rivals
+
+    chosen = {"study": ("v1", False), "beyond": ("k", True)}
+    holds = [[each["holds"] for each in decide(test_of(*figures), chosen)[1]] for figures in ((0.53, 0.5, 0), (0.516, 0.4, 0.02))]
+    assert holds == [[True, True, True, True], [True, False, False, False]]
+    differences, verdicts = decide(test_of(0.53, 0.5, 0), chosen)
+    assert differences["study"] == {
+        "chosen": "v1", "averaged": False, "rival": "frozen", **paired_difference((0.53, 0.532), (0.5, 0.501)),
+    }  # fmt: skip
+    assert verdicts[0]["found"].startswith("+3.05 points (95% interval ")
+    text = table({"validation": {}, "test": {}, "differences": differences, "verdicts": verdicts})
+    assert "k, averaged over the symmetries against trees-q on the test blocks: +3.05 points" in text
+    assert text.count("| holds |") == 4
+
+
+def test_the_choice_is_by_the_first_seed_and_averages_beyond_the_study_only() -> None:
+    def one(group: str, flags: str, plain: float, averaged: float) -> dict[str, object]:
+        return {"group": group, "flags": flags, "plain": {"values": [plain, 0.9]}, "averaged": {"values": [averaged, 0.9]}}
+
+    validation = {
+        "head": one("study", "", 0.9, 0.9),
+        "a": one("study", "--use-adapters", 0.4, 0.8),
+        "b": one("study", "--use-adapters", 0.5, 0.5),
+        "c": one("beyond", "--use-adapters", 0.4, 0.8),
+        "d": one("beyond", "--use-adapters", 0.6, 0.5),
+    }
+    assert choose(validation, "study") == ("b", False)
+    assert choose(validation, "beyond") == ("c", True)
+    with pytest.raises(SystemExit, match="no adapter variant of the group 'floor' has been scored"):
+        choose(validation, "floor")
 
 
 def test_jobs_go_through_submitit(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:

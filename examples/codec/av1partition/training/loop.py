@@ -21,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from av1partition.data.blocks import DATA_DIR
 from av1partition.evaluation.metrics import classes_of, macro_f1
+from av1partition.training.small_maps import SmallMaps
 from av1partition.training.state import Config, TrainingState, load_state, save_state
 
 LOWEST_LR = 1e-6
@@ -137,7 +138,8 @@ def fit(
 def predict_logits(model: nn.Module, samples: Tensor, device: torch.device) -> Tensor:
     """Logits of all samples, on the CPU; the model is in evaluation mode afterwards."""
     model.eval()
-    return torch.cat([model(batch.to(device)).cpu() for batch in torch.split(samples, EVALUATION_BATCH)])
+    with SmallMaps():
+        return torch.cat([model(batch.to(device)).cpu() for batch in torch.split(samples, EVALUATION_BATCH)])
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +166,8 @@ def _train_epoch(trainee: Trainee, train: TensorDataset, schedule: Schedule, epo
     for batch in _batches(train, schedule):
         samples, labels = schedule.augment(*batch) if schedule.augment else batch
         trainee.optimizer.zero_grad(set_to_none=True)
-        loss = trainee.loss(trainee.model(samples.to(device)), labels.to(device))
+        with SmallMaps():
+            loss = trainee.loss(trainee.model(samples.to(device)), labels.to(device))
         torch.autograd.backward(loss)
         trainee.optimizer.step()
         total += loss.detach() * len(labels)

@@ -85,7 +85,7 @@ def adapter_trainee(
     return Trainee(
         Answers(cascade, task),
         loss,
-        AdamW(parameter_groups(cascade, lr_adapter, head_lr=lr_head, weight_decay=weight_decay)),
+        AdamW(parameter_groups(cascade, lr_adapter, head_lr=lr_head, weight_decay=weight_decay), fused=True),
         capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in adapter_state_dict(cascade).items()},
         restore=lambda state: load_adapter_state_dict(cascade, state),
         keep_best=keep_best,
@@ -105,7 +105,7 @@ def head_trainee(head: nn.Module, loss: nn.Module, output: Path, *, lr_head: flo
         lr_head: Learning rate.
         weight_decay: Of all its parameters.
     """
-    optimizer = AdamW(head.parameters(), lr=lr_head, weight_decay=weight_decay)
+    optimizer = AdamW(head.parameters(), lr=lr_head, weight_decay=weight_decay, fused=True)
     return _whole(nn.Sequential(nn.Dropout(0.5), head), head, loss, optimizer, output / HEAD_FILE)
 
 
@@ -133,7 +133,9 @@ def network_trainee(
         weight_decay: Of all parameters.
     """
     groups = [{"params": cascade.backbone.parameters(), "lr": lr_backbone}, {"params": head.parameters(), "lr": lr_head}]
-    return _whole(Answers(cascade, task), cascade, loss, AdamW(groups, weight_decay=weight_decay), output / NETWORK_FILE)
+    return _whole(
+        Answers(cascade, task), cascade, loss, AdamW(groups, weight_decay=weight_decay, fused=True), output / NETWORK_FILE
+    )
 
 
 def frozen_features(backbone: nn.Module, data: TensorDataset, device: torch.device, *, quantizer: bool) -> TensorDataset:

@@ -35,6 +35,11 @@ class Variant:
         """The flags, one by one."""
         return shlex.split(self.flags)
 
+    @property
+    def described(self) -> dict[str, str]:
+        """What it is, as it stands in the results."""
+        return {"about": self.about, "group": self.group, "flags": self.flags}
+
 
 # The study's rates and batch size are the scripts' defaults. A head on features computed once takes a second an epoch.
 _HEAD = "--epochs 50"
