@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from av1partition.data.blocks import BlockSet
 from av1partition.data.inputs import luma
 from av1partition.data.tasks import AB, PARTITIONS, RECT, SPECIALISTS, STAGE2, Task
-from av1partition.models.backbones import FRONT, front, front_end, rest
+from av1partition.models.backbones import front, parts, rest
 from av1partition.models.cascade import BACKBONE
 from av1partition.models.specialist_files import open_cascade
 from resadapt import list_adapters, set_active_adapters
@@ -56,6 +56,8 @@ class Pipeline:
         set_active_adapters(self.cascade, None)
         self.cascade.eval().to(device)
         self.device = device
+        self.sites = {info.name: info.sites for info in list_adapters(self.cascade)}
+        self.shared_end = self._shared_end()
 
     @torch.no_grad()
     def run(
@@ -72,16 +74,16 @@ class Pipeline:
             inputs: [N, 2, 16, 16], luma and quantizer.
             threshold: Probability of PARTITION from which on a block goes to Stage 2; None: the Stage 1 file's.
             also: For a specialist's key further blocks to ask it about, a mask [N].
-            one_pass: Compute what the stages share, the backbone up to its first site, once for each block. Otherwise each
-                stage runs from the pixels. The results are equal.
+            one_pass: Compute what the stages share, the backbone up to the first site of any of them, once for each block.
+                Otherwise each stage runs from the pixels. The results are equal.
         """
-        backbone, stage1 = self.cascade.backbone, self.cascade.stage1
+        backbone, stage1, end = self.cascade.backbone, self.cascade.stage1, self.shared_end
         set_active_adapters(self.cascade, None)
-        shared = self._in_batches(lambda x: front(backbone, luma(x)), inputs) if one_pass else None
+        shared = self._in_batches(lambda x: front(backbone, luma(x), end), inputs) if one_pass else None
         if shared is None:
             partition = self._in_batches(lambda x: stage1(x)[:, 0].sigmoid(), inputs)
         else:
-            partition = self._in_batches(lambda x, h: stage1.classify(rest(backbone, h), x)[:, 0].sigmoid(), inputs, shared)
+            partition = self._in_batches(lambda x, h: stage1.classify(rest(backbone, h, end), x)[:, 0].sigmoid(), inputs, shared)
         divided = partition >= (self.cascade.stage1.threshold if threshold is None else threshold)
         also = {task.key: torch.zeros_like(divided) for task in SPECIALISTS} | dict(also or {})
         reached = {STAGE2.key: divided}
@@ -103,28 +105,27 @@ class Pipeline:
 
     def _softmax(self, task: Task, name: str, inputs: Tensor, shared: Tensor | None) -> Tensor:
         """The probabilities of one set; ``shared`` is what the front without adapters makes of the inputs."""
-        cascade = self.cascade
+        cascade, end = self.cascade, self.shared_end
         set_active_adapters(cascade, name)
-        adapter = self._adapter_behind_front(name)
-        if shared is None or adapter is None:
+        if shared is None:
             return self._in_batches(lambda x: cascade(x)[task.key].softmax(dim=1), inputs)
+        owners = [site.owner for site in self.sites[name] if site.name == f"{BACKBONE}.{end}"]
+        # The set's adapter at the end of the front, which ran without it.
+        adapter = cascade.get_submodule(f"{owners[0]}.resadapt.{name}") if owners else nn.Identity()
 
         def answer(x: Tensor, h: Tensor) -> Tensor:
-            features = rest(cascade.backbone, adapter(h))
-            return cascade.answer(task, features, x).softmax(dim=1)
+            return cascade.answer(task, rest(cascade.backbone, adapter(h), end), x).softmax(dim=1)
 
         return self._in_batches(answer, inputs, shared)
 
-    def _adapter_behind_front(self, name: str) -> nn.Module | None:
-        """What a set has at the end of the front: its adapter, an identity if none; None if it changes the front inside."""
-        (info,) = (info for info in list_adapters(self.cascade) if info.name == name)
-        behind: nn.Module = nn.Identity()
-        for site in info.sites:
-            if site.name == f"{BACKBONE}.{front_end(self.cascade.backbone)}":
-                behind = self.cascade.get_submodule(f"{site.owner}.resadapt.{name}")
-            elif site.name.removeprefix(f"{BACKBONE}.").split(".")[0] in FRONT:
-                return None
-        return behind
+    def _shared_end(self) -> str:
+        """The last part of the backbone before which no set changes anything, and whose inside none does."""
+        names = parts(self.cascade.backbone)
+        ends = [len(names) - 1]
+        for site in (site for sites in self.sites.values() for site in sites):
+            part, _, inside = site.name.removeprefix(f"{BACKBONE}.").partition(".")
+            ends.append(names.index(part) - bool(inside))
+        return names[min(ends)]
 
     def _in_batches(self, answer: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         batches = zip(*(torch.split(tensor, BATCH) for tensor in tensors), strict=True)

@@ -13,7 +13,7 @@ BackboneKind = Literal["plain", "attention", "fine"]
 
 FEATURES = 512
 STAGE_CHANNELS = (64, 128, 256, 512)
-FRONT = ("conv1", "bn1", "relu", "maxpool", "layer1", "se1")
+STEM = ("conv1", "bn1", "relu", "maxpool")
 
 
 def gray_resnet18(weights: ResNet18_Weights | None = None) -> nn.Module:
@@ -132,25 +132,26 @@ class AttentionResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From [N, 1, H, W] to the output of ``fc``."""
-        return rest(self, front(self, x))
+        return rest(self, front(self, x, "maxpool"), "maxpool")
 
 
-def front_end(backbone: nn.Module) -> str:
-    """The last module of a backbone's front, behind which the study's first adapter sits."""
-    return "se1" if isinstance(backbone, AttentionResNet18) else "layer1"
-
-
-def front(backbone: nn.Module, x: Tensor) -> Tensor:
-    """The part of a backbone up to the first site and with it: what stages with different adapters have in common."""
-    return _through(backbone, FRONT[: FRONT.index(front_end(backbone)) + 1], x)
-
-
-def rest(backbone: nn.Module, h: Tensor) -> Tensor:
-    """The part of a backbone behind the first site, to the output of ``fc``."""
+def parts(backbone: nn.Module) -> tuple[str, ...]:
+    """The modules that make feature maps, in the order in which they run."""
     if isinstance(backbone, AttentionResNet18):
-        h = _through(backbone, ("layer2", "se2", "layer3", "se3", "layer4", "se4", "spatial_attn"), h)
-    else:
-        h = _through(backbone, ("layer2", "layer3", "layer4"), h)
+        return (*STEM, "layer1", "se1", "layer2", "se2", "layer3", "se3", "layer4", "se4", "spatial_attn")
+    return (*STEM, "layer1", "layer2", "layer3", "layer4")
+
+
+def front(backbone: nn.Module, x: Tensor, end: str) -> Tensor:
+    """A backbone up to one of its parts and with it: [N, 1, H, W] to that part's feature maps."""
+    names = parts(backbone)
+    return _through(backbone, names[: names.index(end) + 1], x)
+
+
+def rest(backbone: nn.Module, h: Tensor, end: str) -> Tensor:
+    """A backbone behind one of its parts, to the output of ``fc``."""
+    names = parts(backbone)
+    h = _through(backbone, names[names.index(end) + 1 :], h)
     return _through(backbone, ("fc",), torch.flatten(_through(backbone, ("avgpool",), h), 1))
 
 
