@@ -20,6 +20,7 @@ from av1partition.models.cascade import Answers, Cascade, adapt
 from av1partition.models.hand_made import HandMadeStage2
 from av1partition.models.stage1_files import load_stage1
 from av1partition.training.loop import predict_logits
+from av1partition.training.small_maps import SmallMaps
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
@@ -175,7 +176,9 @@ class Reproduction:
         sampler = BatchSampler(RandomSampler(self.train), self.batch_size, drop_last=True)
         for inputs, labels in DataLoader(self.train, sampler=sampler, batch_size=None):
             optimizer.zero_grad()
-            torch.autograd.backward(F.cross_entropy(model(inputs), labels))
+            with SmallMaps():
+                loss = F.cross_entropy(model(inputs), labels)
+            torch.autograd.backward(loss)
             optimizer.step()
 
     def _on_random_weights(self) -> Cascade:

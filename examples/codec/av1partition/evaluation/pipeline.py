@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from av1partition.data.blocks import BlockSet
-from av1partition.data.inputs import luma
 from av1partition.data.tasks import AB, PARTITIONS, RECT, SPECIALISTS, STAGE2, Task
-from av1partition.models.backbones import front, parts, rest
-from av1partition.models.cascade import BACKBONE
+from av1partition.models.backbones import rest
+from av1partition.models.cascade import Answers
+from av1partition.models.shared_front import BehindFront, Front, shared_end, unpack
 from av1partition.models.specialist_files import open_cascade
-from resadapt import list_adapters, set_active_adapters
+from resadapt import set_active_adapters
 
 BATCH = 1024
 
@@ -56,8 +56,7 @@ class Pipeline:
         set_active_adapters(self.cascade, None)
         self.cascade.eval().to(device)
         self.device = device
-        self.sites = {info.name: info.sites for info in list_adapters(self.cascade)}
-        self.shared_end = self._shared_end()
+        self.shared_end = shared_end(self.cascade)
 
     @torch.no_grad()
     def run(
@@ -77,14 +76,14 @@ class Pipeline:
             one_pass: Compute what the stages share, the backbone up to the first site of any of them, once for each block.
                 Otherwise each stage runs from the pixels. The results are equal.
         """
-        backbone, stage1, end = self.cascade.backbone, self.cascade.stage1, self.shared_end
-        set_active_adapters(self.cascade, None)
-        shared = self._in_batches(lambda x: front(backbone, luma(x), end), inputs) if one_pass else None
+        cascade, stage1 = self.cascade, self.cascade.stage1
+        set_active_adapters(cascade, None)
+        shared = self._in_batches(Front(cascade, self.shared_end), inputs) if one_pass else None
         if shared is None:
             partition = self._in_batches(lambda x: stage1(x)[:, 0].sigmoid(), inputs)
         else:
-            partition = self._in_batches(lambda x, h: stage1.classify(rest(backbone, h, end), x)[:, 0].sigmoid(), inputs, shared)
-        divided = partition >= (self.cascade.stage1.threshold if threshold is None else threshold)
+            partition = self._in_batches(self._partition, shared)
+        divided = partition >= (stage1.threshold if threshold is None else threshold)
         also = {task.key: torch.zeros_like(divided) for task in SPECIALISTS} | dict(also or {})
         reached = {STAGE2.key: divided}
         probabilities = {STAGE2.key: self._ask(STAGE2, inputs, shared, divided | also[STAGE2.key])}
@@ -105,31 +104,21 @@ class Pipeline:
 
     def _softmax(self, task: Task, name: str, inputs: Tensor, shared: Tensor | None) -> Tensor:
         """The probabilities of one set; ``shared`` is what the front without adapters makes of the inputs."""
-        cascade, end = self.cascade, self.shared_end
-        set_active_adapters(cascade, name)
+        set_active_adapters(self.cascade, name)
         if shared is None:
-            return self._in_batches(lambda x: cascade(x)[task.key].softmax(dim=1), inputs)
-        owners = [site.owner for site in self.sites[name] if site.name == f"{BACKBONE}.{end}"]
-        # The set's adapter at the end of the front, which ran without it.
-        adapter = cascade.get_submodule(f"{owners[0]}.resadapt.{name}") if owners else nn.Identity()
+            model: nn.Module = Answers(self.cascade, task)
+        else:
+            model = BehindFront(self.cascade, task, name, self.shared_end)
+        return self._in_batches(lambda x: model(x).softmax(dim=1), inputs if shared is None else shared)
 
-        def answer(x: Tensor, h: Tensor) -> Tensor:
-            return cascade.answer(task, rest(cascade.backbone, adapter(h), end), x).softmax(dim=1)
+    def _partition(self, shared: Tensor) -> Tensor:
+        """Stage 1's probability of PARTITION."""
+        h, inputs = unpack(shared)
+        features = rest(self.cascade.backbone, h, self.shared_end)
+        return self.cascade.stage1.classify(features, inputs)[:, 0].sigmoid()
 
-        return self._in_batches(answer, inputs, shared)
-
-    def _shared_end(self) -> str:
-        """The last part of the backbone before which no set changes anything, and whose inside none does."""
-        names = parts(self.cascade.backbone)
-        ends = [len(names) - 1]
-        for site in (site for sites in self.sites.values() for site in sites):
-            part, _, inside = site.name.removeprefix(f"{BACKBONE}.").partition(".")
-            ends.append(names.index(part) - bool(inside))
-        return names[min(ends)]
-
-    def _in_batches(self, answer: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        batches = zip(*(torch.split(tensor, BATCH) for tensor in tensors), strict=True)
-        return torch.cat([answer(*(part.to(self.device) for part in batch)).cpu() for batch in batches])
+    def _in_batches(self, answer: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        return torch.cat([answer(part.to(self.device)).cpu() for part in torch.split(inputs, BATCH)])
 
 
 def true_inputs(blocks: BlockSet) -> dict[str, Tensor]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from av1partition.data.symmetries import turn_at_random
@@ -15,13 +17,13 @@ from av1partition.data.tasks import Task
 from av1partition.evaluation.metrics import best_record, classification_metrics
 from av1partition.evaluation.reports import draw_confusion_matrix, draw_learning_curves, write_json
 from av1partition.models.backbones import build_backbone, kind_of
-from av1partition.models.cascade import Cascade, adapt, head_name, new_head
+from av1partition.models.cascade import Answers, Cascade, adapt, head_name, new_head
 from av1partition.models.specialist_files import ADAPTER_FILE, HEAD_FILE, NETWORK_FILE, reload_specialist
 from av1partition.models.stage1_files import load_stage1
 from av1partition.training.focal_loss import ClassBalancedFocalLoss
 from av1partition.training.loop import Schedule, add_common_options, fit, predict_logits
 from av1partition.training.state import Config, digest_of_data
-from av1partition.training.trainees import adapter_trainee, frozen_features, head_trainee, network_trainee
+from av1partition.training.trainees import adapter_trainee, behind_front, frozen_features, head_trainee, network_trainee
 from resadapt import count_parameters
 
 GAMMA = 2.0
@@ -96,12 +98,15 @@ def train_specialist(
     what = _what(options)
     rates = {"lr_head": options.lr_head, "weight_decay": options.weight_decay}
     torch.manual_seed(seed)
-    data: tuple[TensorDataset, ...] = (train, val)
+    data: Sequence[TensorDataset] = (train, val)
     if what == "adapters":
         size, dropout = options.adapter_bottleneck, options.adapter_dropout
         adapt(cascade, task, size, dropout, layers=options.adapter_layers, quantizer=options.quantizer).to(device)
         rates["lr_adapter"] = options.lr_adapter
-        trainee = adapter_trainee(cascade, task, loss, val, output, device, stage1_file=options.stage1_model, **rates)
+        model: nn.Module = Answers(cascade, task)
+        if augment is None:
+            model, data = behind_front(cascade, task, data, device)
+        trainee = adapter_trainee(model, cascade, task, loss, val, output, device, stage1_file=options.stage1_model, **rates)
         counts = count_parameters(cascade)
         parameters = {"trainable": counts.trainable, "adapters": counts.adapters, "head": counts.head}
     else:
@@ -111,7 +116,7 @@ def train_specialist(
         if what == "head":
             trainee = head_trainee(head, loss, output, **rates)
             backbone, quantizer = cascade.backbone, options.quantizer
-            data = tuple(frozen_features(backbone, each, device, quantizer=quantizer) for each in (train, val))
+            data = [frozen_features(backbone, each, device, quantizer=quantizer) for each in data]
         else:
             if options.from_scratch:
                 cascade.stage1.backbone = build_backbone(kind_of(cascade.backbone))

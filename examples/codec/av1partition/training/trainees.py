@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from av1partition.data.inputs import luma
 from av1partition.data.tasks import Task
 from av1partition.evaluation.metrics import macro_f1
 from av1partition.models.cascade import Answers, Cascade, beside_quantizer
+from av1partition.models.shared_front import BehindFront, Front, shared_end
 from av1partition.models.specialist_files import ADAPTER_FILE, HEAD_FILE, NETWORK_FILE
 from av1partition.models.stage1_files import load_stage1
 from av1partition.training.loop import Trainee, predict_logits
 from resadapt import (
     adapter_state_dict,
+    adapters_disabled,
     load_adapter_state_dict,
     parameter_groups,
     save_adapters,
@@ -31,6 +34,7 @@ PROBE_BLOCKS = 16
 
 
 def adapter_trainee(
+    model: nn.Module,
     cascade: Cascade,
     task: Task,
     loss: nn.Module,
@@ -46,6 +50,7 @@ def adapter_trainee(
     """Train adapters and head inside the model; the adapter file proves itself at each best epoch.
 
     Args:
+        model: What is trained and asked: the cascade's `Answers`, or `BehindFront` of it.
         cascade: With the task's adapters injected, on its device.
         task: What they are trained for.
         loss: From logits and labels to a scalar.
@@ -83,7 +88,7 @@ def adapter_trainee(
         _save(logits, output / LOGITS_FILE)
 
     return Trainee(
-        Answers(cascade, task),
+        model,
         loss,
         AdamW(parameter_groups(cascade, lr_adapter, head_lr=lr_head, weight_decay=weight_decay), fused=True),
         capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in adapter_state_dict(cascade).items()},
@@ -143,6 +148,23 @@ def frozen_features(backbone: nn.Module, data: TensorDataset, device: torch.devi
     inputs, labels = data.tensors
     features = predict_logits(backbone.to(device), luma(inputs), device)
     return TensorDataset(beside_quantizer(features, inputs) if quantizer else features, labels)
+
+
+def behind_front(
+    cascade: Cascade, task: Task, data: Sequence[TensorDataset], device: torch.device
+) -> tuple[nn.Module, list[TensorDataset]]:
+    """A specialist from its first adapter on, and the data as the frozen part before it, in evaluation mode, makes it once.
+
+    Args:
+        cascade: With the task's set active and no other, on its device.
+        task: The specialist's.
+        data: Inputs and class numbers.
+        device: Where to compute.
+    """
+    end = shared_end(cascade)
+    with adapters_disabled(cascade):
+        made = [TensorDataset(predict_logits(Front(cascade, end), each.tensors[0], device), each.tensors[1]) for each in data]
+    return BehindFront(cascade, task, task.key, end), made
 
 
 def proof_subset(val: TensorDataset) -> tuple[Tensor, Tensor]:

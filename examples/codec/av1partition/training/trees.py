@@ -39,8 +39,12 @@ def block_numbers(inputs: Tensor, *, quantizer: bool) -> npt.NDArray[np.float32]
 def fit_trees(train: TensorDataset, *, quantizer: bool, seed: int) -> HistGradientBoostingClassifier:
     """Train on inputs and class numbers, each class of the same weight; the seed parts off the blocks that decide when to stop."""
     inputs, labels = train.tensors
-    trees = HistGradientBoostingClassifier(class_weight="balanced", learning_rate=0.06, max_iter=300, random_state=seed)
-    return trees.fit(block_numbers(inputs, quantizer=quantizer), labels.numpy())
+    return new_trees(seed).fit(block_numbers(inputs, quantizer=quantizer), labels.numpy())
+
+
+def new_trees(seed: int) -> HistGradientBoostingClassifier:
+    """Trees that have not grown yet; all classes weigh the same."""
+    return HistGradientBoostingClassifier(class_weight="balanced", learning_rate=0.06, max_iter=300, random_state=seed)
 
 
 def tree_probabilities(trees: HistGradientBoostingClassifier, inputs: Tensor, *, quantizer: bool) -> Tensor:

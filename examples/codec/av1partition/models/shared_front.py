@@ -1,0 +1,80 @@
+"""What the stages have in common: the frozen backbone up to the first adapter, which is computed once for each block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from av1partition.data.inputs import luma
+from av1partition.data.tasks import Task
+from av1partition.models.backbones import front, parts, rest
+from av1partition.models.cascade import BACKBONE, Cascade
+from resadapt import AdapterSetInfo, list_adapters
+
+
+def shared_end(cascade: Cascade) -> str:
+    """The last part of the backbone before which no set changes anything, and whose inside none does."""
+    names = parts(cascade.backbone)
+    ends = [len(names) - 1]
+    for site in (site for info in list_adapters(cascade) for site in info.sites):
+        part, _, inside = site.name.removeprefix(f"{BACKBONE}.").partition(".")
+        ends.append(names.index(part) - bool(inside))
+    return names[min(ends)]
+
+
+class BehindFront(nn.Module):
+    """One specialist of a cascade, from where the shared part of the backbone ends.
+
+    Its input is what `pack` makes. What it answers is what the whole model answers, bit for bit.
+
+    Args:
+        cascade: With the set active.
+        task: The specialist's.
+        name: Of the set.
+        end: The last part that is shared, see `shared_end`.
+    """
+
+    def __init__(self, cascade: Cascade, task: Task, name: str, end: str) -> None:
+        """See the class."""
+        super().__init__()
+        self.cascade, self.task, self.end = cascade, task, end
+        (info,) = (info for info in list_adapters(cascade) if info.name == name)
+        # The front ran without the set's adapter at its end. Its name is kept, so that it stays registered in one place.
+        self.adapter = _adapter_at(info, f"{BACKBONE}.{end}")
+
+    def forward(self, packed: Tensor) -> Tensor:
+        """Logits [N, K] from [N, C + 2, H, W]."""
+        h, inputs = unpack(packed)
+        if self.adapter is not None:
+            h = self.cascade.get_submodule(self.adapter)(h)
+        return self.cascade.answer(self.task, rest(self.cascade.backbone, h, self.end), inputs)
+
+
+def pack(h: Tensor, inputs: Tensor) -> Tensor:
+    """Feature maps [N, C, H, W], and behind them a corner of the inputs [N, 2, 16, 16], in which the quantizer is."""
+    return torch.cat([h, inputs[:, :, : h.shape[2], : h.shape[3]]], dim=1)
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Feature maps and inputs again, the maps in the memory format in which the backbone makes them."""
+    return packed[:, :-2].contiguous(memory_format=torch.channels_last), packed[:, -2:]
+
+
+class Front(nn.Module):
+    """The shared part of a cascade's backbone: from inputs [N, 2, 16, 16] to what `BehindFront` is given."""
+
+    def __init__(self, cascade: Cascade, end: str) -> None:
+        """See the class."""
+        super().__init__()
+        self.cascade, self.end = cascade, end
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Without any set: what is shared is the plain backbone's."""
+        return pack(front(self.cascade.backbone, luma(inputs), self.end), inputs)
+
+
+def _adapter_at(info: AdapterSetInfo, site_name: str) -> str | None:
+    owners: Sequence[str] = [site.owner for site in info.sites if site.name == site_name]
+    return f"{owners[0]}.resadapt.{info.name}" if owners else None

@@ -1,0 +1,141 @@
+"""What trees see that a network lost: the same two learners on hand-made numbers and on what each part of a backbone makes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from av1partition.data.blocks import DATA_DIR
+from av1partition.data.inputs import luma, quantizer_code
+from av1partition.data.study_layout import load_dataset
+from av1partition.data.tasks import STAGE2
+from av1partition.evaluation.metrics import macro_f1
+from av1partition.evaluation.reports import write_json
+from av1partition.models.backbones import front, parts
+from av1partition.models.stage1_files import load_stage1
+from av1partition.training.focal_loss import ClassBalancedFocalLoss
+from av1partition.training.loop import predict_logits
+from av1partition.training.trees import block_numbers, new_trees
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from tqdm import tqdm
+
+CPU = torch.device("cpu")
+HIDDEN = 128
+EPOCHS = 20
+LEARNERS = ("trees", "network")
+# Of maps larger than 2x2, the means of the four quarters; smaller ones as they are.
+QUARTERS = 2
+
+
+class Tap(nn.Module):
+    """A backbone up to one of its parts: what stands there, [N, F]."""
+
+    def __init__(self, backbone: nn.Module, end: str) -> None:
+        """See the class."""
+        super().__init__()
+        self.backbone, self.end = backbone, end
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """From [N, 2, 16, 16]."""
+        h = front(self.backbone, luma(inputs), self.end)
+        return nn.functional.adaptive_avg_pool2d(h, min(QUARTERS, h.shape[-1])).flatten(1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure each, and write ``diagnosis.json`` and a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage1-models", type=Path, nargs="+", required=True, help="Stage 1 files, each in a folder of its name")
+    parser.add_argument("--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/diagnosis"), help="default: %(default)s")
+    parser.add_argument("--blocks", type=int, help="most blocks to train on (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    options = parser.parse_args(argv)
+    backbones = {path.parent.name: load_stage1(path).backbone for path in options.stage1_models}
+    if len(backbones) < len(options.stage1_models):
+        parser.error("--stage1-models: two files in folders of one name, which could not be told apart in the table")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    train, val = (each.data(STAGE2) for each in load_dataset(options.dataset_dir))
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[: options.blocks]
+    train = TensorDataset(*(each[chosen] for each in train.tensors))
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=1 + sum(len(_taps(each)) for each in backbones.values()), unit=" rows", disable=None) as progress:
+        for name, seen in _features(backbones, (train, val)):
+            scores = {}
+            for quantizer in (False, True):
+                sets = [_with_code(x, data, quantizer) for x, data in zip(seen, (train, val), strict=True)]
+                for learner in LEARNERS:
+                    answers = (_trees if learner == "trees" else _network)(sets[0], sets[1], options.seed)
+                    scores[f"{learner}{'-q' if quantizer else ''}"] = macro_f1(answers, val.tensors[1])
+            rows.append({"seen": name, "numbers": seen[0].shape[1], **scores})
+            progress.update()
+            # Written row by row: a run that is stopped has what it measured.
+            result = {"blocks": {"train": len(train), "val": len(val)}, "seed": options.seed, "rows": rows}
+            write_json(options.output_dir / "diagnosis.json", result)
+    (options.output_dir / "diagnosis.md").write_text(table(rows) + "\n", encoding="utf-8")
+    print(table(rows))
+
+
+def _taps(backbone: nn.Module) -> list[str]:
+    return ["maxpool", *(name for name in parts(backbone) if name.startswith("layer"))]
+
+
+def _features(backbones: dict[str, nn.Module], data: Sequence[TensorDataset]) -> Iterator[tuple[str, list[Tensor]]]:
+    yield "hand-made numbers", [torch.from_numpy(block_numbers(each.tensors[0], quantizer=False)) for each in data]
+    for name, backbone in backbones.items():
+        for end in _taps(backbone):
+            yield f"{name}: {end}", [predict_logits(Tap(backbone, end), each.tensors[0], CPU) for each in data]
+
+
+def _with_code(seen: Tensor, data: TensorDataset, quantizer: bool) -> TensorDataset:
+    if quantizer:
+        seen = torch.cat([seen, quantizer_code(data.tensors[0])], dim=1)
+    return TensorDataset(seen, data.tensors[1])
+
+
+def _trees(train: TensorDataset, val: TensorDataset, seed: int) -> Tensor:
+    trees = new_trees(seed).fit(train.tensors[0].numpy(), train.tensors[1].numpy())
+    return torch.from_numpy(trees.predict_proba(val.tensors[0].numpy()))
+
+
+def _network(train: TensorDataset, val: TensorDataset, seed: int) -> Tensor:
+    """A hidden layer on standardised numbers, as the heads that see the quantizer have; the last epoch's answers."""
+    torch.manual_seed(seed)
+    size, classes = train.tensors[0].shape[1], len(STAGE2.classes)
+    model = nn.Sequential(
+        nn.BatchNorm1d(size, affine=False), nn.Linear(size, HIDDEN), nn.ReLU(), nn.Dropout(0.3), nn.Linear(HIDDEN, classes)
+    )
+    loss = ClassBalancedFocalLoss(train.tensors[1].bincount(minlength=classes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    sampler = BatchSampler(RandomSampler(train), 256, drop_last=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)
+    for _ in range(EPOCHS):
+        for x, labels in DataLoader(train, sampler=sampler, batch_size=None):
+            optimizer.zero_grad()
+            torch.autograd.backward(loss(model(x), labels))
+            optimizer.step()
+        schedule.step()
+    return predict_logits(model, val.tensors[0], CPU)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "Stage 2 on the validation blocks, macro-F1",
+        "",
+        "| what is seen | numbers | trees | network | trees with the quantizer | network with the quantizer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        scores = " | ".join(f"{row[f'{learner}{q}']:.4f}" for q in ("", "-q") for learner in LEARNERS)
+        lines.append(f"| {row['seen']} | {row['numbers']} | {scores} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()

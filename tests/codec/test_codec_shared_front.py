@@ -1,0 +1,78 @@
+"""The frozen part before the first adapter, computed once: the same answers and gradients as the whole model, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from av1partition.data.inputs import with_quantizer
+from av1partition.data.tasks import STAGE2
+from av1partition.models.backbones import BackboneKind
+from av1partition.models.cascade import Answers, Cascade, adapt
+from av1partition.models.shared_front import BehindFront, shared_end
+from av1partition.models.stage1_files import load_stage1
+from av1partition.training.loop import predict_logits
+from av1partition.training.small_maps import SmallMaps
+from av1partition.training.trainees import behind_front
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from resadapt import set_active_adapters
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "end"),
+    [
+        ("plain", None, "layer1"),
+        ("plain", ["layer3", "layer4"], "layer3"),
+        ("plain", ["layer?.?"], "maxpool"),
+        ("fine", ["layer2.1", "layer4"], "layer1"),
+        ("attention", None, "se1"),
+        ("plain", ["layer4"], "layer4"),
+    ],
+)
+def test_behind_the_front_is_the_whole(
+    kind: BackboneKind, layers: Sequence[str] | None, end: str, stage1_file: Callable[[BackboneKind], Path]
+) -> None:
+    torch.manual_seed(0)
+    cascade = adapt(Cascade(load_stage1(stage1_file(kind))), STAGE2, layers=layers, quantizer=True)
+    inputs = with_quantizer(torch.rand(70, 1, 16, 16), torch.randint(0, 256, (70,)))
+    labels = torch.randint(0, 3, (70,))
+    assert shared_end(cascade) == end
+    model, (data,) = behind_front(cascade, STAGE2, [TensorDataset(inputs, labels)], CPU)
+    assert isinstance(model, BehindFront)
+    assert torch.equal(predict_logits(model, data.tensors[0], CPU), predict_logits(Answers(cascade, STAGE2), inputs, CPU))
+    # The whole model asks its other heads too, whose dropout would draw other random numbers before the one that counts.
+    for heads in (cascade.stage1.head, cascade.dropout, cascade.specialists):
+        for module in heads.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    trained = [p for p in cascade.parameters() if p.requires_grad]
+    assert trained
+    results = []
+    for each, x in ((model, data.tensors[0]), (Answers(cascade, STAGE2), inputs)):
+        each.train()
+        torch.manual_seed(1)  # the same dropout in the adapters
+        with SmallMaps():
+            loss = nn.functional.cross_entropy(each(x), labels)
+        results.append((loss.detach(), torch.autograd.grad(loss, trained)))
+    assert torch.equal(results[0][0], results[1][0])
+    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
+        assert ours.any()
+        assert torch.equal(ours, theirs)
+    assert len(list(model.parameters())) == len(list(cascade.parameters())), "nothing is registered twice"
+
+
+def test_several_sets_share_what_none_of_them_changes(stage1_file: Callable[[BackboneKind], Path]) -> None:
+    cascade = Cascade(load_stage1(stage1_file("plain")))
+    assert shared_end(cascade) == "layer4"
+    adapt(cascade, STAGE2, layers=["layer3", "layer4"])
+    adapt(cascade, STAGE2, layers=["layer3.0"], name="inside")
+    assert shared_end(cascade) == "layer2"
+    adapt(cascade, STAGE2, layers=["layer1"], name="early")
+    set_active_adapters(cascade, None)
+    assert shared_end(cascade) == "layer1"
