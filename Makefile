@@ -29,7 +29,7 @@ study: $(STAMP)  ## the codec study whole, into examples/codec/results: a night 
 	"$(BIN)/python" examples/codec/study.py
 
 test: $(STAMP)  ## all tests, the examples in docstrings and docs, and branch coverage
-	"$(BIN)/python" -m pytest src tests --ignore=tests/clients --doctest-modules --numprocesses auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered
+	"$(BIN)/python" -m pytest src tests examples/codec/av1partition --ignore=tests/clients --doctest-modules --numprocesses auto --maxprocesses 4 --cov --cov-report=term-missing:skip-covered
 
 clients: $(CLIENTS)  ## tests against the libraries that models and training loops come from (timm, Lightning, captum, ONNX, ...)
 	"$(BIN)/python" -m pytest tests/clients --numprocesses auto --maxprocesses 4

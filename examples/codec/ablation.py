@@ -18,8 +18,7 @@ import train_stage2
 from av1partition.data.blocks import DATA_DIR, BlockSet
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import STAGE2
-from av1partition.evaluation.averaging import average_over_symmetries
-from av1partition.evaluation.comparison import RIVALS, WAYS, choose, decide, summary, table
+from av1partition.evaluation.comparison import RIVALS, choose, decide, summary, table
 from av1partition.evaluation.metrics import classification_metrics
 from av1partition.evaluation.reports import draw_ablation, write_json
 from av1partition.models.specialist_files import reload_specialist
@@ -109,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     if options.final:
         chosen = {group: choose(result["validation"], group) for group in RIVALS}
-        names = dict.fromkeys([*(name for name, _ in chosen.values()), *RIVALS.values()])
+        names = dict.fromkeys([*chosen.values(), *RIVALS.values()])
         finalists = {
             name: [Job(variant, seed, *common) for seed in FINAL_SEEDS] for variant in VARIANTS if (name := variant.name) in names
         }
@@ -138,18 +137,15 @@ def train(job: Job) -> None:
 
 
 def scores(job: Job, split: str) -> dict[str, Any]:
-    """A job's scores on a split, plain and averaged over the symmetries; kept in its folder."""
+    """A job's scores on a split; kept in its folder."""
     path = job.folder / f"{split}.json"
     if not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
         (blocks,) = (each.of(STAGE2) for each in load_dataset(job.dataset, [split]))
-        labels = blocks.labels(STAGE2)
-        answers = {way: torch.empty(len(blocks), len(STAGE2.classes)) for way in WAYS}
+        answers = torch.empty(len(blocks), len(STAGE2.classes))
         for asked, answer in _answerers(job, blocks):
-            inputs = blocks.take(asked).inputs()
-            answers["plain"][asked] = answer(inputs)
-            answers["averaged"][asked] = average_over_symmetries(answer, STAGE2, inputs)
-        result = {way: classification_metrics(each.log(), labels, STAGE2.classes) for way, each in answers.items()}
+            answers[asked] = answer(blocks.take(asked).inputs())
+        result = classification_metrics(answers.log(), blocks.labels(STAGE2), STAGE2.classes)
         write_json(path, {**result, "parameters": _parameters(job), "reload_difference": _reload_difference(job)})
     content: dict[str, Any] = json.loads(path.read_text())
     return content

@@ -1,4 +1,4 @@
-"""The whole experiment in a few minutes: a short Stage 1, then Stage 2 with and without adapters."""
+"""The whole experiment in a few minutes: adapters against rivals over seeds, all stages on real frames, and pages to look at."""
 
 from __future__ import annotations
 
@@ -9,55 +9,68 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ablation
+import run_pipeline
 import torch
 import train_stage1
-import train_stage2
+import train_stage3
 import verify_run
-from av1partition.data.blocks import cut_blocks
+from av1partition.data.blocks import DATA_DIR, cut_blocks
 from av1partition.data.study_layout import write_study_file
 from av1partition.data.tasks import STAGE2
+from av1partition.evaluation.html_report import write_report
+from av1partition.evaluation.spread import paired_difference
 
 HERE = Path(__file__).resolve().parent
-# One quantizer, because the models do not see it and it shifts the choice from SPLIT to NONE; the
-# finest, because it has the most divided blocks.
-BASE_Q_IDX = 80
-TRAIN_BLOCKS = 16_000
+TRAIN_BLOCKS, VAL_BLOCKS = 24_000, 8_000
 STAGE1_EPOCHS = 4
-STAGE2_EPOCHS = 10
-SEED = "0"
+STAGE3_EPOCHS = 3
+SEEDS = ("0", "1", "2")
+ADAPTERS, FROZEN = "v1", "frozen"
+VARIANTS = (FROZEN, ADAPTERS, "frozen-q", "trees", "trees-q")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run it, print the table and the paths of the pictures."""
+    """Run it, print the tables and the path of the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=HERE.parents[1] / "runs" / "demo", help="default: %(default)s")
-    output: Path = parser.parse_args(argv).output_dir
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4), help="runs at once (default: %(default)s)")
+    options = parser.parse_args(argv)
+    output: Path = options.output_dir
     # The blocks are too small for a second thread to gain much, and where the machine is busy it costs a lot.
     torch.set_num_threads(1)
     started = time.monotonic()
-    dataset, stage1 = output / "dataset", output / "stage1"
+    dataset, stage1 = output / "dataset", output / "stage1_study"
     print(_write_dataset(dataset))
+    data = ["--dataset-dir", str(dataset), "--device", "cpu"]
+    print(f"Stage 1: {STAGE1_EPOCHS} epochs from random weights (ImageNet's would need a download)")
+    train_stage1.main([*data, "--epochs", str(STAGE1_EPOCHS), "--batch-size", "256", "--output-dir", str(stage1)])
+    print(f"Stage 2: adapters and their rivals, seeds {', '.join(SEEDS)}")
+    only = ["--only", *VARIANTS, "--seeds", *SEEDS, "--jobs", str(options.jobs)]
+    ablation.main([*data, "--runs-dir", str(output), *only])
+    model = ["--stage1-model", str(stage1 / train_stage1.STAGE1_FILE)]
+    for kind, seeds in (("rect", SEEDS[:1]), ("ab", SEEDS)):
+        flags = ["--kind", kind, "--use-adapters", "--epochs", str(STAGE3_EPOCHS), "--seeds", *seeds]
+        train_stage3.main([*data, *model, *flags, "--output-dir", str(output / "stage3")])
+    pipeline, adapted = output / "pipeline", output / "ablation" / ADAPTERS / f"seed{SEEDS[0]}"
+    files = ["--stage2-model", str(adapted / "adapters.pt"), "--stage3-rect-model", str(output / "stage3/rect/seed0/adapters.pt")]
+    several = ["--stage3-ab-models", *(str(output / "stage3/ab" / f"seed{seed}" / "adapters.pt") for seed in SEEDS)]
+    run_pipeline.main([*model, *files, *several, "--output-dir", str(pipeline), "--device", "cpu"])
+    print(said_of(json.loads((output / "ablation" / "ablation.json").read_text())["validation"]))
+    metrics = json.loads((adapted / "metrics.json").read_text())
+    differences = _verify([*data, *model, "--output-dir", str(adapted)])
+    size = f"{metrics['parameters']['trainable']:,} parameters, {metrics['file']['bytes'] / 1000:.1f} kB"
+    logits = f"{differences['logits']:g} in the largest logit"
     print(
-        f"Stage 1: {STAGE1_EPOCHS} epochs from random weights (ImageNet's would need a download); "
-        f"Stage 2: {STAGE2_EPOCHS} epochs; seed {SEED}"
+        f"The adapter file: {size}. A fresh process that reloads it differs by {differences['macro_f1']:g} in macro-F1, {logits}."
     )
-    common = ["--dataset-dir", str(dataset), "--device", "cpu"]
-    train_stage1.main([*common, "--seed", SEED, "--epochs", str(STAGE1_EPOCHS), "--output-dir", str(stage1)])
-    rows = []
-    for name, flags in (("frozen baseline", []), ("adapters", ["--use-adapters"])):
-        run = output / name.replace(" ", "_")
-        where = ["--stage1-model", str(stage1 / train_stage1.STAGE1_FILE), "--output-dir", str(run)]
-        train_stage2.main([*common, *where, *flags, "--seed", SEED, "--epochs", str(STAGE2_EPOCHS)])
-        rows.append((name, json.loads((run / "metrics.json").read_text()), _verify([*common, *where])))
-    print(_table(rows))
-    print("Pictures:")
-    for picture in sorted(output.glob("*/*.png")):
-        print(f"  {picture}")
-    print(f"Done in {time.monotonic() - started:.0f} s on one thread.")
+    for folder in (stage1, output / "ablation", adapted, pipeline):
+        print(f"Page: {write_report(folder, dataset_dir=DATA_DIR)}")
+    print(f"Done in {time.monotonic() - started:.0f} s.")
 
 
 def _write_dataset(folder: Path) -> str:
@@ -65,13 +78,28 @@ def _write_dataset(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     said = []
     blocks = cut_blocks()
-    for name, most in (("train", TRAIN_BLOCKS), ("val", None)):
-        part = blocks[name].take(blocks[name].qps == BASE_Q_IDX)
-        part = part.take(torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:most])
+    for name, most in (("train", TRAIN_BLOCKS), ("val", VAL_BLOCKS)):
+        part = blocks[name].take(torch.randperm(len(blocks[name]), generator=torch.Generator().manual_seed(0))[:most])
         write_study_file(part, folder / f"{name}.pt")
-        divided = len(part.of(STAGE2))
-        said.append(f"{name} {len(part)} of {len(blocks[name])} blocks ({divided} of them divided, for Stage 2)")
-    return f"Data: base_q_idx {BASE_Q_IDX} only; {', '.join(said)}"
+        said.append(f"{name} {len(part)} of {len(blocks[name])} blocks ({len(part.of(STAGE2))} of them divided, for Stage 2)")
+    return f"Data: {', '.join(said)}"
+
+
+def said_of(validation: Mapping[str, Any]) -> str:
+    """In words, whether adapters beat the frozen head by more than the spread over seeds; and what beats both."""
+    values = {name: each["macro_f1"]["values"] for name, each in validation.items()}
+    difference = paired_difference(values[ADAPTERS], values[FROZEN])
+    mean, low, high = (100 * difference[key] for key in ("mean", "low", "high"))
+    figures = f"{mean:+.2f} points of macro-F1 against the frozen head, 95% interval {low:+.2f} to {high:+.2f}"
+    if low > 0:
+        verdict = "more than the seeds' spread: the adapters add something here"
+    elif high < 0:
+        verdict = "less, by more than the seeds' spread: the adapters do harm here"
+    else:
+        verdict = "within the seeds' spread: the adapters add nothing that can be told here"
+    best = max(validation, key=lambda name: float(validation[name]["macro_f1"]["mean"]))
+    score = validation[best]["macro_f1"]["mean"]
+    return f"\nAdapters: {figures}; {verdict}.\nBest of these: {validation[best]['about']}, {score:.4f}.\n"
 
 
 def _verify(arguments: list[str]) -> dict[str, float]:
@@ -82,20 +110,6 @@ def _verify(arguments: list[str]) -> dict[str, float]:
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     differences: dict[str, float] = json.loads(done.stdout)
     return differences
-
-
-def _table(rows: list[tuple[str, dict[str, Any], dict[str, float]]]) -> str:
-    lines = [
-        "",
-        "| Stage 2 | macro-F1 | trainable parameters | file size | reload difference: macro-F1 | largest logit |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, metrics, differences in rows:
-        lines.append(
-            f"| {name} | {metrics['macro_f1']:.4f} | {metrics['parameters']['trainable']:,} "
-            f"| {metrics['file']['bytes'] / 1000:.1f} kB | {differences['macro_f1']:g} | {differences['logits']:g} |"
-        )
-    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

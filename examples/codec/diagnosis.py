@@ -109,7 +109,8 @@ def _network(train: TensorDataset, val: TensorDataset, seed: int) -> Tensor:
     model = nn.Sequential(
         nn.BatchNorm1d(size, affine=False), nn.Linear(size, HIDDEN), nn.ReLU(), nn.Dropout(0.3), nn.Linear(HIDDEN, classes)
     )
-    loss = ClassBalancedFocalLoss(train.tensors[1].bincount(minlength=classes))
+    # Cross-entropy in which all classes weigh the same, as they do for the trees.
+    loss = ClassBalancedFocalLoss(train.tensors[1].bincount(minlength=classes), beta=1 - 1e-6, gamma=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     sampler = BatchSampler(RandomSampler(train), 256, drop_last=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)

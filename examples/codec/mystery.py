@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ class Reproduction:
             "b": _case(f"the backbone unfrozen at epoch {UNFROZEN_AT}, the adapters forgotten", curves["unfrozen"][-1])
             | {"resadapt": self._unfreeze_and_save()},
             "c": _case("reloaded on other weights than Stage 1's", {"live": live, "reloaded": on_others})
-            | {"resadapt": _error_of(lambda: load_adapters(self._on_random_weights(), self.file))},
+            | {"resadapt": self._error_of(lambda: load_adapters(self._on_random_weights(), self.file))},
             "d": _case("inputs scaled by 1/1023 a second time", {"live": live, "reloaded": self.f1(self.reloaded(), twice)})
             | {"resadapt": self._verify_on(twice[: len(self.probe())])},
         }
@@ -194,7 +195,15 @@ class Reproduction:
         for parameter in backbone:
             parameter.requires_grad = True
         self._epoch(Answers(self.model, STAGE2), AdamW(backbone, lr=1e-4), self.epochs + 1)
-        return _error_of(lambda: save_adapters(self.model, self.output / "unfrozen.pt"))
+        return self._error_of(lambda: save_adapters(self.model, self.output / "unfrozen.pt"))
+
+    def _error_of(self, call: Callable[[], object]) -> str:
+        """What resadapt refuses a call with; its files by their names only."""
+        try:
+            call()
+        except AdapterError as error:
+            return f"{type(error).__name__}: {error}".replace(f"{self.output}{os.sep}", "")
+        raise AssertionError("resadapt let it pass")
 
     def _verify_on(self, probe: Tensor) -> str:
         """What resadapt says of a good file on inputs that are not those it was saved with."""
@@ -205,14 +214,6 @@ class Reproduction:
 def _case(what: str, f1: dict[str, Any]) -> dict[str, Any]:
     difference = abs(f1["live"] - f1["reloaded"])
     return {"what": what, "live": f1["live"], "reloaded": f1["reloaded"], "passes_the_studys_check": difference <= TOLERANCE}
-
-
-def _error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except AdapterError as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("resadapt let it pass")
 
 
 def table(cases: dict[str, dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run it, and write ``predictions.npz``, ``pipeline.json`` and pictures."""
+    """Run it, and write ``predictions.npz``, ``pipeline.json``, a table and pictures."""
     options = parse_options(argv)
     files = {STAGE2: [options.stage2_model], RECT: [options.stage3_rect_model], AB: options.stage3_ab_models}
     pipeline = Pipeline(options.stage1_model, files, options.device)
@@ -50,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rates = {name: _blocks_a_second(pipeline, blocks, threshold, one) for name, one in (("one_pass", True), ("one_by_one", False))}
     predictions = pipeline.run(blocks.inputs(), threshold, also=true_inputs(blocks))
     paths = [options.stage1_model, *(path for several in files.values() for path in several)]
+    common = os.path.commonpath([path.resolve().parent for path in paths])
     result = {
         "split": options.split,
         "threshold": threshold,
-        "files": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths},
+        # Told apart, but without where they lie on this machine.
+        "files": {os.path.relpath(path.resolve(), common): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths},
         "blocks_a_second": rates,
         **analyse(blocks, predictions),
     }
@@ -64,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     final = result["final"]
     draw_confusion_matrix(final, output / "confusion_matrix.png", f"All stages, {options.split}\nmacro-F1 {final['macro_f1']:.4f}")
     draw_flow(result["flow"], output / "flow.png", f"Where blocks are lost, {options.split}")
-    _print(result, output)
+    (output / "pipeline.md").write_text(table(result) + "\n", encoding="utf-8")
+    print(f"{table(result)}\n\nWritten to {output}")
 
 
 def _blocks_a_second(pipeline: Pipeline, blocks: BlockSet, threshold: float, one_pass: bool) -> float:
@@ -85,19 +89,23 @@ def _arrays(blocks: BlockSet, predictions: Predictions) -> dict[str, Any]:
     }
 
 
-def _print(result: dict[str, Any], output: Path) -> None:
+def table(result: dict[str, Any]) -> str:
+    """The result in Markdown."""
     final, rates = result["final"], result["blocks_a_second"]
-    print(f"{result['blocks']} blocks of {result['split']}: accuracy {final['accuracy']:.4f}, macro-F1 {final['macro_f1']:.4f}")
-    print("| stage | macro-F1 on its true inputs | blocks that reach it | of them strangers | accuracy on what reaches it |")
-    print("|---|---|---|---|---|")
+    lines = [
+        f"{result['blocks']} blocks of {result['split']}: accuracy {final['accuracy']:.4f}, macro-F1 {final['macro_f1']:.4f}. "
+        f"Blocks a second: {rates['one_pass']:.0f} in one pass, {rates['one_by_one']:.0f} stage by stage.",
+        "",
+        "| stage | macro-F1 on its true inputs | blocks that reach it | of them strangers | accuracy on what reaches it |",
+        "|---|---|---|---|---|",
+    ]
     for task in SPECIALISTS:
         scores = result["specialists"][task.key]
         there = scores["on_what_reaches_it"]
         accuracy = "none" if there["accuracy"] is None else f"{there['accuracy']:.4f}"
-        print(
-            f"| {task.title} | {scores['on_true_inputs']['macro_f1']:.4f} | {there['blocks']} | {there['strangers']} | {accuracy} |"
-        )
-    print(f"Blocks a second: {rates['one_pass']:.0f} in one pass, {rates['one_by_one']:.0f} stage by stage. Written to {output}")
+        own = f"{scores['on_true_inputs']['macro_f1']:.4f}"
+        lines.append(f"| {task.title} | {own} | {there['blocks']} | {there['strangers']} | {accuracy} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

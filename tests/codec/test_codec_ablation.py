@@ -1,4 +1,4 @@
-"""The table of variants: trees, averages, intervals, and real short runs of the whole comparison."""
+"""The table of variants: trees, intervals, and real short runs of the whole comparison."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch
 from av1partition.data.blocks import BlockSet, DatasetError
 from av1partition.data.inputs import with_quantizer
 from av1partition.data.study_layout import write_study_file
-from av1partition.data.symmetries import SYMMETRIES, turn, turned_classes
-from av1partition.data.tasks import AB, KINDS, STAGE2
-from av1partition.evaluation.averaging import average_over_symmetries
+from av1partition.data.tasks import STAGE2
 from av1partition.evaluation.comparison import choose, decide, summary, table
 from av1partition.evaluation.spread import over_seeds, paired_difference
 from av1partition.models.backbones import BackboneKind
@@ -54,24 +52,6 @@ def test_trees_are_the_same_for_the_same_seed(all_blocks: dict[str, BlockSet]) -
     ]
     assert torch.equal(several[0], several[1])
     torch.testing.assert_close(several[0].sum(dim=1), torch.ones(50))
-
-
-@pytest.mark.parametrize("task", [KINDS, AB, STAGE2], ids=lambda task: task.key)
-def test_average_turns_the_answers_back(task) -> None:  # type: ignore[no-untyped-def]
-    """An average is unchanged, but for its classes, when all blocks are turned."""
-    torch.manual_seed(0)
-    weight = torch.randn(512, len(task.classes))
-
-    def answer(inputs: torch.Tensor) -> torch.Tensor:
-        return (inputs.flatten(1) @ weight).softmax(dim=1)
-
-    x = torch.rand(6, 2, 16, 16)
-    average = average_over_symmetries(answer, task, x)
-    torch.testing.assert_close(average.sum(dim=1), torch.ones(6))
-    assert not torch.allclose(average, answer(x), atol=1e-3)
-    for symmetry in SYMMETRIES:
-        turned = average_over_symmetries(answer, task, turn(x, symmetry))
-        torch.testing.assert_close(turned[:, turned_classes(task, symmetry)], average)
 
 
 def test_paired_difference_against_scipy() -> None:
@@ -146,9 +126,9 @@ def test_the_whole_comparison(study: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "what is finished is not trained again"
     result = json.loads((study / "ablation" / "ablation.json").read_text())
     assert set(result["test"]) == {"frozen", "v1", "trees-q", "kinds-v1"}
-    assert all(len(each["plain"]["values"]) == 2 for each in result["test"].values())
-    ours, theirs = (result["test"][name]["plain"]["values"] for name in ("v1", "frozen"))
-    expected = {"chosen": "v1", "averaged": False, "rival": "frozen", **paired_difference(ours, theirs)}
+    assert all(len(each["macro_f1"]["values"]) == 2 for each in result["test"].values())
+    ours, theirs = (result["test"][name]["macro_f1"]["values"] for name in ("v1", "frozen"))
+    expected = {"chosen": "v1", "rival": "frozen", **paired_difference(ours, theirs)}
     assert result["differences"]["study"] == expected
     assert result["validation"]["per-q"]["parameters"] == 2 * (2 * 512 * 64 + 64 + 512 + 1539)
     assert [verdict["expected"][:20] for verdict in result["verdicts"]] == [
@@ -170,14 +150,14 @@ def test_two_processes_train_what_one_does(study: Path, tmp_path: Path, monkeypa
         ablation.main(["--runs-dir", str(runs), *arguments(study, "--seeds", "5", "6", "--jobs", str(jobs))[2:]])
     one, two = (json.loads((tmp_path / name / "ablation" / "ablation.json").read_text()) for name in "12")
     assert one == two
-    assert len(one["validation"]["v1"]["plain"]["values"]) == 2
+    assert len(one["validation"]["v1"]["macro_f1"]["values"]) == 2
     with pytest.raises(SystemExit):
         ablation.parse_options(["--jobs", "0"])
 
 
 def scored(f1: float, per_class: float, reload_difference: float | None) -> dict[str, object]:
-    one = {"macro_f1": f1, "per_class": {name: {"f1": per_class} for name in STAGE2.classes}}
-    return {"plain": one, "averaged": one, "parameters": 5, "reload_difference": reload_difference}
+    classes = {name: {"f1": per_class} for name in STAGE2.classes}
+    return {"macro_f1": f1, "per_class": classes, "parameters": 5, "reload_difference": reload_difference}
 
 
 def test_verdicts_follow_the_figures() -> None:
@@ -186,32 +166,31 @@ def test_verdicts_follow_the_figures() -> None:
         rivals = {name: summary({}, [scored(0.5 + s, 0.5, None) for s in (0, 0.001)]) for name in ("frozen", "trees-q")}
         return networks | rivals
 
-    chosen = {"study": ("v1", False), "beyond": ("k", True)}
+    chosen = {"study": "v1", "beyond": "k"}
     holds = [[each["holds"] for each in decide(test_of(*figures), chosen)[1]] for figures in ((0.53, 0.5, 0), (0.516, 0.4, 0.02))]
     assert holds == [[True, True, True, True], [True, False, False, False]]
     differences, verdicts = decide(test_of(0.53, 0.5, 0), chosen)
     assert differences["study"] == {
-        "chosen": "v1", "averaged": False, "rival": "frozen", **paired_difference((0.53, 0.532), (0.5, 0.501)),
+        "chosen": "v1", "rival": "frozen", **paired_difference((0.53, 0.532), (0.5, 0.501)),
     }  # fmt: skip
     assert verdicts[0]["found"].startswith("+3.05 points (95% interval ")
     text = table({"validation": {}, "test": {}, "differences": differences, "verdicts": verdicts})
-    assert "k, averaged over the symmetries against trees-q on the test blocks: +3.05 points" in text
+    assert "k against trees-q on the test blocks: +3.05 points" in text
     assert text.count("| holds |") == 4
 
 
-def test_the_choice_is_by_the_first_seed_and_averages_beyond_the_study_only() -> None:
-    def one(group: str, flags: str, plain: float, averaged: float) -> dict[str, object]:
-        return {"group": group, "flags": flags, "plain": {"values": [plain, 0.9]}, "averaged": {"values": [averaged, 0.9]}}
+def test_the_choice_is_by_the_first_seed_and_of_adapters() -> None:
+    def one(group: str, flags: str, f1: float) -> dict[str, object]:
+        return {"group": group, "flags": flags, "macro_f1": {"values": [f1, 0.9]}}
 
     validation = {
-        "head": one("study", "", 0.9, 0.9),
-        "a": one("study", "--use-adapters", 0.4, 0.8),
-        "b": one("study", "--use-adapters", 0.5, 0.5),
-        "c": one("beyond", "--use-adapters", 0.4, 0.8),
-        "d": one("beyond", "--use-adapters", 0.6, 0.5),
+        "head": one("study", "", 0.9),
+        "a": one("study", "--use-adapters", 0.4),
+        "b": one("study", "--use-adapters", 0.5),
+        "c": one("beyond", "--use-adapters", 0.6),
     }
-    assert choose(validation, "study") == ("b", False)
-    assert choose(validation, "beyond") == ("c", True)
+    assert choose(validation, "study") == "b"
+    assert choose(validation, "beyond") == "c"
     with pytest.raises(SystemExit, match="no adapter variant of the group 'floor' has been scored"):
         choose(validation, "floor")
 

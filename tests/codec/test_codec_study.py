@@ -17,7 +17,7 @@ def test_every_command_can_be_read() -> None:
     assert len(set(names)) == len(names)
     for step in study.steps():
         if parse := getattr(sys.modules[step.main.__module__], "parse_options", None):
-            parse([part.format(runs="runs with blanks") for part in step.arguments.split()])
+            parse([part.format(runs="runs with blanks", jobs=2) for part in step.arguments.split()])
 
 
 def test_steps_run_once_and_leave_their_results(tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

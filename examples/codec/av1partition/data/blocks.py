@@ -30,6 +30,21 @@ class DatasetError(ValueError):
 
 
 @dataclass(frozen=True)
+class NodeTable:
+    """The node table as it is in the folder, before any pixel is read.
+
+    Attributes:
+        frames: The manifest's entries of all frames.
+        nodes: Of each node the frame's number, base_q_idx, row, col and label, int64 of shape [N, 5].
+        splits: Of each node the number of its split in ``SPLITS``, int64 of shape [N].
+    """
+
+    frames: list[dict[str, Any]]
+    nodes: npt.NDArray[np.int64]
+    splits: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class BlockSet:
     """Blocks with what AV1 did to them.
 
@@ -100,22 +115,53 @@ def cut_blocks(data_dir: str | Path = DATA_DIR) -> dict[str, BlockSet]:
         (21948, 1, 16, 16)
     """
     root = Path(data_dir)
-    manifest = _read_manifest(root / "MANIFEST.json")
-    frames = manifest["frames"]
-    split_of_frame = _splits(manifest)
-    nodes = _read_nodes(root / "nodes.csv.gz", [f["name"] for f in frames], manifest["nodes"])
+    table = read_table(root)
+    nodes = table.nodes
     samples = np.empty((len(nodes), BLOCK, BLOCK), dtype=np.float32)
-    for number, frame in enumerate(frames):
+    for number, frame in enumerate(table.frames):
         here = np.flatnonzero(nodes[:, 0] == number)
-        luma = _read_luma(root / frame["file"], frame["size_wh"])
+        luma = read_luma(root, frame)
         samples[here] = _cut(luma, nodes[here, 2], nodes[here, 3], frame["name"])
     every = BlockSet(
         torch.from_numpy(samples).unsqueeze(1).div_(255.0),
         torch.from_numpy(nodes[:, 4].copy()),
         torch.from_numpy(nodes[:, 1].copy()),
     )
-    split_of_node = torch.from_numpy(split_of_frame[nodes[:, 0]])
-    return {name: every.take(split_of_node == number) for number, name in enumerate(SPLITS)}
+    splits = torch.from_numpy(table.splits)
+    return {name: every.take(splits == number) for number, name in enumerate(SPLITS)}
+
+
+def read_table(root: Path) -> NodeTable:
+    """Read manifest and node table, and hold them against each other.
+
+    Raises:
+        DatasetError: A file is missing, damaged, or disagrees with the manifest.
+    """
+    manifest = _read_manifest(root / "MANIFEST.json")
+    frames: list[dict[str, Any]] = manifest["frames"]
+    split_of_frame = _splits(manifest)
+    nodes = _read_nodes(root / "nodes.csv.gz", [f["name"] for f in frames], manifest["nodes"])
+    return NodeTable(frames, nodes, split_of_frame[nodes[:, 0]])
+
+
+def read_luma(root: Path, frame: dict[str, Any]) -> npt.NDArray[np.uint8]:
+    """The pixels of a frame, [height, width].
+
+    Args:
+        root: The data folder.
+        frame: Its entry in the manifest.
+
+    Raises:
+        DatasetError: The file is missing, damaged, or of another size.
+    """
+    path, size_wh = root / frame["file"], frame["size_wh"]
+    try:
+        with Image.open(path) as image:
+            if image.mode != "L" or list(image.size) != size_wh:
+                raise DatasetError(f"{path}: {image.mode} {image.size}, expected 8-bit luma of {tuple(size_wh)}")
+            return np.asarray(image, dtype=np.uint8)
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot read the frame ({error}); restore the data folder") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -175,16 +221,6 @@ def _check_range(path: Path, column: str, values: npt.NDArray[np.int64], highest
         # The header is line 1.
         line, value = wrong[0] + 2, values[wrong[0]]
         raise DatasetError(f"{path}: line {line}: {column} is {value}, expected 0..{highest}")
-
-
-def _read_luma(path: Path, size_wh: list[int]) -> npt.NDArray[np.uint8]:
-    try:
-        with Image.open(path) as image:
-            if image.mode != "L" or list(image.size) != size_wh:
-                raise DatasetError(f"{path}: {image.mode} {image.size}, expected 8-bit luma of {tuple(size_wh)}")
-            return np.asarray(image, dtype=np.uint8)
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot read the frame ({error}); restore the data folder") from error
 
 
 def _cut(

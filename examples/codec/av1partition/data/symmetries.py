@@ -1,4 +1,4 @@
-"""The eight symmetries of the square, and what they make of a block's partition: augmentation, and averaging."""
+"""The eight symmetries of the square, and what they make of a block's partition: augmentation."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from typing import Any
 from av1partition.data.tasks import STAGE2
 from av1partition.evaluation.spread import over_seeds, paired_difference
 
-WAYS = ("plain", "averaged")
 # Test pictures decide two questions: what adapters add to the frozen head, and whether a network beats the trees.
 RIVALS = {"study": "frozen", "beyond": "trees-q"}
 GAIN_PLANNED = 0.015
@@ -16,69 +15,58 @@ GAIN_BEYOND = 0.02
 EVERY_CLASS = 0.40
 RELOAD = 0.01
 
-Choice = tuple[str, bool]
-"""A variant, and whether its answers are averaged over the symmetries."""
-
 
 def summary(about: Mapping[str, str], each: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What is known of a variant, over its seeds.
 
     Args:
         about: What it is, for people.
-        each: For each seed the scores on a split, plain and averaged, with the number of trained parameters.
+        each: For each seed the scores on a split, with the number of trained parameters.
     """
     return {
         **about,
         "parameters": each[0]["parameters"],
-        **{way: over_seeds([one[way]["macro_f1"] for one in each]) for way in WAYS},
-        "per_class": {name: over_seeds([one["plain"]["per_class"][name]["f1"] for one in each])["mean"] for name in STAGE2.classes},
+        "macro_f1": over_seeds([one["macro_f1"] for one in each]),
+        "per_class": {name: over_seeds([one["per_class"][name]["f1"] for one in each])["mean"] for name in STAGE2.classes},
         "reload_difference": max((one["reload_difference"] for one in each if one["reload_difference"] is not None), default=None),
     }
 
 
-def choose(validation: Mapping[str, Any], group: str) -> Choice:
+def choose(validation: Mapping[str, Any], group: str) -> str:
     """The adapter variant of a group with the highest macro-F1 of its first seed.
-
-    The study does not average over the symmetries, so in its group nothing is.
 
     Raises:
         SystemExit: None has been scored.
     """
-    ways = {"plain": False} if group == "study" else {"plain": False, "averaged": True}
     candidates = [
-        (each[way]["values"][0], name, averaged)
+        (each["macro_f1"]["values"][0], name)
         for name, each in validation.items()
         if each["group"] == group and "--use-adapters" in each["flags"]
-        for way, averaged in ways.items()
     ]
     if not candidates:
         raise SystemExit(f"no adapter variant of the group {group!r} has been scored, so none can be chosen; leave out --only")
-    _, name, averaged = max(candidates)
-    return name, averaged
+    return max(candidates)[1]
 
 
-def decide(test: Mapping[str, Any], chosen: Mapping[str, Choice]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def decide(test: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Differences to the rivals on the test pictures, and what they say of what was expected.
 
     Args:
         test: For each variant its summary.
-        chosen: For each group what was chosen on validation.
+        chosen: For each group the variant that was chosen on validation.
 
     Returns:
         For each group the paired difference; and the verdicts: what was expected, what came out, whether it holds.
     """
     differences = {}
-    for group, (name, averaged) in chosen.items():
-        ours, theirs = test[name]["averaged" if averaged else "plain"]["values"], test[RIVALS[group]]["plain"]["values"]
-        differences[group] = {"chosen": name, "averaged": averaged, "rival": RIVALS[group], **paired_difference(ours, theirs)}
-    name, _ = chosen["study"]
-    planned, beyond, classes = differences["study"], differences["beyond"], test[name]["per_class"]
+    for group, name in chosen.items():
+        ours, theirs = (test[each]["macro_f1"]["values"] for each in (name, RIVALS[group]))
+        differences[group] = {"chosen": name, "rival": RIVALS[group], **paired_difference(ours, theirs)}
+    name, classes = chosen["study"], test[chosen["study"]]["per_class"]
     weakest = min(classes, key=lambda label: float(classes[label]))
     reload = max(each["reload_difference"] for each in test.values() if each["reload_difference"] is not None)
     verdicts = [
-        _verdict(
-            f"adapters of the study ({name}) at least {100 * GAIN_PLANNED:g} points over the frozen head", planned, GAIN_PLANNED
-        ),
+        _verdict(f"adapters of the study ({name})", "the frozen head", differences["study"], GAIN_PLANNED),
         {
             "expected": f"every class of {name} with an F1 above {EVERY_CLASS:.0%}",
             "found": f"the weakest is {weakest} with {classes[weakest]:.1%}",
@@ -89,15 +77,13 @@ def decide(test: Mapping[str, Any], chosen: Mapping[str, Choice]) -> tuple[dict[
             "found": f"the largest difference is {reload:g}",
             "holds": reload <= RELOAD,
         },
-        _verdict(
-            f"beyond the study ({beyond['chosen']}) at least {100 * GAIN_BEYOND:g} points over the trees with the quantizer",
-            beyond, GAIN_BEYOND,
-        ),
-    ]  # fmt: skip
+        _verdict(f"beyond the study ({chosen['beyond']})", "the trees with the quantizer", differences["beyond"], GAIN_BEYOND),
+    ]
     return differences, verdicts
 
 
-def _verdict(expected: str, difference: dict[str, Any], least: float) -> dict[str, Any]:
+def _verdict(ours: str, theirs: str, difference: dict[str, Any], least: float) -> dict[str, Any]:
+    expected = f"{ours} at least {100 * least:g} points over {theirs}"
     return {"expected": expected, "found": _points(difference), "holds": difference["mean"] >= least}
 
 
@@ -113,16 +99,15 @@ def table(result: Mapping[str, Any]) -> str:
         if not result[split]:
             continue
         lines += ["", f"Stage 2 on the {split} blocks, macro-F1", ""]
-        lines += ["| variant | | trained parameters | seeds | macro-F1 | averaged over the symmetries | SPLIT | RECT | AB |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        lines += ["| variant | | trained parameters | seeds | macro-F1 | SPLIT | RECT | AB |", "|---|---|---|---|---|---|---|---|"]
         for name, each in result[split].items():
-            scores = " | ".join(_spread(each[way]) for way in WAYS)
             classes = " | ".join(f"{each['per_class'][label]:.3f}" for label in STAGE2.classes)
-            seeds = len(each["plain"]["values"])
-            lines.append(f"| {name} | {each['about']} | {each['parameters']:,} | {seeds} | {scores} | {classes} |")
+            score = each["macro_f1"]
+            lines.append(
+                f"| {name} | {each['about']} | {each['parameters']:,} | {len(score['values'])} | {_spread(score)} | {classes} |"
+            )
     for each in result["differences"].values():
-        ways = ", averaged over the symmetries" if each["averaged"] else ""
-        lines += ["", f"{each['chosen']}{ways} against {each['rival']} on the test blocks: {_points(each)}"]
+        lines += ["", f"{each['chosen']} against {each['rival']} on the test blocks: {_points(each)}"]
     if result["verdicts"]:
         lines += ["", "| expected | found | |", "|---|---|---|"]
         lines += [

@@ -27,8 +27,8 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], confidence
         ValueError: Not the same number of seeds, or fewer than two.
 
     Example:
-        >>> paired_difference([0.52, 0.55, 0.54], [0.50, 0.51, 0.52])["mean"]
-        0.026666666666666696
+        >>> round(paired_difference([0.52, 0.55, 0.54], [0.50, 0.51, 0.52])["mean"], 4)
+        0.0267
     """
     if len(ours) != len(theirs) or len(ours) < 2:
         raise ValueError(f"{len(ours)} and {len(theirs)} values, expected the same number, at least two")

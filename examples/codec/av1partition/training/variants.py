@@ -41,14 +41,18 @@ class Variant:
         return {"about": self.about, "group": self.group, "flags": self.flags}
 
 
-# The study's rates and batch size are the scripts' defaults. A head on features computed once takes a second an epoch; the
-# others are shorter than the study's 50, and "v1-long" shows what more of them would change.
-_HEAD = "--epochs 50"
+# The study's rates and batch size are the scripts' defaults. Its 50 epochs are shortened; "v1-long" and "frozen-long" show what
+# more of them change.
+_HEAD = "--epochs 20"
 _ADAPTERS = "--epochs 4 --use-adapters"
+# The loss weighs classes by effective numbers of blocks, which from some ten thousand on are all but the same: with beta 0.9999
+# the rare class weighs hardly more than the others. With this one the weights are those of the trees, by inverse frequency.
+_BALANCED = "--beta 0.999999"
 _WIDE = "--batch-size 256 --weight-decay 0.01 --quantizer"
 
 VARIANTS = (
     Variant("frozen", "frozen head", "study", "stage1_study", _HEAD),
+    Variant("frozen-long", "frozen head with the study's epochs", "study", "stage1_study", "--epochs 50"),
     Variant("v1", "layer1-4, b=64", "study", "stage1_study", _ADAPTERS),
     Variant("v1-long", "v1 with four times the epochs", "study", "stage1_study", "--epochs 16 --use-adapters"),
     Variant("v2", "layer3-4, b=64", "study", "stage1_study", f"{_ADAPTERS} --adapter-layers layer3 layer4"),
@@ -72,6 +76,14 @@ VARIANTS = (
             quantizers=QUANTIZERS),
     Variant("per-q-16", "a set for each quantizer, b=16: as many parameters", "quantizer", "stage1_study",
             f"{_ADAPTERS} --adapter-bottleneck 16", quantizers=QUANTIZERS),
+    Variant("frozen-balanced", "frozen head, all classes weigh the same", "balanced", "stage1_study", f"{_HEAD} {_BALANCED}"),
+    Variant("v1-balanced", "v1, all classes weigh the same", "balanced", "stage1_study", f"{_ADAPTERS} {_BALANCED}"),
+    Variant("fine-tuning-balanced", "full fine-tuning, all classes weigh the same", "balanced", "stage1_study",
+            f"--epochs 4 --full-fine-tuning {_BALANCED}"),
+    Variant("frozen-q-balanced", "frozen head that sees the quantizer, all classes weigh the same", "balanced", "stage1_study",
+            f"{_HEAD} --quantizer {_BALANCED}"),
+    Variant("v1-q-balanced", "v1 with a head that sees the quantizer, all classes weigh the same", "balanced", "stage1_study",
+            f"{_ADAPTERS} --quantizer {_BALANCED}"),
     Variant("kinds-frozen", "backbone that learned all kinds: frozen head", "beyond", "stage1_kinds",
             f"{_HEAD} {_WIDE} --lr-head 1e-3"),
     Variant("kinds-v1", "the same: layer1-4, b=64", "beyond", "stage1_kinds",
