@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import train_stage2
+from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR, BlockSet
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import STAGE2
@@ -217,5 +218,4 @@ def _reload_difference(job: Job) -> float | None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run(main)

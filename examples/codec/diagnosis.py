@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR
 from av1partition.data.inputs import luma, quantizer_code
 from av1partition.data.study_layout import load_dataset
@@ -138,5 +138,4 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run(main)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from av1partition.atomic_folder import check_free, new_folder
+from av1partition.command_line import run
 from av1partition.data.blocks import DatasetError, cut_blocks
 from av1partition.data.frame_folder import Coded, write_frame_folder
 from av1partition.data.libaom import FLAGS, HIGHEST_CQ_LEVEL, Libaom, find_libaom
@@ -112,5 +113,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run(main)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR, SPLITS
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import SPECIALISTS, Task
@@ -82,4 +83,4 @@ def _table(result: dict[str, Any], task: Task) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

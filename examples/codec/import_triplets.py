@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from av1partition.atomic_folder import check_free, new_folder
+from av1partition.command_line import run
 from av1partition.data.raw_triplets import join, open_triplet, sequence_names
 from av1partition.data.splits import check_not_empty, split_by_name
 from av1partition.data.study_layout import write_study_file
@@ -47,5 +48,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run(main)

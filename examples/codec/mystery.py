@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import STAGE2
@@ -227,5 +228,4 @@ def table(cases: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run(main)

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR
-from av1partition.evaluation.html_report import ReportError, write_report
+from av1partition.evaluation.html_report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,14 +26,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.frames < 0:
         parser.error(f"--frames is {options.frames}, expected 0 or more")
-    try:
-        page = write_report(
-            options.folder, options.output, dataset_dir=options.dataset_dir, runs_dir=options.runs_dir, frames=options.frames
-        )
-    except ReportError as error:
-        raise SystemExit(str(error)) from error
+    page = write_report(
+        options.folder, options.output, dataset_dir=options.dataset_dir, runs_dir=options.runs_dir, frames=options.frames
+    )
     print(page)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

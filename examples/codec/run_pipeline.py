@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import logging
 import os
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from av1partition.atomic_file import write_atomically
+from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR, SPLITS, BlockSet
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import AB, RECT, SPECIALISTS, STAGE2
@@ -109,5 +109,4 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run(main)

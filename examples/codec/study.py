@@ -22,6 +22,7 @@ import run_pipeline
 import torch
 import train_stage1
 import train_stage3
+from av1partition.command_line import run
 from av1partition.evaluation.html_report import write_report
 from av1partition.evaluation.reports import write_json
 
@@ -64,16 +65,18 @@ def steps() -> Iterator[Step]:
     for name, flags in (("stage1_study", own), ("stage1_kinds", kinds)):
         yield Step(name, train_stage1.main, f"{flags} --output-dir {{runs}}/{name}", f"{name}/metrics.json", name)
     both = "--stage1-models {runs}/stage1_study/stage1.pt {runs}/stage1_kinds/stage1.pt"
-    yield Step("diagnosis", diagnosis.main, f"{both} --output-dir {{runs}}/diagnosis", "diagnosis/diagnosis.md", "diagnosis")
+    yield Step(
+        "diagnosis", diagnosis.main, f"{both} --blocks 40000 --output-dir {{runs}}/diagnosis", "diagnosis/diagnosis.md", "diagnosis"
+    )
     part = "--base-q-idx 80 --blocks 12000"
     flags = f"--stage1-model {{runs}}/stage1_study/stage1.pt {part} --output-dir {{runs}}/mystery"
     yield Step("mystery", mystery.main, flags, "mystery/mystery.md", "mystery")
     yield Step("ablation", ablation.main, "--runs-dir {runs} --final --jobs {jobs}", None, "ablation")
-    for name, stage1, run, baseline in (
+    for name, stage1, variant, baseline in (
         ("stage2_study", "stage1_study", "v1", "frozen"),
         ("stage2", "stage1_kinds", STAGE2, "kinds-frozen-rare"),
     ):
-        folder = f"ablation/{run}/seed0"
+        folder = f"ablation/{variant}/seed0"
         where = f"--output-dir {{runs}}/{folder} --baseline-dir {{runs}}/ablation/{baseline}/seed0"
         flags = f"--stage1-model {{runs}}/{stage1}/stage1.pt {where}"
         yield Step(name, evaluate.main, flags, f"{folder}/evaluation.json", folder)
@@ -147,5 +150,4 @@ def _keep(runs: Path, results: Path) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run(main)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from av1partition.command_line import run
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.symmetries import turn_at_random
 from av1partition.data.tasks import KINDS, STAGE1
@@ -131,5 +131,4 @@ def _calibrate(path: Path, val: TensorDataset, device: torch.device) -> dict[str
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run(main)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from av1partition.command_line import run
 from av1partition.data.noise import with_misrouted
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import AB, RECT, STAGE2
@@ -61,5 +61,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run(main)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from av1partition.command_line import run
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import SPECIALISTS
 from av1partition.evaluation.metrics import macro_f1
@@ -41,4 +42,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from av1partition.evaluation.cascade_analysis import FOLDED, analyse, fold
 from av1partition.evaluation.pipeline import Pipeline, Predictions, true_inputs
 from av1partition.models.backbones import BackboneKind
 from av1partition.models.cascade import Cascade, adapt
+from av1partition.models.specialist_files import SpecialistFileError
 from av1partition.models.stage1_files import load_stage1, save_stage1
 from PIL import Image
 
@@ -137,6 +140,23 @@ def test_the_files_threshold_and_ones_own(files: Make, tmp_path: Path) -> None:
     assert nobody.specialists["ab"].isnan().all()
 
 
+def test_files_of_another_stage_are_refused_by_name(files: Make, tmp_path: Path) -> None:
+    stage1, made = files("plain")
+    for task, other in ((STAGE2, RECT), (RECT, AB), (AB, STAGE2)):
+        with pytest.raises(
+            SpecialistFileError, match=rf"head specialists\.{other.key}\.linear, expected that of {task.title}; pass"
+        ):
+            pipeline((stage1, {**made, task: made[other]}))
+    done = subprocess.run(
+        [sys.executable, run_pipeline.__file__, "--stage1-model", stage1, "--stage2-model", made[RECT][0], "--stage3-rect-model",
+         made[STAGE2][0], "--stage3-ab-models", *made[AB], "--output-dir", tmp_path / "out"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("SpecialistFileError: "), "said in a line, without a traceback"
+    assert not (tmp_path / "out").exists()
+
+
 def test_specialists_of_another_stage1_are_refused(files: Make, tmp_path: Path) -> None:
     stage1, made = files("plain")
     model = load_stage1(stage1)
@@ -212,7 +232,13 @@ def flags(files: Make, tiny_dataset: Path, tmp_path: Path) -> list[str]:
 def test_the_script(flags: list[str], tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_pipeline.main([*flags, "--stage1-threshold", "0.4"])
     output = tmp_path / "out"
-    assert {path.name for path in output.iterdir()} == {"predictions.npz", "pipeline.json", "confusion_matrix.png", "flow.png"}
+    assert {path.name for path in output.iterdir()} == {
+        "predictions.npz",
+        "pipeline.json",
+        "pipeline.md",
+        "confusion_matrix.png",
+        "flow.png",
+    }
     result: dict[str, Any] = json.loads((output / "pipeline.json").read_text())
     blocks = read_study_file(tiny_dataset / "val.pt")
     with np.load(output / "predictions.npz") as arrays:

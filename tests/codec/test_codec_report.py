@@ -13,7 +13,7 @@ import torch
 from av1partition.data.blocks import DATA_DIR, BlockSet, cut_blocks
 from av1partition.data.study_layout import write_study_file
 from av1partition.data.tasks import AB, SPECIALISTS, STAGE1
-from av1partition.evaluation.html_report import write_report
+from av1partition.evaluation.html_report import ReportError, write_report
 from report_page import Page
 
 
@@ -200,7 +200,7 @@ def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     report.main([str(tmp_path), "--output", str(tmp_path / "other.html")])
     assert (tmp_path / "other.html").read_bytes() == (tmp_path / "report.html").read_bytes()
-    with pytest.raises(SystemExit, match="is no folder"):
+    with pytest.raises(ReportError, match="is no folder"):
         report.main([str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="2"):
         report.main([str(tmp_path), "--frames", "-1"])

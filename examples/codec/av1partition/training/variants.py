@@ -52,9 +52,9 @@ _WIDE = "--batch-size 256 --weight-decay 0.01 --quantizer"
 
 VARIANTS = (
     Variant("frozen", "frozen head", "study", "stage1_study", _HEAD),
-    Variant("frozen-long", "frozen head with the study's epochs", "study", "stage1_study", "--epochs 50"),
+    Variant("frozen-long", "frozen head with the study's epochs", "longer", "stage1_study", "--epochs 50"),
     Variant("v1", "layer1-4, b=64", "study", "stage1_study", _ADAPTERS),
-    Variant("v1-long", "v1 with four times the epochs", "study", "stage1_study", "--epochs 16 --use-adapters"),
+    Variant("v1-long", "v1 with four times the epochs", "longer", "stage1_study", "--epochs 16 --use-adapters"),
     Variant("v2", "layer3-4, b=64", "study", "stage1_study", f"{_ADAPTERS} --adapter-layers layer3 layer4"),
     Variant("v3", "layer1-4, b=128", "study", "stage1_study", f"{_ADAPTERS} --adapter-bottleneck 128"),
     Variant("v4", "layer2-4, b=64", "study", "stage1_study", f"{_ADAPTERS} --adapter-layers layer2 layer3 layer4"),
@@ -86,8 +86,6 @@ VARIANTS = (
             f"{_ADAPTERS} --quantizer {_BALANCED}"),
     Variant("kinds-frozen", "backbone that learned all kinds: frozen head", "beyond", "stage1_kinds",
             f"{_HEAD} {_WIDE} --lr-head 1e-3"),
-    Variant("kinds-v1", "the same: layer1-4, b=64", "beyond", "stage1_kinds",
-            f"{_ADAPTERS} {_WIDE} --lr-adapter 1e-3 --lr-head 1e-3"),
     Variant("kinds-v2", "the same: layer3-4, b=64", "beyond", "stage1_kinds",
             f"{_ADAPTERS} {_WIDE} --lr-adapter 1e-3 --lr-head 1e-3 --adapter-layers layer3 layer4"),
     Variant("kinds-frozen-rare", "the same: frozen head, the rare class counts more", "beyond", "stage1_kinds",
