@@ -66,7 +66,7 @@ def steps() -> Iterator[Step]:
         yield Step(name, train_stage1.main, f"{flags} --output-dir {{runs}}/{name}", f"{name}/metrics.json", name)
     both = "--stage1-models {runs}/stage1_study/stage1.pt {runs}/stage1_kinds/stage1.pt"
     yield Step(
-        "diagnosis", diagnosis.main, f"{both} --blocks 40000 --output-dir {{runs}}/diagnosis", "diagnosis/diagnosis.md", "diagnosis"
+        "diagnosis", diagnosis.main, f"{both} --blocks 10000 --output-dir {{runs}}/diagnosis", "diagnosis/diagnosis.md", "diagnosis"
     )
     part = "--base-q-idx 80 --blocks 12000"
     flags = f"--stage1-model {{runs}}/stage1_study/stage1.pt {part} --output-dir {{runs}}/mystery"

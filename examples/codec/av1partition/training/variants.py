@@ -78,8 +78,6 @@ VARIANTS = (
             f"{_ADAPTERS} --adapter-bottleneck 16", quantizers=QUANTIZERS),
     Variant("frozen-balanced", "frozen head, all classes weigh the same", "balanced", "stage1_study", f"{_HEAD} {_BALANCED}"),
     Variant("v1-balanced", "v1, all classes weigh the same", "balanced", "stage1_study", f"{_ADAPTERS} {_BALANCED}"),
-    Variant("fine-tuning-balanced", "full fine-tuning, all classes weigh the same", "balanced", "stage1_study",
-            f"--epochs 4 --full-fine-tuning {_BALANCED}"),
     Variant("frozen-q-balanced", "frozen head that sees the quantizer, all classes weigh the same", "balanced", "stage1_study",
             f"{_HEAD} --quantizer {_BALANCED}"),
     Variant("v1-q-balanced", "v1 with a head that sees the quantizer, all classes weigh the same", "balanced", "stage1_study",
