@@ -66,7 +66,7 @@ def steps() -> Iterator[Step]:
         yield Step(name, train_stage1.main, f"{flags} --output-dir {{runs}}/{name}", f"{name}/metrics.json", name)
     both = "--stage1-models {runs}/stage1_study/stage1.pt {runs}/stage1_kinds/stage1.pt"
     yield Step(
-        "diagnosis", diagnosis.main, f"{both} --blocks 10000 --output-dir {{runs}}/diagnosis", "diagnosis/diagnosis.md", "diagnosis"
+        "diagnosis", diagnosis.main, f"{both} --blocks 6000 --output-dir {{runs}}/diagnosis", "diagnosis/diagnosis.md", "diagnosis"
     )
     part = "--base-q-idx 80 --blocks 12000"
     flags = f"--stage1-model {{runs}}/stage1_study/stage1.pt {part} --output-dir {{runs}}/mystery"
@@ -82,8 +82,9 @@ def steps() -> Iterator[Step]:
         yield Step(name, evaluate.main, flags, f"{folder}/evaluation.json", folder)
     on_kinds = "--stage1-model {runs}/stage1_kinds/stage1.pt"
     stage2 = f"--stage2-model {{runs}}/ablation/{STAGE2}/seed0/adapters.pt"
-    for folder, injected in (("stage3", ""), ("stage3_robust", f" --noise-injection 0.2 {stage2}")):
-        for kind, seeds in (("rect", "0"), ("ab", "0 1 2")):
+    # A fifth of misrouted blocks; for RECT a little less, because Stage 2 sends it no more of the training blocks wrongly.
+    for kind, seeds, share in (("rect", "0", "0.15"), ("ab", "0 1 2", "0.2")):
+        for folder, injected in (("stage3", ""), ("stage3_robust", f" --noise-injection {share} {stage2}")):
             flags = f"{on_kinds} {ADAPTED} --kind {kind} --seeds {seeds}{injected} --output-dir {{runs}}/{folder}"
             finished = f"{folder}/{kind}/seed{seeds[-1]}/metrics.json"
             yield Step(f"{folder}_{kind}", train_stage3.main, flags, finished, f"{folder}/{kind}/seed0")
