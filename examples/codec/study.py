@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ablation
-import diagnosis
 import evaluate
 import mystery
 import run_pipeline
@@ -64,10 +63,6 @@ def steps() -> Iterator[Step]:
     kinds = "--fine --all-kinds --quantizer --augment --epochs 6 --batch-size 256 --lr 1e-3 --weight-decay 0.02"
     for name, flags in (("stage1_study", own), ("stage1_kinds", kinds)):
         yield Step(name, train_stage1.main, f"{flags} --output-dir {{runs}}/{name}", f"{name}/metrics.json", name)
-    both = "--stage1-models {runs}/stage1_study/stage1.pt {runs}/stage1_kinds/stage1.pt"
-    yield Step(
-        "diagnosis", diagnosis.main, f"{both} --blocks 6000 --output-dir {{runs}}/diagnosis", "diagnosis/diagnosis.md", "diagnosis"
-    )
     part = "--base-q-idx 80 --blocks 12000"
     flags = f"--stage1-model {{runs}}/stage1_study/stage1.pt {part} --output-dir {{runs}}/mystery"
     yield Step("mystery", mystery.main, flags, "mystery/mystery.md", "mystery")
