@@ -119,7 +119,7 @@ def train_specialist(
             data = [frozen_features(backbone, each, device, quantizer=quantizer) for each in data]
         else:
             if options.from_scratch:
-                cascade.stage1.backbone = build_backbone(kind_of(cascade.backbone))
+                cascade.stage1.backbone = build_backbone(kind_of(cascade.backbone)).to(memory_format=torch.channels_last)
             cascade.set_submodule(head_name(task, options.quantizer), head)
             trainee = network_trainee(cascade.to(device), task, head, loss, output, lr_backbone=options.lr_backbone, **rates)
             parameters["trainable"] += sum(parameter.numel() for parameter in cascade.backbone.parameters())
