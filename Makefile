@@ -25,7 +25,7 @@ demo: $(STAMP)  ## the codec example from data to pictures, at most 10 minutes
 	rm -rf runs/demo
 	"$(BIN)/python" examples/codec/demo.py
 
-study: $(STAMP)  ## the codec study whole, into examples/codec/results: some three hours on two cores; goes on where it was stopped
+study: $(STAMP)  ## the codec study whole, into examples/codec/results: hours on two cores; goes on where it was stopped
 	"$(BIN)/python" examples/codec/study.py
 
 test: $(STAMP)  ## all tests, the examples in docstrings and docs, and branch coverage
