@@ -63,7 +63,9 @@ class Job:
         return self.runs / self.variant.stage1 / "stage1.pt"
 
     def parts(self) -> list[tuple[Path, list[str]]]:
-        """The folder of each of its training runs, and the flags that it has alone."""
+        """The folder of each of its training runs, and the flags that it has alone. Trees, which take seconds, have none."""
+        if self.variant.trees:
+            return []
         if not self.variant.quantizers:
             return [(self.folder, [])]
         return [(self.folder / f"q{q}", ["--base-q-idx", str(q)]) for q in self.variant.quantizers]
@@ -96,17 +98,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, compare what has been trained so far, and write ``ablation.json``, a table and a picture."""
     options = parse_options(argv)
     common = (options.runs_dir, options.dataset_dir, options.device)
-    _work(
-        [Job(variant, seed, *common) for variant in VARIANTS if variant.name in options.only for seed in options.seeds],
-        "val",
-        options,
-    )
+    jobs = [Job(variant, seed, *common) for variant in VARIANTS if variant.name in options.only for seed in options.seeds]
+    _work(jobs, "val", options)
     result: dict[str, Any] = {"validation": {}, "test": {}, "differences": {}, "verdicts": []}
     for variant in VARIANTS:
         if seeds := _seeds_of(variant, options.runs_dir):
-            result["validation"][variant.name] = summary(
-                variant.described, [scores(Job(variant, seed, *common), "val") for seed in seeds]
-            )
+            each = [scores(Job(variant, seed, *common), "val") for seed in seeds]
+            result["validation"][variant.name] = summary(variant.described, each)
     if options.final:
         chosen = {group: choose(result["validation"], group) for group in RIVALS}
         names = dict.fromkeys([*chosen.values(), *RIVALS.values()])
@@ -127,8 +125,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(job: Job) -> None:
     """Train the runs of a job that are not finished."""
-    if job.variant.trees:
-        return  # Trees take seconds, and are grown where they are asked.
     for folder, own in job.parts():
         if (folder / "metrics.json").exists():
             continue
@@ -172,8 +168,8 @@ def _work(jobs: list[Job], split: str, options: argparse.Namespace) -> None:
             work(job, split)
     else:
         with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            running_here = [pool.submit(work, job, split) for job in jobs]
-            for one in tqdm(as_completed(running_here), total=len(jobs), unit=" runs", disable=None):
+            futures = [pool.submit(work, job, split) for job in jobs]
+            for one in tqdm(as_completed(futures), total=len(jobs), unit=" runs", disable=None):
                 one.result()
 
 
@@ -190,11 +186,11 @@ def _answerers(job: Job, blocks: BlockSet) -> Iterator[tuple[Tensor, Callable[[T
         quantizer = "--quantizer" in variant.arguments
         trees = fit_trees(load_dataset(job.dataset, ["train"])[0].data(STAGE2), quantizer=quantizer, seed=job.seed)
         yield blocks.qps >= 0, partial(tree_probabilities, trees, quantizer=quantizer)
+        return
     for (folder, _), base_q_idx in zip(job.parts(), variant.quantizers or (None,), strict=True):
-        if not variant.trees:
-            model = reload_specialist(job.stage1, STAGE2, folder).to(device)
-            asked = blocks.qps >= 0 if base_q_idx is None else blocks.qps == base_q_idx
-            yield asked, partial(_softmax, model, device)
+        model = reload_specialist(job.stage1, STAGE2, folder).to(device)
+        asked = blocks.qps >= 0 if base_q_idx is None else blocks.qps == base_q_idx
+        yield asked, partial(_softmax, model, device)
 
 
 def _softmax(model: nn.Module, device: torch.device, inputs: Tensor) -> Tensor:
@@ -203,15 +199,13 @@ def _softmax(model: nn.Module, device: torch.device, inputs: Tensor) -> Tensor:
 
 def _parameters(job: Job) -> int:
     """How many are trained, over all runs of the job; 0 for trees."""
-    if job.variant.trees:
-        return 0
     return sum(json.loads((folder / "metrics.json").read_text())["parameters"]["trainable"] for folder, _ in job.parts())
 
 
 def _reload_difference(job: Job) -> float | None:
     """The largest difference of macro-F1 between live and reloaded model that a kept epoch's proof found; None: no proofs."""
     differences: list[float] = []
-    for folder, _ in [] if job.variant.trees else job.parts():
+    for folder, _ in job.parts():
         history = json.loads((folder / "history.json").read_text())
         differences += [record["proof"]["macro_f1_difference"] for record in history if "proof" in record]
     return max(differences, default=None)

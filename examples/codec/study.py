@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if step.name in options.only and not (step.finished and (options.runs_dir / step.finished).exists()):
             log.info("%s", step.name)
             _run(step, options.runs_dir, options.jobs)
-    _keep(options.runs_dir, options.results_dir)
+    _keep(options.runs_dir, options.results_dir, options.jobs)
     log.info("%s", write_report(options.results_dir, runs_dir=options.runs_dir))
 
 
@@ -124,7 +124,7 @@ def _run(step: Step, runs: Path, jobs: int) -> None:
         write_json(file, seconds)
 
 
-def _keep(runs: Path, results: Path) -> None:
+def _keep(runs: Path, results: Path, jobs: int) -> None:
     """Copy JSON, tables and pictures of the finished steps, and say where and with what they were made."""
     results.mkdir(parents=True, exist_ok=True)
     for step in steps():
@@ -134,7 +134,9 @@ def _keep(runs: Path, results: Path) -> None:
             shutil.copyfile(file, target)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count(), "threads": 1}
     commands = {
-        step.name: f"python {Path(inspect.getsourcefile(step.main) or '').name} {step.arguments}".format(runs="runs/study", jobs=2)
+        step.name: f"python {Path(inspect.getsourcefile(step.main) or '').name} {step.arguments}".format(
+            runs="runs/study", jobs=jobs
+        )
         for step in steps()
     }
     seconds = json.loads((runs / "seconds.json").read_text()) if (runs / "seconds.json").exists() else {}

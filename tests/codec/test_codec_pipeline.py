@@ -253,6 +253,7 @@ def test_the_script(flags: list[str], tiny_dataset: Path, tmp_path: Path, capsys
             np.testing.assert_allclose(arrays[f"{task.key}_probabilities"][asked].sum(1), 1, rtol=1e-5)
     assert (result["threshold"], result["split"], result["blocks"]) == (0.4, "val", 200)
     assert len(result["files"]) == 6
+    assert not any(Path(name).is_absolute() or ".." in name for name in result["files"]), "where they lie is nobody's business"
     assert min(result["blocks_a_second"].values()) > 0
     assert sum(each["blocks"] for each in result["flow"]) == 200
     for picture in ("confusion_matrix.png", "flow.png"):

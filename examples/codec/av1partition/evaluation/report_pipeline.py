@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os.path
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +184,5 @@ def _specialists(scores: Json) -> Table:
 
 
 def _files(files: dict[str, str]) -> Table:
-    """The model files, without the part of their paths that is the same for all: where they lay on somebody's machine."""
-    paths: Sequence[str] = list(files)
-    common = (
-        os.path.commonpath([os.path.dirname(path) for path in paths]) if len({os.path.isabs(path) for path in paths}) == 1 else ""
-    )
-    rows = [[os.path.relpath(path, common) if common else path, digest] for path, digest in files.items()]
+    rows = [[path, digest] for path, digest in files.items()]
     return Table("The model files that answered, by their SHA-256.", ("file", "SHA-256"), "lc", rows)

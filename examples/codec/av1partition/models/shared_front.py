@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -75,6 +73,5 @@ class Front(nn.Module):
         return pack(front(self.cascade.backbone, luma(inputs), self.end), inputs)
 
 
-def _adapter_at(info: AdapterSetInfo, site_name: str) -> str | None:
-    owners: Sequence[str] = [site.owner for site in info.sites if site.name == site_name]
-    return f"{owners[0]}.resadapt.{info.name}" if owners else None
+def _adapter_at(info: AdapterSetInfo, name: str) -> str | None:
+    return next((f"{site.owner}.resadapt.{info.name}" for site in info.sites if site.name == name), None)

@@ -15,9 +15,8 @@ class SmallMaps(TorchFunctionMode):
     """While this context is active, ``F.conv2d`` skips the taps that see nothing but padding.
 
     A 16x16 block is 1x1 from a ResNet's third stage on. There a 3x3 kernel meets eight zeros and one number, and a
-    library made for larger maps multiplies all nine; the gradient of the weights alone takes more than half of a
-    training step. Where every window covers the whole map, each output position is a matrix product of map and
-    window. Results differ by the order of sums only.
+    library made for larger maps multiplies all nine, in the gradient of the weights too. Where every window covers the
+    whole map, each output position is a matrix product of map and window. Results differ by the order of sums only.
     """
 
     def __torch_function__(
