@@ -9,9 +9,10 @@ from pathlib import Path
 import diagnosis
 import pytest
 import torch
-from av1partition.data.inputs import with_quantizer
+from av1partition.data.inputs import quantizer_code, with_quantizer
 from av1partition.models.backbones import BackboneKind
 from av1partition.models.stage1_files import load_stage1
+from torch.utils.data import TensorDataset
 
 
 def test_a_tap_has_the_quarters_of_the_map(stage1_file: Callable[[BackboneKind], Path]) -> None:
@@ -23,6 +24,15 @@ def test_a_tap_has_the_quarters_of_the_map(stage1_file: Callable[[BackboneKind],
         torch.testing.assert_close(diagnosis.Tap(backbone, "maxpool")(x), torch.stack(quarters, dim=2).flatten(1))
         # Behind layer4 a single position is left, which is what the heads see.
         torch.testing.assert_close(diagnosis.Tap(backbone, "layer4")(x), backbone(x[:, :1]))
+
+
+def test_the_quantizer_is_behind_the_numbers_where_it_is_asked_for() -> None:
+    data = TensorDataset(with_quantizer(torch.rand(2, 1, 16, 16), torch.tensor([40, 64])), torch.tensor([0, 1]))
+    seen = torch.rand(2, 22)
+    without, beside = (diagnosis._with_code(seen, data, quantizer).tensors for quantizer in (False, True))
+    assert without[0] is seen
+    assert torch.equal(beside[0], torch.cat([seen, quantizer_code(data.tensors[0])], dim=1))
+    assert without[1] is beside[1] is data.tensors[1]
 
 
 def test_every_part_and_both_learners_are_measured(
