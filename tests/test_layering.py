@@ -24,7 +24,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("arguments", "inputs", "module_record"),
             ("fingerprint",),
         ),
-        "adapters": (("pooled",), ("",)),
+        "adapters": (("family",), ("pooled",), ("",)),
     },
     {
         "injection": (
@@ -34,6 +34,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("watch",),
             ("hooks",),
             ("measure",),
+            ("building",),
             ("select",),
             ("switching",),
             ("installation", "set_info"),

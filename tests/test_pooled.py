@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import resadapt
-from resadapt.adapters import PooledAdapter
+from resadapt.adapters import PooledAdapter, Site
 
 
 class StudyAdapter(nn.Module):
@@ -83,7 +83,7 @@ def test_bit_identical_to_the_study_in_outputs_and_gradients(training: bool) -> 
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(1, 3), c=st.integers(1, 5), b=st.integers(1, 4), spatial=st.lists(st.integers(1, 4), max_size=3))
 def test_against_loops(n: int, c: int, b: int, spatial: list[int]) -> None:
-    adapter = PooledAdapter(c, b, len(spatial)).double().eval()
+    adapter = PooledAdapter(Site(c, len(spatial)), b).double().eval()
     nn.init.normal_(adapter.down.weight)
     nn.init.normal_(adapter.up.weight)
     nn.init.normal_(adapter.down.bias)
@@ -103,7 +103,7 @@ def test_against_loops(n: int, c: int, b: int, spatial: list[int]) -> None:
 
 
 def test_gradients() -> None:
-    adapter = PooledAdapter(3, 2, 2, dropout=0.0).double()
+    adapter = PooledAdapter(Site(3), 2, dropout=0.0).double()
     nn.init.normal_(adapter.up.weight)
     nn.init.normal_(adapter.down.weight)
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
@@ -112,13 +112,13 @@ def test_gradients() -> None:
 
 def test_start() -> None:
     torch.manual_seed(0)
-    adapter = PooledAdapter(512, 64, 2)
+    adapter = PooledAdapter(Site(512), 64)
     for linear in (adapter.down, adapter.up):
         assert linear.weight.std().item() == pytest.approx(1e-3, rel=0.02)
         assert not linear.bias.any()
     x = torch.randn(2, 512, 3, 3)
     assert not torch.equal(adapter(x), x)
-    assert torch.equal(PooledAdapter(512, 64, 2, init="identity")(x), x)
+    assert torch.equal(PooledAdapter(Site(512), 64, init="identity")(x), x)
 
 
 def test_identity_start_learns() -> None:
@@ -133,7 +133,7 @@ def test_identity_start_learns() -> None:
 
 
 def test_dropout_only_in_training() -> None:
-    adapter = PooledAdapter(4, 64, 2, dropout=0.9)
+    adapter = PooledAdapter(Site(4), 64, dropout=0.9)
     nn.init.normal_(adapter.up.weight)
     nn.init.constant_(adapter.down.bias, 1.0)
     x = torch.randn(1, 4, 2, 2)
@@ -143,4 +143,4 @@ def test_dropout_only_in_training() -> None:
 
 def test_channels_last_is_kept() -> None:
     x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-    assert PooledAdapter(8, 2, 2)(x).is_contiguous(memory_format=torch.channels_last)
+    assert PooledAdapter(Site(8), 2)(x).is_contiguous(memory_format=torch.channels_last)

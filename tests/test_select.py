@@ -245,7 +245,7 @@ def test_example_input_leaves_no_trace() -> None:
         torch.manual_seed(5)
         expected = torch.rand(3)
         torch.manual_seed(5)
-        resadapt.injection.select.select_sites(model, "conv", 2, example)
+        resadapt.injection.select.select_sites(model, resadapt.adapters.PooledAdapter, "conv", 2, example)
         assert torch.equal(torch.rand(3), expected)
         assert model.calls == 0
         assert (model.training, model.noise.training) == (True, False)

@@ -1,5 +1,6 @@
 """Small trainable residual adapters for any torchvision ResNet, with adapter files that prove themselves."""
 
+from resadapt.adapters import Adapter, Site, register_family
 from resadapt.base.errors import (
     AdapterError,
     AdapterFileError,
@@ -33,6 +34,7 @@ from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict
 from resadapt.proof.verify import save_adapters, verify_adapters
 
 __all__ = [
+    "Adapter",
     "AdapterError",
     "AdapterFileError",
     "AdapterInfo",
@@ -50,6 +52,7 @@ __all__ = [
     "ParameterCount",
     "ProbeRecord",
     "SetSpec",
+    "Site",
     "SiteSpec",
     "TensorRecord",
     "VerificationError",
@@ -68,6 +71,7 @@ __all__ = [
     "named_trainable_parameters",
     "parameter_groups",
     "read_adapter_info",
+    "register_family",
     "remove_adapters",
     "save_adapters",
     "set_active_adapters",

@@ -27,7 +27,7 @@ class SiteSpec:
         owner: The module that carries the adapter: the site itself, or the last block of a Sequential.
         channels: C, size of the output's channel dimension.
         spatial_dims: Number of dimensions other than batch and channels (2 for images, 3 for video, 0 for ``[N, C]``).
-        bottleneck: Width of the adapter's hidden layer, in channels.
+        bottleneck: Width of the adapter's hidden layer, in channels; 0 where the family has none.
         channel_dim: Where the channels are: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``.
     """
 
@@ -86,7 +86,7 @@ class SetSpec:
         """
         record = _typed(data, "set", _SET_FIELDS)
         sites = tuple(SiteSpec(**_typed(site, "site", _SITE_FIELDS)) for site in record["sites"])
-        if any(site.channels < 1 or site.bottleneck < 1 or site.spatial_dims < 0 for site in sites):
+        if any(site.channels < 1 or site.bottleneck < 0 or site.spatial_dims < 0 for site in sites):
             raise ValueError("a site has a size below 1")
         if any(site.spatial_dims > _MOST_DIMS for site in sites):
             raise ValueError(f"a site has more than {_MOST_DIMS} spatial dimensions")

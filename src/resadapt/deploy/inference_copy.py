@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
+from resadapt.adapters.family import apply
 from resadapt.base.errors import AdapterError
 from resadapt.injection.freeze import thaw_norm
 from resadapt.injection.heads import mark_heads
@@ -71,8 +72,9 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
     for owner in sorted(adapters, reverse=True):  # the inner ones first: their names are still those of the backbone
         parent, _, key = owner.rpartition(".")
         module = find_module(plain, owner)
-        pair = nn.Sequential if _takes_one_argument(module) else Adapted
-        adapted = find_module(plain, parent)._modules[key] = pair(module, adapters[owner])
+        adapter = adapters[owner]
+        pair = _PAIRS[adapter.reads] if _takes_one_argument(module) else Adapted
+        adapted = find_module(plain, parent)._modules[key] = pair(module, adapter)
         _move_hooks(module, adapted, later[owner])
     return plain.eval().requires_grad_(False)
 
@@ -84,7 +86,29 @@ class Adapted(nn.Sequential):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the adapter's result for the module's output."""
         module, adapter = self
-        return adapter(module(*args, **kwargs))
+        return apply(adapter, module, args, module(*args, **kwargs))
+
+
+class WithInput(nn.Sequential):
+    """A module that takes one tensor, and an adapter that reads it too; it can be scripted."""
+
+    @override
+    def forward(self, input):  # type: ignore[no-untyped-def]
+        """Returns the adapter's result for the module's output."""
+        return self[1](self[0](input), input)
+
+
+class WithWeight(nn.Sequential):
+    """A layer, and an adapter that reads its input and weight too; it can be scripted."""
+
+    @override
+    def forward(self, input):  # type: ignore[no-untyped-def]
+        """Returns the adapter's result for the layer's output."""
+        return self[1](self[0](input), input, self[0].weight, self[0].bias)
+
+
+_PAIRS = {"output": nn.Sequential, "input": WithInput, "weight": WithWeight}
+"""What makes one module of a module and an adapter, by what the adapter reads."""
 
 
 def _takes_one_argument(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ def apply_adapter(module: nn.Module, args: Any, output: Any) -> Any:
         count_run(slot)
         if not torch.compiler.is_compiling():
             check_rules(module, slot, later_hooks(module))
-    return slot.adapt(output)
+    return slot.adapt(module, args, output)
 
 
 def attach(owner: nn.Module) -> AdapterSlot:

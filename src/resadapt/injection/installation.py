@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from resadapt.adapters import FAMILIES
 from resadapt.base.errors import InjectionError
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, within
-from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.base.spec import SetSpec
+from resadapt.injection.building import build, family_named, fitting_places
 from resadapt.injection.freeze import NORM_POLICIES, freeze_parameters, gradients_back_on_failure, is_frozen, thaw_norm
 from resadapt.injection.heads import clone_head, mark_heads
 from resadapt.injection.hooks import attach, detach, unwatch, watch
@@ -28,12 +28,11 @@ from resadapt.injection.walk import (
     behind_wrappers,
     find_module,
     find_slot,
-    named_tensors,
     slots_of,
     unwrap,
 )
 
-__all__ = ["adapter_shapes", "check_model", "install", "uninstall"]
+__all__ = ["check_model", "install", "uninstall"]
 
 
 def check_model(model: nn.Module) -> None:
@@ -84,7 +83,7 @@ def install(model: nn.Module, spec: SetSpec, example: Any = None, **start: Any) 
         _check_new(ledger, spec.name)
         check_switchable(model, ledger)
     _check_set(model, spec)
-    adapters = {site: _build(model, spec, site, start) for site in spec.sites}
+    adapters = {site: build(model, spec, site, start) for site in spec.sites}
     record = AdapterSet(spec, example)
     if ledger is None:
         ledger = Ledger(
@@ -149,17 +148,6 @@ def _put_back(model: nn.Module, ledger: Ledger) -> None:
     model.__dict__.pop(LEDGER, None)
 
 
-def adapter_shapes(spec: SetSpec, site: SiteSpec) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the parameters and buffers that an adapter has, without memory for them.
-
-    Raises:
-        InjectionError: The set's family or options do not exist, or no tensor can be of that size.
-    """
-    with torch.device("meta"):
-        adapter = _new_adapter(spec, site)
-    return {path: tuple(t.shape) for key, module in adapter.named_modules() for path, t in named_tensors(module, key)}
-
-
 def _heads(ledger: Ledger) -> set[str]:
     return {name for record in ledger.sets.values() for name in record.spec.head}
 
@@ -187,8 +175,7 @@ def _check_new(ledger: Ledger, name: str) -> None:
 def _check_set(model: nn.Module, spec: SetSpec) -> None:
     if spec.norm not in NORM_POLICIES:
         raise InjectionError(f"norm={spec.norm!r} does not exist; there is {listing(NORM_POLICIES)}.")
-    if spec.family not in FAMILIES:
-        raise InjectionError(f"family={spec.family!r} does not exist; there is {listing(FAMILIES)}.")
+    family = family_named(spec.family)
     if not 0.0 <= spec.dropout < 1.0:
         raise InjectionError(f"dropout={spec.dropout!r} is not a probability in [0, 1).")
     if not re.fullmatch(r"\w[\w-]*", spec.name) or hasattr(AdapterSlot(), spec.name):
@@ -198,27 +185,10 @@ def _check_set(model: nn.Module, spec: SetSpec) -> None:
     for site in spec.sites:
         if (owner := owner_of(model, site.name)) != site.owner:
             raise InjectionError(f"Site {site.name!r} is {owner!r} in this model, where {site.owner!r} was described.")
+        if family.reads != "output" and site.owner != site.name:
+            raise InjectionError(
+                f"Site {site.name!r} is a Sequential: its adapter sits at its last block {site.owner!r} and would read that "
+                f"block's input, not its own, which {spec.family!r} needs. Name a module itself. {fitting_places(model, spec)}"
+            )
         if within(site.owner, spec.head):
             raise InjectionError(f"Site {site.name!r} lies in the head, which is trained anyway. Take it out of layers or of head.")
-
-
-def _new_adapter(spec: SetSpec, site: SiteSpec, start: dict[str, Any] | None = None) -> nn.Module:
-    if spec.family not in FAMILIES:
-        raise InjectionError(f"family={spec.family!r} does not exist; there is {listing(FAMILIES)}.")
-    options = {"dropout": spec.dropout, **spec.options, **(start or {})}
-    try:
-        return FAMILIES[spec.family](site.channels, site.bottleneck, site.spatial_dims, channel_dim=site.channel_dim, **options)
-    except (TypeError, ValueError) as error:
-        raise InjectionError(f"family {spec.family!r} does not take these options: {error}.") from error
-    except RuntimeError as error:
-        raise InjectionError(f"Site {site.name!r} cannot have an adapter of bottleneck {site.bottleneck}: {error}") from error
-
-
-def _build(model: nn.Module, spec: SetSpec, site: SiteSpec, start: dict[str, Any]) -> nn.Module:
-    owner = find_module(model, site.owner)
-    with torch.device("cpu"):  # the same numbers from the same seed, wherever the model is
-        adapter = _new_adapter(spec, site, start)
-    near = [t for m in (owner, model) for _, t in backbone_tensors(m) if isinstance(t, nn.Parameter) and t.is_floating_point()]
-    if near:
-        adapter.to(near[0].device, near[0].dtype)
-    return adapter.train(model.training)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from resadapt.adapters import Adapter
 from resadapt.base.errors import AdapterError, AdapterKeyError, InjectionError
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing
@@ -113,7 +114,7 @@ def ledger_of(model: nn.Module) -> Ledger:
     raise InjectionError(f"This {type(model).__name__} was not injected into. {hint}")
 
 
-def adapter_of(model: nn.Module, spec: SetSpec, site: SiteSpec) -> nn.Module:
+def adapter_of(model: nn.Module, spec: SetSpec, site: SiteSpec) -> Adapter:
     """Returns a set's adapter at a site.
 
     Raises:
@@ -125,7 +126,8 @@ def adapter_of(model: nn.Module, spec: SetSpec, site: SiteSpec) -> nn.Module:
             f"Module {site.owner!r} has lost its adapter of set {spec.name!r}: it was replaced after the injection. "
             "Put the injected module back, or inject again into a fresh model."
         )
-    return slot.get_submodule(spec.name)
+    adapter: Adapter = slot.get_submodule(spec.name)  # type: ignore[assignment]
+    return adapter
 
 
 def adapter_tensors(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, Tensor]]:

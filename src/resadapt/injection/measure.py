@@ -20,7 +20,7 @@ from resadapt.base.undisturbed import call, undisturbed
 from resadapt.injection.hooks import attach, detach
 from resadapt.injection.walk import backbone_modules, find_module, find_slot
 
-__all__ = ["Shape", "measure_sites"]
+__all__ = ["Shape", "declared", "measure_sites"]
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ def measure_sites(model: nn.Module, owners: Mapping[str, str], example_input: ob
     Raises:
         InjectionError: A site does not run once, returns no feature map, or none of this can be found out.
     """
-    declared = {name: _declared(find_module(model, name)) for name in owners}
+    known = {name: declared(find_module(model, name)) for name in owners}
     if example_input is not None:
         outputs = _outputs(model, owners, example_input)
-    elif channel_dim == -1 or not all(shape and shape.sure for shape in declared.values()):
+    elif channel_dim == -1 or not all(shape and shape.sure for shape in known.values()):
         outputs = _outputs_of_a_guess(model, owners)
     else:
         outputs = {}
     tokens = any(type(module).forward in _OVER_LAST for _, module in backbone_modules(model))
     shapes = {}
-    for name, shape in declared.items():
+    for name, shape in known.items():
         seen = outputs.get(name, [])
         if seen or example_input is not None:
             output = _single(name, seen)
@@ -197,7 +197,7 @@ _KEEPS_SHAPE = (
 )
 
 
-def _declared(module: nn.Module) -> Shape | None:
+def declared(module: nn.Module) -> Shape | None:
     """Returns the shape of a module's output where its type tells; the first forward checks it."""
     match module:
         case nn.Conv1d() | nn.ConvTranspose1d():
@@ -215,12 +215,12 @@ def _declared(module: nn.Module) -> Shape | None:
         case nn.Linear():
             return Shape(module.out_features, 0, sure=False)  # it may be given tokens, [N, L, C]
         case SqueezeExcitation():
-            return _declared(module.fc2)
+            return declared(module.fc2)
         case Bottleneck() | video.Bottleneck():
-            return _declared(module.conv3)
+            return declared(module.conv3)
         case BasicBlock() | video.BasicBlock():
-            return _declared(module.conv2)
+            return declared(module.conv2)
         case nn.Sequential() if type(module).forward is nn.Sequential.forward:
             telling = [child for child in module if not isinstance(child, _KEEPS_SHAPE)]
-            return _declared(telling[-1]) if telling else None
+            return declared(telling[-1]) if telling else None
     return None

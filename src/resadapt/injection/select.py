@@ -7,6 +7,7 @@ from numbers import Integral
 
 from torch import nn
 
+from resadapt.adapters.family import Adapter, takes
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import listing
 from resadapt.base.spec import SiteSpec
@@ -18,13 +19,22 @@ from resadapt.injection.walk import backbone_modules, find_module, find_slot
 __all__ = ["owner_of", "select_sites"]
 
 
+_USUAL = 64
+
+
 def select_sites(
-    model: nn.Module, layers: object, bottleneck: object, example_input: object = None, channel_dim: int | None = None
+    model: nn.Module,
+    family: type[Adapter],
+    layers: object,
+    bottleneck: object,
+    example_input: object = None,
+    channel_dim: int | None = None,
 ) -> tuple[SiteSpec, ...]:
     """Finds the sites that `layers` means.
 
     Args:
         model: The model.
+        family: What is to be there.
         layers: Names or globs, or a mapping from them to bottlenecks.
         bottleneck: Size where `layers` gives none: a number of channels, or a fraction of the site's channels in (0, 1).
         example_input: What the model is called with once to measure the sites' outputs; None for an input made up if needed.
@@ -43,10 +53,15 @@ def select_sites(
     if not sizes:
         raise InjectionError("layers is empty: name at least one module to adapt, such as layers=('layer4',).")
     modules = dict(backbone_modules(model))
+    wide = takes(family, "bottleneck")
+    if not wide and (isinstance(layers, Mapping) or bottleneck != _USUAL):
+        raise InjectionError(
+            f"{family.__name__} has no hidden layer, and so no width: leave bottleneck out, and give layers as names."
+        )
     size_of: dict[str, int | float] = {}
     site_at: dict[str, str] = {}
     for pattern, size in sizes.items():
-        checked = _checked_size(pattern, size)
+        checked = _checked_size(pattern, size) if wide else 0
         for name in match(modules, pattern, "layers"):
             owner = owner_of(model, name)
             if owner in site_at:

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from resadapt.adapters.family import default_of, options_of, takes
 from resadapt.base.arguments import check_flag
 from resadapt.base.errors import InjectionError
 from resadapt.base.inputs import describe
 from resadapt.base.names import listing
 from resadapt.base.spec import SetSpec
+from resadapt.injection.building import family_named
 from resadapt.injection.heads import head_tensors
 from resadapt.injection.installation import check_model, install, uninstall
 from resadapt.injection.ledger import Ledger, ledger_of
@@ -41,7 +43,7 @@ def inject_adapters(
     name: str = "default",
     head: str | Iterable[str] = (),
     norm: str = "frozen",
-    dropout: float = 0.1,
+    dropout: float | None = None,
     example_input: object = None,
     channel_dim: int | None = None,
     **family_options: Any,
@@ -56,18 +58,20 @@ def inject_adapters(
         layers: Names of the modules whose outputs ``[N, C, ...]`` or ``[N, ..., C]`` are adapted, as in ``model.named_modules()``;
             globs, in which a star stands for anything between two dots (``"layer*.*"`` is every block); or a mapping from either
             to a bottleneck.
-        bottleneck: Width of the adapters' hidden layer: a number of channels, or a fraction of the site's channels in (0, 1).
-        family: Kind of adapter. ``"pooled"`` is the one there is.
+        bottleneck: Width of the adapters' hidden layer: a number of channels, or a fraction of the site's channels in (0, 1). For
+            ``"lora"`` it is the rank; families without a hidden layer have none.
+        family: Kind of adapter, one of those that `list_families` tells.
         name: Name of the set; several sets can live on one backbone.
         head: Names or globs of modules that are trained with the adapters and saved with them, such as ``"fc"``. Modules without
             parameters that a glob matches are passed over.
         norm: What the backbone's norms do: ``"frozen"`` keeps their running statistics, in training too.
-        dropout: Probability of dropping a hidden unit of an adapter in training, in [0, 1).
+        dropout: Probability of dropping a hidden unit of an adapter in training, in [0, 1). None is the family's own: 0.1 for
+            ``"pooled"``.
         example_input: An input the model is called with once (a tuple: its arguments; a dict: its keywords), in evaluation mode,
             to see what the sites return. Without it an input is made up where modules do not tell; an error says if none fits.
         channel_dim: Where the sites' outputs have their channels: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``. None finds out,
             by the layers inside a site, and asks where they do not tell.
-        **family_options: Options of the family; for ``"pooled"``: ``init="normal"`` or ``"identity"``.
+        **family_options: Options of the family, such as ``init="identity"``; the page "Families" lists them.
 
     Returns:
         The same model.
@@ -88,16 +92,19 @@ def inject_adapters(
     for argument, value in (("family", family), ("name", name), ("norm", norm)):
         if not isinstance(value, str):
             raise InjectionError(f"{argument}={value!r} is {type(value).__name__}, not a text.")
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float | None):
         raise InjectionError(f"dropout={dropout!r} is {type(dropout).__name__}: give a probability, a number in [0, 1).")
+    kind = family_named(family)
+    if dropout is not None and not takes(kind, "dropout"):
+        raise InjectionError(f"family {family!r} has nothing that drops: leave dropout out.")
     start = {key: family_options.pop(key) for key in ("init",) if key in family_options}
     spec = SetSpec(
         name=name,
         family=family,
-        options=family_options,
-        dropout=float(dropout),
+        options=options_of(kind, family_options),
+        dropout=float(default_of(kind, "dropout", 0.0) if dropout is None else dropout),
         norm=norm,
-        sites=select_sites(model, layers, bottleneck, example_input, channel_dim),
+        sites=select_sites(model, kind, layers, bottleneck, example_input, channel_dim),
         head=select_head(model, head),
     )
     install(model, spec, describe(example_input), **start)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
+from resadapt.adapters.family import apply
 from resadapt.base.errors import InjectionError
 from resadapt.base.spec import SiteSpec
 
@@ -41,14 +44,18 @@ class AdapterSlot(nn.Module):
         """Chooses the set whose adapter is applied; a set that has none here leaves the output as it is."""
         self.active = name if name in self.sites else None
 
-    def adapt(self, output: Tensor) -> Tensor:
-        """Returns the active adapter's result for the owner's output."""
+    def adapt(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Returns the active adapter's result where the owner was called with some arguments and returned an output."""
         if self.active is None:
             return output
+        site, adapter = self.sites[self.active], self._modules[self.active]
         if not isinstance(output, fx.Proxy):  # a symbolic value has no type or shape to look at
-            _check_output(output, self.sites[self.active])
-        adapted: Tensor = self._modules[self.active](output)  # type: ignore[misc]
-        return adapted
+            _check_output(output, site)
+        if not args and adapter.reads != "output":  # type: ignore[union-attr]
+            raise InjectionError(
+                f"Site {site.name!r} was given its input by keyword, where its adapter cannot see it. Pass it as first argument."
+            )
+        return apply(adapter, owner, args, output)
 
     @override
     def forward(self, *args: object) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from resadapt.base.errors import AdapterError, AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError
 from resadapt.base.names import listing, reasons_listing
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
+from resadapt.injection.building import adapter_shapes
 from resadapt.injection.freeze import gradients_back_on_failure
 from resadapt.injection.heads import head_tensors
-from resadapt.injection.installation import adapter_shapes, check_model, install, uninstall
+from resadapt.injection.installation import check_model, install, uninstall
 from resadapt.injection.ledger import backbone_differences, find_ledger, ledger_of
 from resadapt.injection.switching import activate, drop_gradients
 from resadapt.injection.walk import unwrap
@@ -108,7 +109,7 @@ def _inject_from_file(model: nn.Module, info: AdapterInfo, state: Mapping[str, T
     ledger = find_ledger(model)
     active = ledger.active if ledger is not None else None
     try:
-        _check_description(info, state)
+        _check_description(model, info, state)
         head = {f"head.{key}": tensor for key, tensor in persistent(model, head_tensors(model, spec.head)).items()}
         fitting(head, {key: tensor for key, tensor in state.items() if key.startswith("head.")}, name)
         with gradients_back_on_failure(model), torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
@@ -124,10 +125,10 @@ def _inject_from_file(model: nn.Module, info: AdapterInfo, state: Mapping[str, T
         raise AdapterFileError(f"{info.path}: cannot be injected into this {type(model).__name__}: {error}") from error
 
 
-def _check_description(info: AdapterInfo, state: Mapping[str, Tensor]) -> None:
+def _check_description(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> None:
     """Compares the adapters that a file describes with the tensors that it has, before memory is given to any of them."""
     for site in info.set.sites:
-        described = {f"adapters.{site.name}.{key}": shape for key, shape in adapter_shapes(info.set, site).items()}
+        described = {f"adapters.{site.name}.{key}": shape for key, shape in adapter_shapes(model, info.set, site).items()}
         if wrong := [key for key, shape in described.items() if key not in state or tuple(state[key].shape) != shape]:
             raise AdapterFileError(
                 f"{info.path}: it describes an adapter at site {site.name!r} whose tensors it does not have: {listing(wrong)}. "

@@ -12,8 +12,8 @@ from resadapt.base.module_record import other_state
 from resadapt.base.names import listing, reasons_listing
 from resadapt.base.spec import SetSpec
 from resadapt.base.tensors import address, dtype_name, is_dense, is_sharded, same_bits, whole
+from resadapt.injection.building import adapter_shapes
 from resadapt.injection.heads import head_tensors
-from resadapt.injection.installation import adapter_shapes
 from resadapt.injection.ledger import AdapterSet, adapter_tensors, ledger_of
 from resadapt.injection.sharding import reshard
 from resadapt.injection.walk import backbone_modules, find_module, unwrap
@@ -91,7 +91,9 @@ def live_tensors(model: nn.Module, record: AdapterSet) -> dict[str, Tensor]:
     """Returns a set's own tensors, parameters and persistent buffers, by their names in a file."""
     spec = record.spec
     adapters = {f"adapters.{key}": tensor for key, tensor in adapter_tensors(model, spec)}
-    described = {f"adapters.{site.name}.{key}": shape for site in spec.sites for key, shape in adapter_shapes(spec, site).items()}
+    described = {
+        f"adapters.{site.name}.{key}": shape for site in spec.sites for key, shape in adapter_shapes(model, spec, site).items()
+    }
     found = {key: tuple(tensor.shape) for key, tensor in adapters.items() if is_sharded(tensor) or is_dense(tensor)}
     if changed := sorted({key for key, _ in described.items() ^ found.items()} | (adapters.keys() - described.keys())):
         raise AdapterKeyError(

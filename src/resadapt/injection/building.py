@@ -1,0 +1,103 @@
+"""From a set's description to its adapters: the family by name, and an adapter built for its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from resadapt.adapters import FAMILIES, Adapter, Site
+from resadapt.adapters.family import takes
+from resadapt.base.errors import InjectionError
+from resadapt.base.names import listing
+from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.injection.measure import declared
+from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, named_tensors
+
+__all__ = ["adapter_shapes", "build", "family_named", "fitting_places"]
+
+
+def family_named(name: str) -> type[Adapter]:
+    """Returns a family.
+
+    Raises:
+        InjectionError: There is none of that name.
+    """
+    if name not in FAMILIES:
+        raise InjectionError(
+            f"family={name!r} does not exist; there is {listing(FAMILIES)}. A family of your own must be registered first, with "
+            f"@resadapt.register_family({name!r}) on its class."
+        )
+    return FAMILIES[name]
+
+
+def build(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
+    """Returns a new adapter for a site, in the device and dtype of what is there.
+
+    Args:
+        model: The model.
+        spec: The set.
+        site: The site.
+        start: Options that only say how the adapter starts.
+
+    Raises:
+        InjectionError: The family does not exist, does not take the options, or has no meaning at the site.
+    """
+    with torch.device("cpu"):  # the same numbers from the same seed, wherever the model is
+        adapter = _checked(model, spec, site, start)
+    owner = find_module(model, site.owner)
+    near = [t for m in (owner, model) for _, t in backbone_tensors(m) if isinstance(t, nn.Parameter) and t.is_floating_point()]
+    if near:
+        adapter.to(near[0].device, near[0].dtype)
+    return adapter.train(model.training)
+
+
+def adapter_shapes(model: nn.Module, spec: SetSpec, site: SiteSpec) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the parameters and buffers that an adapter has, without memory for them.
+
+    Raises:
+        InjectionError: As `build`.
+    """
+    with torch.device("meta"):
+        adapter = _checked(model, spec, site, {})
+    return {path: tuple(t.shape) for key, module in adapter.named_modules() for path, t in named_tensors(module, key)}
+
+
+def fitting_places(model: nn.Module, spec: SetSpec) -> str:
+    """Says where in a model a set's family has a meaning, as far as modules tell their shapes; empty if nowhere."""
+    found = []
+    bottleneck = max((site.bottleneck for site in spec.sites), default=1)
+    for name, module in backbone_modules(model):
+        if not name or isinstance(module, nn.Sequential) or (shape := declared(module)) is None:
+            continue
+        site = SiteSpec(name, name, shape.channels, shape.spatial_dims, bottleneck, shape.channel_dim)
+        try:
+            with torch.device("meta"):
+                _new(model, spec, site, {})
+        except (ValueError, TypeError, RuntimeError):
+            continue
+        found.append(name)
+    return f"It has one at {listing(found)}." if found else ""
+
+
+def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
+    try:
+        return _new(model, spec, site, start)
+    except TypeError as error:
+        raise InjectionError(f"family {spec.family!r} does not take these options: {error}.") from error
+    except ValueError as error:
+        kind = type(find_module(model, site.name)).__name__
+        raise InjectionError(
+            f"family {spec.family!r} has no meaning at site {site.name!r} ({kind}): {error}. {fitting_places(model, spec)}".rstrip()
+        ) from error
+    except RuntimeError as error:
+        raise InjectionError(f"Site {site.name!r} cannot have an adapter of bottleneck {site.bottleneck}: {error}") from error
+
+
+def _new(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
+    family = family_named(spec.family)
+    sizes = {"bottleneck": site.bottleneck, "dropout": spec.dropout}
+    arguments = {name: value for name, value in sizes.items() if takes(family, name)} | spec.options | dict(start)
+    return family(Site(site.channels, site.spatial_dims, site.channel_dim, find_module(model, site.name)), **arguments)
