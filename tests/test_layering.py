@@ -24,7 +24,12 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("arguments", "inputs", "module_record"),
             ("fingerprint",),
         ),
-        "adapters": (("family",), ("pooled",), ("",)),
+        "adapters": (
+            ("family",),
+            ("pointwise", "folding"),
+            ("pooled",),
+            ("",),
+        ),
     },
     {
         "injection": (

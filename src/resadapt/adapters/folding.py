@@ -1,0 +1,70 @@
+"""What a linear family asks of the layer that takes it up: whose weight and bias give the adapted output by themselves."""
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.ops import FrozenBatchNorm2d
+
+from resadapt.adapters.family import Site
+
+__all__ = ["own_tensors", "swap_if_transposed"]
+
+_CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm, FrozenBatchNorm2d, LayerNorm2d)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+# Where forwards that are affine in weight and bias are defined. One of another library may do more, as that of timm's norms does.
+_KNOWN = ("torch.nn.modules.", "torchvision.ops.misc", "torchvision.models.convnext", "resadapt.")
+
+
+def own_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+    """Returns the weight and bias of a layer that is affine in them, for each channel of its output.
+
+    Args:
+        module: The layer: a convolution, transposed or not, a Linear, or a norm.
+        site: The site that an adapter was built for.
+
+    Returns:
+        The weight, and the bias if there is one.
+
+    Raises:
+        ValueError: It is no such layer, has no weight of its own, or its channels are not those of the site.
+
+    Example:
+        >>> weight, bias = own_tensors(nn.Conv2d(3, 8, 5), Site(8))
+        >>> weight.shape
+        torch.Size([8, 3, 5, 5])
+    """
+    kind = type(module).__name__
+    forward = type(module).forward.__module__
+    if not isinstance(module, _CHANNELS_FIRST + _CHANNELS_LAST) or not forward.startswith(_KNOWN):
+        raise ValueError(f"{kind} is no convolution, Linear or norm of PyTorch's own, whose weight could take it up")
+    own = {**module._parameters, **module._buffers}
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None:
+        raise ValueError(f"{kind} has no weight of its own that could take it up")
+    channels = getattr(module, "out_channels", weight.shape[0])
+    last = isinstance(module, _CHANNELS_LAST) and not isinstance(module, LayerNorm2d)
+    if channels != site.channels or (site.spatial_dims > 0 and last != (site.channel_dim == -1)):
+        raise ValueError(f"the channels of {kind} are not those that it adapts")
+    if weight.ndim > 1 and isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        raise ValueError(f"{kind} has a weight for every position, and it adapts channels")
+    return weight, bias
+
+
+def swap_if_transposed(module: nn.Module, weight: Tensor) -> Tensor:
+    """Returns the weight of a transposed convolution with output channels first, or the other way round; others as they are.
+
+    Args:
+        module: The layer.
+        weight: ``[C_in, C_out / groups, ...]``, or what this function made of it: ``[C_out, C_in / groups, ...]``.
+
+    Example:
+        >>> convolution = nn.ConvTranspose2d(4, 6, 3, groups=2)
+        >>> rows = swap_if_transposed(convolution, convolution.weight)
+        >>> rows.shape, bool((swap_if_transposed(convolution, rows) == convolution.weight).all())
+        (torch.Size([6, 2, 3, 3]), True)
+    """
+    if not isinstance(module, _ConvTransposeNd):
+        return weight
+    grouped = weight.reshape(module.groups, -1, *weight.shape[1:])
+    return grouped.transpose(1, 2).flatten(0, 1)

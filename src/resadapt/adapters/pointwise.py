@@ -1,0 +1,34 @@
+"""The layer that mixes the channels of every position by itself: a Linear, or a convolution of kernel 1."""
+
+from torch import nn
+
+from resadapt.adapters.family import Site
+
+__all__ = ["pointwise"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def pointwise(site: Site, in_channels: int, out_channels: int, bias: bool = True) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    """Returns a layer that maps the channels at every position, for feature maps of a site's form.
+
+    Args:
+        site: The site, with feature maps ``[N, C, ...]`` or ``[N, ..., C]``.
+        in_channels: C of what it takes.
+        out_channels: C of what it gives.
+        bias: Whether it adds a bias.
+
+    Raises:
+        ValueError: The site has more than 3 spatial dimensions and its channels first: there is no such convolution.
+
+    Example:
+        >>> pointwise(Site(8), 8, 2)
+        Conv2d(8, 2, kernel_size=(1, 1), stride=(1, 1))
+        >>> pointwise(Site(8, spatial_dims=2, channel_dim=-1), 8, 2)
+        Linear(in_features=8, out_features=2, bias=True)
+    """
+    if site.spatial_dims == 0 or site.channel_dim == -1:
+        return nn.Linear(in_channels, out_channels, bias)
+    if site.spatial_dims > len(_CONVOLUTIONS):
+        raise ValueError(f"it needs at most 3 spatial dimensions, or the channels in the last one, not {site.spatial_dims}")
+    return _CONVOLUTIONS[site.spatial_dims - 1](in_channels, out_channels, 1, bias=bias)
