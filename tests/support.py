@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
+
+from resadapt.adapters import Adapter
+from resadapt.adapters.family import apply
 
 # The models are small, and threads that wait for each other cost more than they give.
 torch.set_num_threads(1)
@@ -95,3 +99,39 @@ def total(output: Any) -> Tensor:
         return output.float().square().mean() if output.is_floating_point() else torch.zeros(())
     items = output.values() if isinstance(output, dict) else output
     return sum((total(item) for item in items), torch.zeros(()))
+
+
+def scramble(module: Any, seed: int = 0) -> Any:
+    """Gives every parameter and statistic of a module values that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.is_floating_point():
+                values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.5
+                tensor.copy_(values.abs() + 0.5 if "running_var" in name else values)
+    return module
+
+
+def assert_folds(adapter: Adapter, module: nn.Module, x: Tensor) -> None:
+    """Checks that a module with the folded tensors alone gives what adapter and module give, and that folding changes nothing.
+
+    The bound is 256 rounding errors of the largest output.
+    """
+    adapter.eval()
+    module.eval()
+    with torch.no_grad():
+        plain = module(x)
+        expected = apply(adapter, module, (x,), plain)
+        before = copy.deepcopy((adapter.state_dict(), module.state_dict()))
+        weight, bias = adapter.folded(module)
+        for state, now in zip(before, (adapter.state_dict(), module.state_dict()), strict=True):
+            assert all(torch.equal(state[key], now[key]) for key in state)
+        assert weight.dtype == module.weight.dtype
+        assert bias is None or bias.dtype == module.bias.dtype
+        folded = copy.deepcopy(module)
+        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        folded.load_state_dict({**before[1], **tensors})
+        bound = 256 * torch.finfo(x.dtype).eps
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(folded(x), expected, rtol=0, atol=bound * scale)
+        assert (expected - plain).abs().max() > 1e-2 * scale, "the adapter does nothing, so this shows nothing"

@@ -201,7 +201,7 @@ def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> No
         (lambda m, t: m["set"]["sites"][0].update(channels=True), resadapt.AdapterFileError, "site.channels: expected int"),
         (lambda m, t: m["set"]["sites"][0].update(bottleneck=0), resadapt.AdapterFileError, "below 1"),
         (lambda m, t: m["set"].update(head=[3]), resadapt.AdapterFileError, "list of names"),
-        (lambda m, t: m["set"].update(family="lora"), resadapt.AdapterFileError, "family='lora' does not exist"),
+        (lambda m, t: m["set"].update(family="nothing"), resadapt.AdapterFileError, "family='nothing' does not exist"),
         (lambda m, t: m["set"].update(norm="train"), resadapt.AdapterFileError, "norm='train' does not exist"),
         (lambda m, t: m["set"].update(name="a.b"), resadapt.AdapterFileError, "cannot name a set"),
         (lambda m, t: m["set"].update(options={"init": 3}), resadapt.AdapterFileError, "does not take these options"),

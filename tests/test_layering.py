@@ -27,7 +27,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
         "adapters": (
             ("family",),
             ("pointwise", "folding"),
-            ("pooled",),
+            ("pooled", "series", "bottleneck", "ssf", "mona"),
             ("",),
         ),
     },

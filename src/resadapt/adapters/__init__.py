@@ -1,6 +1,20 @@
 """The families of adapters, by name. A family contains only its mathematics."""
 
+from resadapt.adapters.bottleneck import BottleneckAdapter
 from resadapt.adapters.family import FAMILIES, Adapter, Site, register_family
+from resadapt.adapters.mona import MonaAdapter
 from resadapt.adapters.pooled import PooledAdapter
+from resadapt.adapters.series import SeriesAdapter
+from resadapt.adapters.ssf import SsfAdapter
 
-__all__ = ["FAMILIES", "Adapter", "PooledAdapter", "Site", "register_family"]
+__all__ = [
+    "FAMILIES",
+    "Adapter",
+    "BottleneckAdapter",
+    "MonaAdapter",
+    "PooledAdapter",
+    "SeriesAdapter",
+    "Site",
+    "SsfAdapter",
+    "register_family",
+]
