@@ -192,23 +192,27 @@ def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> No
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m, t: m.update(format_version=3), resadapt.AdapterFileError, "written in format 3 by .* Install a newer resadapt"),
+        (lambda m, t: m.update(format_version=4), resadapt.AdapterFileError, "written in format 4 by .* Install a newer resadapt"),
         (lambda m, t: m.pop("format_version"), resadapt.AdapterFileError, "format None"),
-        (lambda m, t: m.pop("backbone"), resadapt.AdapterFileError, "manifest is not one of format 2.*backbone"),
+        (lambda m, t: m.pop("backbone"), resadapt.AdapterFileError, "manifest is not one of format 3.*backbone"),
         (lambda m, t: m["set"].pop("family"), resadapt.AdapterFileError, "expected exactly the fields"),
         (lambda m, t: m["set"].update(extra=1), resadapt.AdapterFileError, "expected exactly the fields"),
         (lambda m, t: m["set"].update(dropout="0.1"), resadapt.AdapterFileError, "set.dropout: expected float"),
         (lambda m, t: m["set"]["sites"][0].update(channels=True), resadapt.AdapterFileError, "site.channels: expected int"),
-        (lambda m, t: m["set"]["sites"][0].update(bottleneck=0), resadapt.AdapterFileError, "below 1"),
-        (lambda m, t: m["set"].update(head=[3]), resadapt.AdapterFileError, "list of names"),
-        (lambda m, t: m["set"].update(family="nothing"), resadapt.AdapterFileError, "family='nothing' does not exist"),
+        (lambda m, t: m["set"]["sites"][0].update(bottleneck=-1), resadapt.AdapterFileError, "below 1"),
+        (lambda m, t: m["set"].update(head=[3]), resadapt.AdapterFileError, "lists of names"),
+        (lambda m, t: m["set"].update(family="lola"), resadapt.AdapterFileError, "family='lola' does not exist.*register"),
         (lambda m, t: m["set"].update(norm="train"), resadapt.AdapterFileError, "norm='train' does not exist"),
         (lambda m, t: m["set"].update(name="a.b"), resadapt.AdapterFileError, "cannot name a set"),
-        (lambda m, t: m["set"].update(options={"init": 3}), resadapt.AdapterFileError, "does not take these options"),
-        (lambda m, t: m["set"]["sites"][0].update(name="9", owner="9"), resadapt.AdapterFileError, "tensors it does not have"),
+        (lambda m, t: m["set"].update(options={"init": 3}), resadapt.AdapterFileError, "init=3 is not known"),
+        (lambda m, t: m["set"].update(options={"x": 3}), resadapt.AdapterFileError, "does not take these options"),
+        (lambda m, t: m["set"]["sites"][0].update(name="9", owner="9"), resadapt.AdapterFileError, "has no module '9'"),
         (lambda m, t: m["set"]["sites"][0].update(owner="2"), resadapt.AdapterFileError, "cannot be injected"),
         (lambda m, t: m["set"]["sites"][0].update(owner="1"), resadapt.AdapterFileError, "named more than once"),
-        (lambda m, t: m["set"].update(sites=[]), resadapt.AdapterFileError, "there is no site"),
+        (lambda m, t: m["set"].update(sites=[]), resadapt.AdapterKeyError, "is unexpected"),
+        (lambda m, t: m["set"].update(sites=[], head=[]), resadapt.AdapterFileError, "there is nothing in it"),
+        (lambda m, t: m["set"].update(norms=["1"]), resadapt.AdapterFileError, "are not those of this model"),
+        (lambda m, t: m["set"].update(blueprints={"3": {"type": "Linear"}}), resadapt.AdapterFileError, "cannot be built as it is"),
         (lambda m, t: m["set"].update(head=["3", "3"]), resadapt.AdapterFileError, "named more than once"),
         (lambda m, t: t.update(strange=torch.zeros(1)), resadapt.AdapterFileError, "no known kind: 'strange'"),
         (lambda m, t: _added(m, t, "adapters.9.up.bias"), resadapt.AdapterKeyError, "'adapters.9.up.bias' is unexpected"),
@@ -222,7 +226,7 @@ def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> No
         (lambda m, t: m["tensors"].pop("head.3.bias"), resadapt.AdapterFileError, "'head.3.bias' is new"),
         (lambda m, t: t.pop("head.3.bias"), resadapt.AdapterFileError, "'head.3.bias' is missing"),
         (lambda m, t: t["head.3.bias"].add_(1), resadapt.AdapterFileError, "'head.3.bias' has other values"),
-        (lambda m, t: m["tensors"]["head.3.bias"].__setitem__(0, "mess"), resadapt.AdapterFileError, "not one of format 2"),
+        (lambda m, t: m["tensors"]["head.3.bias"].__setitem__(0, "mess"), resadapt.AdapterFileError, "not one of format 3"),
         (
             lambda m, t: (m["tensors"].pop("head.3.bias"), t.pop("head.3.bias")),
             resadapt.AdapterKeyError,
@@ -233,8 +237,8 @@ def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> No
             resadapt.BackboneMismatchError,
             "'1.running_mean'",
         ),
-        (lambda m, t: m.update(probe={"source": "x"}), resadapt.AdapterFileError, "not one of format 2"),
-        (lambda m, t: m["probe"].update(outputs=[]), resadapt.AdapterFileError, "not one of format 2"),
+        (lambda m, t: m.update(probe={"source": "x"}), resadapt.AdapterFileError, "not one of format 3"),
+        (lambda m, t: m["probe"].update(outputs=[]), resadapt.AdapterFileError, "not one of format 3"),
         (lambda m, t: m["probe"]["outputs"]["output"].pop("step"), resadapt.AdapterFileError, "no record of an output"),
         (lambda m, t: m.update(format_version=0), resadapt.AdapterFileError, "format 0"),
         (lambda m, t: m["set"]["sites"][0].update(bottleneck=10**15), resadapt.AdapterFileError, "whose tensors it does not have"),
@@ -283,15 +287,20 @@ def test_wrong_backbones(other: Callable[[], nn.Module], message: str, tmp_path:
     assert report["tensors"].outcome == report["outputs"].outcome == "not checked"
 
 
-def test_wrong_head_shape(path: Path) -> None:
-    resadapt.save_adapters(trained_tiny(), path)
-    model = tiny(classes=5)
-    before = picture(model)
+def test_a_head_of_another_width_gives_way_to_that_of_the_file(path: Path) -> None:
+    model = trained_tiny()
+    resadapt.save_adapters(model, path)
+    other = tiny(classes=5)
+    before = picture(other)
+    assert torch.equal(resadapt.load_adapters(other, path).eval()(X), model.eval()(X))
+    resadapt.remove_adapters(other)
+    assert picture(other.train(before[""]["training"])) == before
+    rewritten(path, lambda m, t: m["set"].update(blueprints={}))
     with pytest.raises(
         resadapt.AdapterKeyError, match=r"'head.3.weight' has shape \[2, 3600\] where the model has \[5, 3600\].*Give"
     ):
-        resadapt.load_adapters(model, path)
-    assert picture(model) == before
+        resadapt.load_adapters(other, path)
+    assert picture(other) == before
 
 
 def test_a_double_model_takes_a_float_file(path: Path) -> None:
@@ -473,6 +482,7 @@ def test_loading_a_sets_own_tensors_in_another_order() -> None:
 
 def test_a_failed_load_keeps_gradients(path: Path) -> None:
     resadapt.save_adapters(resadapt.inject_adapters(small_net(), "c2", 2, head="head"), path)
+    rewritten(path, lambda m, t: m["set"].update(blueprints={}))
     model = small_net(head=nn.Linear(4, 5)).eval()
     model(X).sum().backward()
     with pytest.raises(resadapt.AdapterKeyError):

@@ -499,8 +499,22 @@ def test_files_of_format_1_stay_readable(name: str, tmp_path: Path) -> None:
         resadapt.load_adapters(other, DATA / name)
     resadapt.save_adapters(model, tmp_path / name, probe=x)
     again = resadapt.read_adapter_info(tmp_path / name)
-    assert again.format_version == 2
+    assert again.format_version == 3
     assert again.tensors == info.tensors
+
+
+@pytest.mark.parametrize("name", ["format_2.pt", "format_2.safetensors"])
+def test_files_of_format_2_stay_readable(name: str, tmp_path: Path) -> None:
+    x = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8) % 5 / 4
+    info = resadapt.read_adapter_info(DATA / name)
+    assert (info.format_version, info.metadata) == (2, {"made by": "resadapt 0.2"})
+    assert (info.set.norms, info.set.blueprints) == ((), {})
+    model = resadapt.load_adapters(format_1_backbone(), DATA / name)
+    expected = torch.tensor([[339.3453, 339.1395], [339.9894, 339.9409]])
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-3)
+    assert resadapt.verify_adapters(model, DATA / name, probe=x, rebuild=format_1_backbone)["recorded outputs"].outcome == "passed"
+    resadapt.save_adapters(model, tmp_path / name, probe=x)
+    assert resadapt.read_adapter_info(tmp_path / name).tensors == info.tensors
 
 
 def test_named_differences_come_in_the_records_order() -> None:

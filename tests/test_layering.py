@@ -21,21 +21,17 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "base": (
             ("version", "errors", "names", "spec", "tensors", "nested", "undisturbed"),
-            ("arguments", "inputs", "module_record"),
+            ("arguments", "inputs", "module_record", "blueprint"),
             ("fingerprint",),
         ),
-        "adapters": (
-            ("family",),
-            ("pointwise", "folding"),
-            ("pooled", "series", "bottleneck", "ssf", "mona"),
-            ("",),
-        ),
+        "adapters": (("family",), ("pointwise", "folding", "listing"), ("pooled", "series", "bottleneck", "ssf", "mona"), ("",)),
     },
     {
         "injection": (
-            ("slots", "sharding"),
+            ("mixture", "sharding"),
+            ("slots",),
             ("walk",),
-            ("patterns", "freeze", "heads", "ledger"),
+            ("patterns", "freeze", "owned", "ledger"),
             ("watch",),
             ("hooks",),
             ("measure",),
@@ -48,11 +44,11 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
         "files": (("container", "atomic"), ("adapter_file",)),
     },
     {
-        "parameters": (("trainable",), ("summary",)),
-        "deploy": (("inference_copy",),),
+        "parameters": (("trainable", "suggest"), ("summary",)),
+        "deploy": (("plain_copy",), ("inference_copy", "fold")),
         "proof": (
             ("report", "ranks", "probe", "drift", "state"),
-            ("reconstruction", "evidence", "loading"),
+            ("reconstruction", "evidence", "loading", "combine"),
             ("compare",),
             ("verify",),
         ),
@@ -139,7 +135,7 @@ def test_imports_point_one_way(name: str) -> None:
             "from resadapt.injection.hooks import attach",
             "injection.slots may not import resadapt.injection.hooks",
         ),
-        ("injection.heads", "from resadapt.injection.freeze import x", "injection.heads may not import resadapt.injection.freeze"),
+        ("injection.owned", "from resadapt.injection.freeze import x", "injection.owned may not import resadapt.injection.freeze"),
         (
             "injection.sets",
             "def f():\n    import resadapt.files.container",

@@ -332,7 +332,7 @@ def test_a_head_that_was_replaced() -> None:
     model = resadapt.inject_adapters(small_resnet(), head="fc")
     model.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 3))
     before = picture(model)
-    with pytest.raises(resadapt.InjectionError, match=r"The head has lost 'fc': it was replaced"):
+    with pytest.raises(resadapt.InjectionError, match=r"The set 'default' has lost 'fc': it was replaced"):
         resadapt.remove_adapters(model)
     assert picture(model) == before
 

@@ -1,6 +1,6 @@
 """Small trainable residual adapters for any torchvision ResNet, with adapter files that prove themselves."""
 
-from resadapt.adapters import Adapter, Site, register_family
+from resadapt.adapters import Adapter, FamilyInfo, Site, list_families, register_family
 from resadapt.base.errors import (
     AdapterError,
     AdapterFileError,
@@ -15,10 +15,12 @@ from resadapt.base.fingerprint import Fingerprint, TensorRecord
 from resadapt.base.module_record import ModuleRecord
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.version import __version__
+from resadapt.deploy.fold import fold_adapters
 from resadapt.deploy.inference_copy import inference_copy
 from resadapt.files.adapter_file import AdapterInfo, ProbeRecord, read_adapter_info
 from resadapt.injection.set_info import AdapterSetInfo, list_adapters
-from resadapt.injection.sets import adapters_disabled, inject_adapters, remove_adapters, set_active_adapters
+from resadapt.injection.sets import adapters_disabled, adapters_for, inject_adapters, remove_adapters, set_active_adapters
+from resadapt.parameters.suggest import SuggestedLayers, suggest_layers
 from resadapt.parameters.summary import ModelSummary, summary
 from resadapt.parameters.trainable import (
     ParameterCount,
@@ -27,6 +29,7 @@ from resadapt.parameters.trainable import (
     parameter_groups,
     trainable_parameters,
 )
+from resadapt.proof.combine import combine_adapters
 from resadapt.proof.drift import BackboneReport, accept_backbone, check_backbone
 from resadapt.proof.loading import load_adapters
 from resadapt.proof.report import Check, VerificationReport
@@ -45,6 +48,7 @@ __all__ = [
     "BackboneMismatchError",
     "BackboneReport",
     "Check",
+    "FamilyInfo",
     "Fingerprint",
     "InjectionError",
     "ModelSummary",
@@ -54,6 +58,7 @@ __all__ = [
     "SetSpec",
     "Site",
     "SiteSpec",
+    "SuggestedLayers",
     "TensorRecord",
     "VerificationError",
     "VerificationReport",
@@ -61,11 +66,15 @@ __all__ = [
     "accept_backbone",
     "adapter_state_dict",
     "adapters_disabled",
+    "adapters_for",
     "check_backbone",
+    "combine_adapters",
     "count_parameters",
+    "fold_adapters",
     "inference_copy",
     "inject_adapters",
     "list_adapters",
+    "list_families",
     "load_adapter_state_dict",
     "load_adapters",
     "named_trainable_parameters",
@@ -75,6 +84,7 @@ __all__ = [
     "remove_adapters",
     "save_adapters",
     "set_active_adapters",
+    "suggest_layers",
     "summary",
     "trainable_parameters",
     "verify_adapters",

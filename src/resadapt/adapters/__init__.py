@@ -2,6 +2,7 @@
 
 from resadapt.adapters.bottleneck import BottleneckAdapter
 from resadapt.adapters.family import FAMILIES, Adapter, Site, register_family
+from resadapt.adapters.listing import FamilyInfo, list_families
 from resadapt.adapters.mona import MonaAdapter
 from resadapt.adapters.pooled import PooledAdapter
 from resadapt.adapters.series import SeriesAdapter
@@ -11,10 +12,12 @@ __all__ = [
     "FAMILIES",
     "Adapter",
     "BottleneckAdapter",
+    "FamilyInfo",
     "MonaAdapter",
     "PooledAdapter",
     "SeriesAdapter",
     "Site",
     "SsfAdapter",
+    "list_families",
     "register_family",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from typing_extensions import Self
@@ -12,10 +12,20 @@ __all__ = ["SetSpec", "SiteSpec"]
 
 
 _MOST_DIMS = 8
-_SET_FIELDS = {"name": str, "family": str, "options": dict, "dropout": float, "norm": str, "sites": list, "head": list}
+_SET_FIELDS = {
+    "name": str,
+    "family": str,
+    "options": dict,
+    "dropout": float,
+    "norm": str,
+    "sites": list,
+    "head": list,
+    "norms": list,
+    "blueprints": dict,
+}
 _SITE_FIELDS = {"name": str, "owner": str, "channels": int, "spatial_dims": int, "bottleneck": int, "channel_dim": int}
 # What a description must share with another for the tensors of one to fit the other.
-_STRUCTURE = ("family", "options", "norm", "sites", "head")
+_STRUCTURE = ("family", "options", "norm", "sites", "head", "norms", "blueprints")
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class SetSpec:
         norm: Norm policy.
         sites: The sites, in the order of ``model.named_modules()``.
         head: Names of the backbone's modules that are trained and saved with the adapters.
+        norms: Names of the backbone's norms of which the set has its own, as its norm policy says.
+        blueprints: How to build the modules of the head, by name, of those that can be told as data.
     """
 
     name: str
@@ -66,10 +78,18 @@ class SetSpec:
     norm: str
     sites: tuple[SiteSpec, ...]
     head: tuple[str, ...]
+    norms: tuple[str, ...] = ()
+    blueprints: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Names of all the backbone's modules of which the set has its own."""
+        return self.head + self.norms
 
     def to_json(self) -> dict[str, Any]:
         """Returns the description as JSON values."""
-        return asdict(self) | {"sites": [asdict(site) for site in self.sites], "head": list(self.head)}
+        lists = {"head": list(self.head), "norms": list(self.norms)}
+        return asdict(self) | {"sites": [asdict(site) for site in self.sites]} | lists
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
@@ -92,12 +112,13 @@ class SetSpec:
             raise ValueError(f"a site has more than {_MOST_DIMS} spatial dimensions")
         if any(site.channel_dim not in (1, -1) for site in sites):
             raise ValueError("a site's channel_dim is neither 1 nor -1")
-        if not all(isinstance(name, str) for name in record["head"]):
-            raise ValueError("head: expected a list of names")
+        own = record["head"] + record["norms"]
+        if not all(isinstance(name, str) for name in own):
+            raise ValueError("head and norms: expected lists of names")
         names, owners = {site.name for site in sites}, {site.owner for site in sites}
-        if not sites or not len(sites) == len(names) == len(owners) or len(set(record["head"])) != len(record["head"]):
-            raise ValueError("there is no site, or a site, owner or head is named more than once")
-        return cls(**record | {"sites": sites, "head": tuple(record["head"])})
+        if not (sites or own) or not len(sites) == len(names) == len(owners) or len(set(own)) != len(own):
+            raise ValueError("there is nothing in it, or a site, owner, head or norm is named more than once")
+        return cls(**record | {"sites": sites, "head": tuple(record["head"]), "norms": tuple(record["norms"])})
 
     def differences(self, other: SetSpec) -> list[str]:
         """Names the fields in which two sets differ so that the tensors of one would not fit the other."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
@@ -10,13 +9,9 @@ from torch import nn
 from typing_extensions import override
 
 from resadapt.adapters.family import apply
-from resadapt.base.errors import AdapterError
-from resadapt.injection.freeze import thaw_norm
-from resadapt.injection.heads import mark_heads
-from resadapt.injection.hooks import detach, later_hooks, unwatch
-from resadapt.injection.ledger import LEDGER, adapter_of, ledger_of
-from resadapt.injection.switching import activate
-from resadapt.injection.walk import backbone_modules, behind_wrappers, check_values, find_module, find_slot, named_tensors, unwrap
+from resadapt.deploy.plain_copy import plain_copy
+from resadapt.injection.ledger import ledger_of
+from resadapt.injection.walk import find_module
 
 __all__ = ["inference_copy"]
 
@@ -50,32 +45,15 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
         >>> torch.equal(plain(x), model(x)), type(plain.bn1).__name__
         (True, 'BatchNorm2d')
     """
-    name = ledger_of(model).chosen(name).spec.name
-    check_values({path: tensor for path, module in nn.Module.named_modules(model) for path, tensor in named_tensors(module, path)})
-    try:
-        plain = copy.deepcopy(unwrap(model))
-    except Exception as error:
-        raise AdapterError(f"The model cannot be copied: {type(error).__name__}: {error}") from error
-    ledger = ledger_of(plain)
-    activate(plain, ledger, name)
-    spec = ledger.sets[name].spec
-    adapters = {site.owner: adapter_of(plain, spec, site) for site in spec.sites}
-    later = {owner: later_hooks(find_module(plain, owner)) for owner in adapters}
-    for _, module in list(backbone_modules(plain)):
-        thaw_norm(module)
-        if find_slot(module):
-            detach(module)
-    mark_heads(plain, ())
-    unwatch(plain)
-    del plain.__dict__[LEDGER]
-    _unwrap_children(plain)
+    copied = plain_copy(model, ledger_of(model).chosen(name).spec.name)
+    plain, adapters = copied.model, copied.adapters
     for owner in sorted(adapters, reverse=True):  # the inner ones first: their names are still those of the backbone
         parent, _, key = owner.rpartition(".")
         module = find_module(plain, owner)
         adapter = adapters[owner]
         pair = _PAIRS[adapter.reads] if _takes_one_argument(module) else Adapted
         adapted = find_module(plain, parent)._modules[key] = pair(module, adapter)
-        _move_hooks(module, adapted, later[owner])
+        _move_hooks(module, adapted, copied.later_hooks[owner])
     return plain.eval().requires_grad_(False)
 
 
@@ -122,11 +100,3 @@ def _move_hooks(module: nn.Module, adapted: nn.Module, hooks: list[int]) -> None
     for place in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
         there, here = getattr(module, place), getattr(adapted, place)
         here.update({hook: there.pop(hook) for hook in hooks if hook in there})
-
-
-def _unwrap_children(model: nn.Module) -> None:
-    """Puts every module that is wrapped (compiled, checkpointed) in its wrapper's place."""
-    for _, module in list(backbone_modules(model)):
-        for key, child in module._modules.items():
-            if child is not None:
-                module._modules[key] = behind_wrappers(child)

@@ -30,7 +30,7 @@ __all__ = [
     "read_adapter_info",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ def read_adapter_file(path: str | bytes | os.PathLike[str]) -> tuple[AdapterInfo
     try:
         if number == 1:
             manifest = _from_format_1(manifest)
+        if number < 3:
+            manifest = {**manifest, "set": {**manifest["set"], "norms": [], "blueprints": {}}}
         info = AdapterInfo(
             path=path,
             size=len(data),
@@ -141,7 +143,7 @@ def read_adapter_file(path: str | bytes | os.PathLike[str]) -> tuple[AdapterInfo
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path}: its manifest is not one of format {number}: {error!r}. Save it again.") from error
-    if strange := [name for name in tensors if not name.startswith(("adapters.", "head.", "probe."))]:
+    if strange := [name for name in tensors if not name.startswith(("adapters.", "head.", "norms.", "probe."))]:
         raise AdapterFileError(f"{path}: it has tensors of no known kind: {listing(strange)}. Save it again.")
     if info.probe and (lost := [place for place in info.probe.outputs if f"probe.{place}" not in tensors]):
         raise AdapterFileError(f"{path}: the recorded outputs {listing(lost)} are missing. Save it again.")

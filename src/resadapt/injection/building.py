@@ -16,7 +16,7 @@ from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.injection.measure import declared
 from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, named_tensors
 
-__all__ = ["adapter_shapes", "build", "family_named", "fitting_places"]
+__all__ = ["adapter_shapes", "build", "family_named", "fitting_places", "weightless"]
 
 
 def family_named(name: str) -> type[Adapter]:
@@ -60,13 +60,22 @@ def adapter_shapes(model: nn.Module, spec: SetSpec, site: SiteSpec) -> dict[str,
     Raises:
         InjectionError: As `build`.
     """
-    with torch.device("meta"):
-        adapter = _checked(model, spec, site, {})
+    adapter = weightless(model, spec, site)
     return {path: tuple(t.shape) for key, module in adapter.named_modules() for path, t in named_tensors(module, key)}
 
 
+def weightless(model: nn.Module, spec: SetSpec, site: SiteSpec) -> Adapter:
+    """Returns an adapter whose tensors have sizes but no values, and take no memory.
+
+    Raises:
+        InjectionError: As `build`.
+    """
+    with torch.device("meta"):
+        return _checked(model, spec, site, {})
+
+
 def fitting_places(model: nn.Module, spec: SetSpec) -> str:
-    """Says where in a model a set's family has a meaning, as far as modules tell their shapes; empty if nowhere."""
+    """Says what in a model a set's family can adapt, as far as modules tell their shapes; empty if nowhere."""
     found = []
     bottleneck = max((site.bottleneck for site in spec.sites), default=1)
     for name, module in backbone_modules(model):
@@ -79,7 +88,7 @@ def fitting_places(model: nn.Module, spec: SetSpec) -> str:
         except (ValueError, TypeError, RuntimeError):
             continue
         found.append(name)
-    return f"It has one at {listing(found)}." if found else ""
+    return f"It can adapt {listing(found)}." if found else ""
 
 
 def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
@@ -90,7 +99,7 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
     except ValueError as error:
         kind = type(find_module(model, site.name)).__name__
         raise InjectionError(
-            f"family {spec.family!r} has no meaning at site {site.name!r} ({kind}): {error}. {fitting_places(model, spec)}".rstrip()
+            f"family {spec.family!r} cannot adapt site {site.name!r} ({kind}): {error}. {fitting_places(model, spec)}".rstrip()
         ) from error
     except RuntimeError as error:
         raise InjectionError(f"Site {site.name!r} cannot have an adapter of bottleneck {site.bottleneck}: {error}") from error

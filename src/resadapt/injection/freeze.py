@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,17 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from resadapt.base.names import within
+from resadapt.base.errors import InjectionError
+from resadapt.base.names import listing, within
+from resadapt.base.spec import SetSpec
 from resadapt.injection.walk import backbone_modules, is_leaf
 
 __all__ = [
     "NORM_POLICIES",
-    "apply_norm_policy",
     "freeze_norm",
+    "freeze_norms",
     "freeze_parameters",
     "gradients_back_on_failure",
     "hold_in_eval",
     "is_frozen",
+    "norms_of",
+    "running_as_built",
+    "set_trainable",
     "stock_norm",
     "thaw_norm",
 ]
@@ -63,6 +68,7 @@ _FROZEN: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm3d: FrozenBatchNorm3d,
     nn.SyncBatchNorm: FrozenSyncBatchNorm,
 }
+_AFFINE = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _STOCK = {frozen: stock for stock, frozen in _FROZEN.items()}
 
 
@@ -121,15 +127,48 @@ def stock_norm(module: nn.Module) -> type[nn.Module]:
     return _STOCK.get(type(module), type(module))
 
 
-NORM_POLICIES: dict[str, Callable[[nn.Module], None]] = {"frozen": freeze_norm}
-"""What a set does with each of the backbone's norms outside its head, by the name of the policy."""
+NORM_POLICIES = ("frozen", "affine", "stats", "affine+stats")
+"""What a set has of its own of the backbone's norms outside its head: nothing, weights and biases, running statistics, or both."""
 
 
-def apply_norm_policy(model: nn.Module, policy: str, head: Collection[str]) -> None:
-    """Applies a set's norm policy to the backbone outside its head; norms inside the head run as they were built."""
+def norms_of(model: nn.Module, policy: str, head: Collection[str]) -> tuple[str, ...]:
+    """Returns the names of the norms of which a set with this policy has its own.
+
+    Raises:
+        InjectionError: The policy does not exist, or there is no such norm.
+    """
+    if policy not in NORM_POLICIES:
+        raise InjectionError(f"norm={policy!r} does not exist; there is {listing(NORM_POLICIES)}.")
+    if policy == "frozen":
+        return ()
+    kinds = policy.split("+")
+    found: dict[int, str] = {}  # a module with two names counts once
     for name, module in backbone_modules(model):
-        if not within(name, head):
-            NORM_POLICIES[policy](module)
+        statistics = isinstance(module, nn.modules.batchnorm._NormBase) and module._buffers.get("running_mean") is not None
+        affine = isinstance(module, _AFFINE) and module._parameters.get("weight") is not None
+        if (("affine" in kinds and affine) or ("stats" in kinds and statistics)) and not within(name, head):
+            found.setdefault(id(module), name)
+    if not found:
+        raise InjectionError(f"norm={policy!r}: the backbone has no norm outside the head that has these. Leave norm out.")
+    return tuple(found.values())
+
+
+def set_trainable(norm: nn.Module, policy: str) -> None:
+    """Has a set's own norm trained as the set's policy says."""
+    for parameter in norm.parameters():
+        parameter.requires_grad_("affine" in policy)
+
+
+def running_as_built(spec: SetSpec) -> tuple[str, ...]:
+    """Returns the names of the modules in which norms run as they were built while a set is active."""
+    return spec.head + (spec.norms if "stats" in spec.norm else ())
+
+
+def freeze_norms(model: nn.Module, free: Collection[str]) -> None:
+    """Freezes the norms of the backbone outside some modules; those inside run as they were built."""
+    for name, module in backbone_modules(model):
+        if not within(name, free):
+            freeze_norm(module)
         elif thaw_norm(module):
             module.training = model.training
 

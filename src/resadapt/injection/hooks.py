@@ -22,9 +22,9 @@ __all__ = ["attach", "detach", "drop_hook", "later_hooks", "unwatch", "watch"]
 def apply_adapter(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of a site's owner: the active adapter's result in place of the output."""
     slot: AdapterSlot = module._modules[SLOT]  # type: ignore[assignment]
-    if slot.active is not None:
+    if slot.active is not None or slot.mixture is not None:
         count_run(slot)
-        if not torch.compiler.is_compiling():
+        if slot.mixture is None and not torch.compiler.is_compiling():
             check_rules(module, slot, later_hooks(module))
     return slot.adapt(module, args, output)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,14 +15,14 @@ from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, within
 from resadapt.base.spec import SetSpec
 from resadapt.injection.building import build, family_named, fitting_places
-from resadapt.injection.freeze import NORM_POLICIES, freeze_parameters, gradients_back_on_failure, is_frozen, thaw_norm
-from resadapt.injection.heads import clone_head, mark_heads
+from resadapt.injection.freeze import freeze_parameters, gradients_back_on_failure, is_frozen, norms_of, set_trainable, thaw_norm
 from resadapt.injection.hooks import attach, detach, unwatch, watch
 from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, find_ledger
+from resadapt.injection.owned import mark, own_copies
 from resadapt.injection.select import owner_of
 from resadapt.injection.sharding import sharded_tensors
 from resadapt.injection.slots import AdapterSlot
-from resadapt.injection.switching import activate, activated, check_switchable, drop_gradients
+from resadapt.injection.switching import activate, check_switchable, drop_gradients, on_plain
 from resadapt.injection.walk import (
     backbone_modules,
     backbone_tensors,
@@ -64,13 +65,14 @@ def check_model(model: nn.Module) -> None:
 
 
 @torch.inference_mode(False)  # what is made here is to be trained
-def install(model: nn.Module, spec: SetSpec, example: Any = None, **start: Any) -> None:
+def install(model: nn.Module, spec: SetSpec, example: Any, heads: Mapping[str, nn.Module], **start: Any) -> None:
     """Injects the set that a description tells, all or nothing, and makes it the active one.
 
     Args:
         model: The model.
         spec: The set.
         example: Form of the example input, None if there is none.
+        heads: The modules of which the set gets copies for its head, by their places.
         **start: Options that only say how the adapters start.
 
     Raises:
@@ -82,8 +84,9 @@ def install(model: nn.Module, spec: SetSpec, example: Any = None, **start: Any) 
     else:
         _check_new(ledger, spec.name)
         check_switchable(model, ledger)
-    _check_set(model, spec)
-    adapters = {site: build(model, spec, site, start) for site in spec.sites}
+    with on_plain(model):
+        _check_set(model, spec)
+        adapters = {site: build(model, spec, site, start) for site in spec.sites}
     record = AdapterSet(spec, example)
     if ledger is None:
         ledger = Ledger(
@@ -91,15 +94,17 @@ def install(model: nn.Module, spec: SetSpec, example: Any = None, **start: Any) 
             requires_grad={path: t.requires_grad for path, t in backbone_tensors(model) if isinstance(t, nn.Parameter)},
             training={path: module.training for path, module in backbone_modules(model)},
         )
-    with activated(model, ledger, None):
-        record.parked_head = clone_head(model, spec.head)
+    with on_plain(model):
+        record.parked = own_copies(model, spec.own, heads)
+        for name in spec.norms:
+            set_trainable(record.parked[name], spec.norm)
     before = ledger.active
     with gradients_back_on_failure(model):
         try:
             activate(model, ledger, None)
             model.__dict__[LEDGER] = ledger
             ledger.sets[spec.name] = record
-            mark_heads(model, _heads(ledger))
+            mark(model, _owned(ledger))
             freeze_parameters(model)
             for site, adapter in adapters.items():
                 attach(find_module(model, site.owner)).insert(spec.name, site, adapter)
@@ -127,7 +132,7 @@ def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
             if not slot.sites:
                 detach(module)
     ledger.sets.pop(name, None)
-    mark_heads(model, _heads(ledger))
+    mark(model, _owned(ledger))
     if not ledger.sets:
         _put_back(model, ledger)
 
@@ -148,8 +153,8 @@ def _put_back(model: nn.Module, ledger: Ledger) -> None:
     model.__dict__.pop(LEDGER, None)
 
 
-def _heads(ledger: Ledger) -> set[str]:
-    return {name for record in ledger.sets.values() for name in record.spec.head}
+def _owned(ledger: Ledger) -> set[str]:
+    return {name for record in ledger.sets.values() for name in record.spec.own}
 
 
 def _check_untouched(model: nn.Module) -> None:
@@ -173,8 +178,8 @@ def _check_new(ledger: Ledger, name: str) -> None:
 
 
 def _check_set(model: nn.Module, spec: SetSpec) -> None:
-    if spec.norm not in NORM_POLICIES:
-        raise InjectionError(f"norm={spec.norm!r} does not exist; there is {listing(NORM_POLICIES)}.")
+    if spec.norms != norms_of(model, spec.norm, spec.head):
+        raise InjectionError(f"norm={spec.norm!r}: norms {listing(spec.norms)}, are not those of this model.")
     family = family_named(spec.family)
     if not 0.0 <= spec.dropout < 1.0:
         raise InjectionError(f"dropout={spec.dropout!r} is not a probability in [0, 1).")

@@ -1,4 +1,4 @@
-"""What an injected model remembers: its sets, and what it was before. Names and parked tensors only, no reference to a module."""
+"""What an injected model remembers: its sets, what is parked of them, what it was before. It refers to no module of the model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from resadapt.adapters import Adapter
 from resadapt.base.errors import AdapterError, AdapterKeyError, InjectionError
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import listing
+from resadapt.base.names import listing, within
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.injection.walk import (
     backbone_modules,
-    backbone_tensors,
     find_module,
     find_slot,
     named_tensors,
@@ -32,6 +31,9 @@ __all__ = [
     "backbone_differences",
     "find_ledger",
     "ledger_of",
+    "own_modules",
+    "own_tensors",
+    "plain_modules",
     "plain_tensors",
 ]
 
@@ -46,7 +48,8 @@ class AdapterSet:
     spec: SetSpec
     example: Any = None
     """Form of the example input, from which a probe can be made."""
-    parked_head: dict[str, Tensor] = field(default_factory=dict)
+    parked: dict[str, nn.Module] = field(default_factory=dict)
+    """Its own head and norms, by their places, while they are not in them."""
     parked_requires_grad: dict[str, bool] = field(default_factory=dict)
     runs_checked: bool = False
     """Whether a forward has shown which of its adapters run."""
@@ -63,8 +66,13 @@ class Ledger:
     training: dict[str, bool]
     sets: dict[str, AdapterSet] = field(default_factory=dict)
     active: str | None = None
-    parked_plain: dict[str, Tensor] = field(default_factory=dict)
-    """The backbone's own tensors where the active set's head is in their place."""
+    parked_plain: dict[str, nn.Module] = field(default_factory=dict)
+    """The backbone's own modules where the active set's are in their places."""
+
+    mixing: bool = False
+    """Whether the samples of a batch run with different sets now."""
+    mixed: set[str] = field(default_factory=set)
+    """Sets that were left trainable by a mixed batch, so that a backward pass after it reaches them."""
 
     @property
     def active_set(self) -> AdapterSet | None:
@@ -137,9 +145,33 @@ def adapter_tensors(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, Tens
             yield from named_tensors(module, f"{site.name}.{key}" if key else site.name)
 
 
-def plain_tensors(model: nn.Module, ledger: Ledger | None) -> dict[str, Tensor]:
-    """Returns every tensor of the plain backbone, those whose place the active head has taken included."""
-    return dict(backbone_tensors(model)) | (ledger.parked_plain if ledger else {})
+def own_modules(model: nn.Module, record: AdapterSet) -> Iterator[tuple[str, nn.Module]]:
+    """Walks the modules of a set's head and norms, parked or in their places."""
+    for name in record.spec.own:
+        yield from backbone_modules(record.parked[name] if name in record.parked else find_module(model, name), name)
+
+
+def own_tensors(model: nn.Module, record: AdapterSet) -> dict[str, Tensor]:
+    """Returns the parameters and buffers of a set's head and norms, parked or in their places."""
+    return {path: tensor for name, module in own_modules(model, record) for path, tensor in named_tensors(module, name)}
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns every module of the plain backbone, those in whose places the active set has its own included."""
+    ledger = find_ledger(model)
+    parked = ledger.parked_plain if ledger else {}
+    found: dict[str, nn.Module] = {}
+    for name, module in backbone_modules(model):
+        if name in parked:
+            found.update(backbone_modules(parked[name], name))
+        elif not within(name, parked):
+            found[name] = module
+    return found
+
+
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns every tensor of the plain backbone, as `plain_modules`."""
+    return {path: tensor for name, module in plain_modules(model).items() for path, tensor in named_tensors(module, name)}
 
 
 def backbone_differences(model: nn.Module, fingerprint: Fingerprint, head: tuple[str, ...] = ()) -> dict[str, str]:
@@ -150,4 +182,4 @@ def backbone_differences(model: nn.Module, fingerprint: Fingerprint, head: tuple
         fingerprint: What the backbone is to be.
         head: Modules that are not compared.
     """
-    return fingerprint.differences(dict(backbone_modules(model)), plain_tensors(model, find_ledger(model)), head)
+    return fingerprint.differences(plain_modules(model), plain_tensors(model), head)

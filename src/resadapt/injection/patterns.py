@@ -51,15 +51,26 @@ def match(modules: Mapping[str, nn.Module], pattern: str, argument: str) -> list
     return found
 
 
-def select_head(model: nn.Module, head: object) -> tuple[str, ...]:
-    """Returns the outermost modules that `head` names, of which those that a glob found may have no parameters.
+def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
+    """Returns the outermost modules that `head` names, and for each the module that is to stand there.
+
+    Of those that a glob found some may have no parameters.
 
     Raises:
         InjectionError: A name matches nothing, has nothing to train, or shares a tensor with what stays frozen.
     """
     modules = dict(backbone_modules(model))
+    given: dict[str, nn.Module] = {}
     asked: set[str] = set()
     for pattern in names_in(head, "head"):
+        if isinstance(head, Mapping):
+            module = head[pattern]
+            if not isinstance(module, nn.Module):
+                raise InjectionError(f"head: {pattern!r} is given {module!r}, not a torch.nn.Module.")
+            found = match(modules, pattern, "head")
+            given |= dict.fromkeys(found, module)
+            asked.update(found)
+            continue
         trained = [name for name in match(modules, pattern, "head") if _has_parameters(modules[name])]
         if not trained:
             raise InjectionError(f"head: module {pattern!r} has no parameters to train. Choose one that has.")
@@ -72,7 +83,7 @@ def select_head(model: nn.Module, head: object) -> tuple[str, ...]:
                 raise InjectionError(
                     f"head: {name!r} shares the tensor {path!r} with the backbone, which stays frozen. Untie them."
                 )
-    return outermost
+    return {name: given.get(name, modules[name]) for name in outermost}
 
 
 def _has_parameters(module: nn.Module) -> bool:

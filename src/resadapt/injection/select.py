@@ -41,7 +41,7 @@ def select_sites(
         channel_dim: Where the sites' outputs have their channels, 1 or -1; None finds out.
 
     Returns:
-        The sites, in the order of ``model.named_modules()``.
+        The sites, perhaps none, in the order of ``model.named_modules()``.
 
     Raises:
         InjectionError: A pattern matches nothing, two meet at one place, or a module cannot be a site.
@@ -50,11 +50,9 @@ def select_sites(
         raise InjectionError(f"channel_dim={channel_dim!r}: give 1 for outputs [N, C, ...], -1 for [N, ..., C], or None.")
     patterns = names_in(layers, "layers")
     sizes = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(patterns, bottleneck)
-    if not sizes:
-        raise InjectionError("layers is empty: name at least one module to adapt, such as layers=('layer4',).")
     modules = dict(backbone_modules(model))
     wide = takes(family, "bottleneck")
-    if not wide and (isinstance(layers, Mapping) or bottleneck != _USUAL):
+    if not wide and (bottleneck != _USUAL or any(isinstance(layers, Mapping) and size != 0 for size in sizes.values())):
         raise InjectionError(
             f"{family.__name__} has no hidden layer, and so no width: leave bottleneck out, and give layers as names."
         )

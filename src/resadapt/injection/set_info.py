@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from resadapt.base.names import within
 from resadapt.base.spec import SiteSpec
-from resadapt.injection.heads import head_tensors
-from resadapt.injection.ledger import adapter_tensors, find_ledger
+from resadapt.injection.ledger import adapter_tensors, find_ledger, own_tensors
 from resadapt.injection.walk import unwrap
 
 __all__ = ["AdapterSetInfo", "list_adapters"]
@@ -27,6 +27,7 @@ class AdapterSetInfo:
         norm: Norm policy.
         adapter_parameters: Number of parameters in the adapters.
         head_parameters: Number of parameters in the head.
+        norm_parameters: Number of parameters trained in norms of its own.
     """
 
     name: str
@@ -37,6 +38,7 @@ class AdapterSetInfo:
     norm: str
     adapter_parameters: int
     head_parameters: int
+    norm_parameters: int
 
 
 def list_adapters(model: nn.Module) -> list[AdapterSetInfo]:
@@ -61,7 +63,7 @@ def list_adapters(model: nn.Module) -> list[AdapterSetInfo]:
     infos = []
     for name, record in ledger.sets.items():
         spec = record.spec
-        head = record.parked_head or head_tensors(inner, spec.head)
+        own = [(path, tensor) for path, tensor in own_tensors(inner, record).items() if isinstance(tensor, nn.Parameter)]
         infos.append(
             AdapterSetInfo(
                 name=name,
@@ -71,7 +73,8 @@ def list_adapters(model: nn.Module) -> list[AdapterSetInfo]:
                 head=spec.head,
                 norm=spec.norm,
                 adapter_parameters=sum(t.numel() for _, t in adapter_tensors(inner, spec) if isinstance(t, nn.Parameter)),
-                head_parameters=sum(t.numel() for t in head.values() if isinstance(t, nn.Parameter)),
+                head_parameters=sum(tensor.numel() for path, tensor in own if within(path, spec.head)),
+                norm_parameters=sum(tensor.numel() for path, tensor in own if within(path, spec.norms) and tensor.requires_grad),
             )
         )
     return infos

@@ -6,26 +6,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from resadapt.adapters.family import default_of, options_of, takes
 from resadapt.base.arguments import check_flag
-from resadapt.base.errors import InjectionError
+from resadapt.base.blueprint import blueprint_of
+from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.inputs import describe
 from resadapt.base.names import listing
 from resadapt.base.spec import SetSpec
 from resadapt.injection.building import family_named
-from resadapt.injection.heads import head_tensors
+from resadapt.injection.freeze import norms_of
 from resadapt.injection.installation import check_model, install, uninstall
 from resadapt.injection.ledger import Ledger, ledger_of
+from resadapt.injection.owned import settle
 from resadapt.injection.patterns import select_head
 from resadapt.injection.select import select_sites
-from resadapt.injection.switching import activate, activated, check_switchable, drop_gradients
-from resadapt.injection.walk import backbone_tensors, unwrap
+from resadapt.injection.switching import activate, activated, check_switchable, drop_gradients, mixed, on_plain
+from resadapt.injection.walk import unwrap
 
 __all__ = [
     "adapters_disabled",
+    "adapters_for",
     "inject_adapters",
     "remove_adapters",
     "set_active_adapters",
@@ -41,7 +43,7 @@ def inject_adapters(
     *,
     family: str = "pooled",
     name: str = "default",
-    head: str | Iterable[str] = (),
+    head: str | Iterable[str] | Mapping[str, nn.Module] = (),
     norm: str = "frozen",
     dropout: float | None = None,
     example_input: object = None,
@@ -57,14 +59,17 @@ def inject_adapters(
         model: Any module, usually a torchvision ResNet. Inject before wrapping it in DDP or torch.compile.
         layers: Names of the modules whose outputs ``[N, C, ...]`` or ``[N, ..., C]`` are adapted, as in ``model.named_modules()``;
             globs, in which a star stands for anything between two dots (``"layer*.*"`` is every block); or a mapping from either
-            to a bottleneck.
+            to a bottleneck. Empty for a set that has only a head or norms.
         bottleneck: Width of the adapters' hidden layer: a number of channels, or a fraction of the site's channels in (0, 1). For
             ``"lora"`` it is the rank; families without a hidden layer have none.
         family: Kind of adapter, one of those that `list_families` tells.
         name: Name of the set; several sets can live on one backbone.
-        head: Names or globs of modules that are trained with the adapters and saved with them, such as ``"fc"``. Modules without
-            parameters that a glob matches are passed over.
-        norm: What the backbone's norms do: ``"frozen"`` keeps their running statistics, in training too.
+        head: Names or globs of modules that are trained with the adapters and saved with them, such as ``"fc"``: the set gets
+            copies of them. Modules without parameters that a glob matches are passed over. Or a mapping from names to modules
+            that stand there while the set is active, such as ``{"fc": nn.Linear(512, 10)}``: the set gets copies of these.
+        norm: What the set has of its own of the backbone's norms outside the head: ``"frozen"`` nothing, and the running statistics
+            do not move, in training too; ``"affine"`` trained weights and biases; ``"stats"`` running statistics, which move in
+            training; ``"affine+stats"`` both. The backbone's own stay as they are.
         dropout: Probability of dropping a hidden unit of an adapter in training, in [0, 1). None is the family's own: 0.1 for
             ``"pooled"``.
         example_input: An input the model is called with once (a tuple: its arguments; a dict: its keywords), in evaluation mode,
@@ -98,16 +103,25 @@ def inject_adapters(
     if dropout is not None and not takes(kind, "dropout"):
         raise InjectionError(f"family {family!r} has nothing that drops: leave dropout out.")
     start = {key: family_options.pop(key) for key in ("init",) if key in family_options}
-    spec = SetSpec(
-        name=name,
-        family=family,
-        options=options_of(kind, family_options),
-        dropout=float(default_of(kind, "dropout", 0.0) if dropout is None else dropout),
-        norm=norm,
-        sites=select_sites(model, kind, layers, bottleneck, example_input, channel_dim),
-        head=select_head(model, head),
-    )
-    install(model, spec, describe(example_input), **start)
+    with on_plain(model):
+        heads = select_head(model, head)
+        spec = SetSpec(
+            name=name,
+            family=family,
+            options=options_of(kind, family_options),
+            dropout=float(default_of(kind, "dropout", 0.0) if dropout is None else dropout),
+            norm=norm,
+            sites=select_sites(model, kind, layers, bottleneck, example_input, channel_dim),
+            head=tuple(heads),
+            norms=norms_of(model, norm, heads),
+            blueprints={path: told for path, module in heads.items() if (told := blueprint_of(module)) is not None},
+        )
+    if not spec.sites and not spec.own:
+        raise InjectionError(
+            "layers is empty, and the set has neither a head nor norms of its own: name at least one module, such as "
+            "layers=('layer4',), or head='fc'."
+        )
+    install(model, spec, describe(example_input), heads, **start)
     return model
 
 
@@ -142,16 +156,11 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
     going = list(ledger.sets) if name is None else [ledger.set_named(name).spec.name]
     kept = _set_to_keep(ledger, going, name) if keep_head else None
     check_switchable(inner, ledger)
-    trained = {}
-    if kept is not None:
-        activate(inner, ledger, kept)
-        trained = head_tensors(inner, ledger.sets[kept].spec.head)
+    record = None if kept is None else ledger.sets[kept]
     for each in going:
         uninstall(inner, ledger, each)
-    with torch.no_grad():
-        plain = dict(backbone_tensors(inner))
-        for path, tensor in trained.items():
-            plain[path].copy_(tensor)
+    if record:
+        settle(inner, {name: record.parked[name] for name in record.spec.head})
     return model
 
 
@@ -207,6 +216,48 @@ def adapters_disabled(model: ModelT) -> Iterator[ModelT]:
         True
     """
     with activated(unwrap(model), ledger_of(model), None):
+        yield model
+
+
+@contextmanager
+def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]:
+    """Runs the body with one set for each sample of a batch, in one pass through the backbone.
+
+    Every sample goes through its own set's adapters, norms and head, with the result of a forward with that set alone, up to
+    rounding. Where the heads' outputs have different shapes, what comes back in their place is a list with an entry for each
+    sample. Statistics of a set's own norms are computed over its samples only.
+
+    In training, every set that is named is trained: give the optimizer the parameters of all. Call ``backward`` inside the body if
+    activations are checkpointed. Afterwards the sets stay trainable until the active set is changed.
+
+    Args:
+        model: An injected model.
+        names: The name of a set, or None for the plain backbone, for each sample: as many as the batch has.
+
+    Yields:
+        The same model.
+
+    Raises:
+        InjectionError: Nothing was injected; or the model changes the batch on the way, so that samples cannot be told apart.
+        AdapterKeyError: There is no such set.
+        AdapterError: `names` is no list of names.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> model = inject_adapters(resnet18(), name="day", head={"fc": nn.Linear(512, 3)})
+        >>> model = inject_adapters(model, name="night", head={"fc": nn.Linear(512, 10)}).eval()
+        >>> with adapters_for(model, ["day", "night", "day"]):
+        ...     [tuple(row.shape) for row in model(torch.randn(3, 3, 32, 32))]
+        [(3,), (10,), (3,)]
+    """
+    ledger = ledger_of(model)
+    if isinstance(names, str) or not isinstance(names, Iterable) or not (listed := list(names)):
+        raise AdapterError(f"names={names!r}: give a list with the name of a set, or None, for each sample of the batch.")
+    for name in listed:
+        if name is not None:
+            ledger.set_named(name)
+    with mixed(unwrap(model), ledger, listed):
         yield model
 
 

@@ -11,6 +11,7 @@ from typing_extensions import override
 from resadapt.adapters.family import apply
 from resadapt.base.errors import InjectionError
 from resadapt.base.spec import SiteSpec
+from resadapt.injection.mixture import Mixture
 
 __all__ = ["SLOT", "AdapterSlot"]
 
@@ -28,6 +29,8 @@ class AdapterSlot(nn.Module):
         super().__init__()
         self.sites: dict[str, SiteSpec] = {}
         self.active: str | None = None
+        self.mixture: Mixture | None = None
+        """Which set's adapter each sample gets, while a batch is mixed."""
 
     def insert(self, name: str, site: SiteSpec, adapter: nn.Module) -> None:
         """Takes in a set's adapter, which is not active yet."""
@@ -44,11 +47,26 @@ class AdapterSlot(nn.Module):
         """Chooses the set whose adapter is applied; a set that has none here leaves the output as it is."""
         self.active = name if name in self.sites else None
 
+    @property
+    def running(self) -> SiteSpec:
+        """The site that is adapted now: the active set's, in a mixed batch any set's."""
+        return self.sites[self.active] if self.active is not None else next(iter(self.sites.values()))
+
     def adapt(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Returns the active adapter's result where the owner was called with some arguments and returned an output."""
-        if self.active is None:
+        """Returns an adapter's result where the owner was called with some arguments and returned an output.
+
+        Which adapter it is, is decided here and nowhere else: the active set's, or in a mixed batch that of each sample's set.
+        """
+        if self.mixture is None:
+            return self._adapted(self.active, owner, args, output)
+        return self.mixture.run(
+            self.running.owner, self.sites, lambda name, values: self._adapted(name, owner, *values), (args, output)
+        )
+
+    def _adapted(self, name: str | None, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if name is None:
             return output
-        site, adapter = self.sites[self.active], self._modules[self.active]
+        site, adapter = self.sites[name], self._modules[name]
         if not isinstance(output, fx.Proxy):  # a symbolic value has no type or shape to look at
             _check_output(output, site)
         if not args and adapter.reads != "output":  # type: ignore[union-attr]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 
 from torch import nn
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import listing
-from resadapt.injection.freeze import apply_norm_policy
-from resadapt.injection.heads import check_places, exchange, replaced_heads
-from resadapt.injection.ledger import AdapterSet, Ledger, adapter_tensors
+from resadapt.injection.freeze import freeze_norms, running_as_built
+from resadapt.injection.ledger import AdapterSet, Ledger, adapter_tensors, find_ledger, own_tensors
+from resadapt.injection.mixture import Mixture, run_own
+from resadapt.injection.owned import check_places, exchange, follow, replaced
 from resadapt.injection.sharding import sharded_tensors
-from resadapt.injection.walk import slots_of
+from resadapt.injection.walk import find_module, slots_of
 
-__all__ = ["activate", "activated", "check_intact", "check_switchable", "drop_gradients"]
+__all__ = ["activate", "activated", "check_intact", "check_switchable", "drop_gradients", "mixed", "on_plain"]
+
+_NOTHING = object()
 
 
 def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
@@ -27,22 +31,22 @@ def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
     if name == ledger.active:
         return
     check_switchable(model, ledger)
+    for left in ledger.mixed & ledger.sets.keys():
+        _park_flags(model, ledger.sets[left])
+    ledger.mixed = set()
     if old := ledger.active_set:
-        old.parked_head = exchange(model, ledger.parked_plain)
+        old.parked = exchange(model, ledger.parked_plain)
         ledger.parked_plain = {}
         _park_flags(model, old)
     ledger.active = name
     new = ledger.active_set
     if new:
-        ledger.parked_plain = exchange(model, new.parked_head)
-        new.parked_head = {}
+        ledger.parked_plain = exchange(model, new.parked)
+        new.parked = {}
         _restore_flags(model, new)
     for slot in slots_of(model):
         slot.activate(name)
-    if new:
-        apply_norm_policy(model, new.spec.norm, new.spec.head)
-    else:
-        apply_norm_policy(model, "frozen", ())
+    freeze_norms(model, running_as_built(new.spec) if new else ())
 
 
 @contextmanager
@@ -57,6 +61,48 @@ def activated(model: nn.Module, ledger: Ledger, name: str | None) -> Iterator[No
             activate(model, ledger, active if active in ledger.sets else None)
 
 
+@contextmanager
+def on_plain(model: nn.Module) -> Iterator[None]:
+    """Runs the body on the plain backbone, whether anything was injected or not."""
+    ledger = find_ledger(model)
+    with activated(model, ledger, None) if ledger else nullcontext():
+        yield
+
+
+@contextmanager
+def mixed(model: nn.Module, ledger: Ledger, names: Sequence[str | None]) -> Iterator[None]:
+    """Runs the body with a set for each sample, all of them trainable; they stay so until the active set is changed."""
+    check_switchable(model, ledger)
+    records = [ledger.sets[name] for name in dict.fromkeys(names) if name is not None]
+    with activated(model, ledger, None), ExitStack() as stack:
+        mixture = Mixture(names)
+        own: dict[str, dict[str, nn.Module]] = {}
+        for record in records:
+            _restore_flags(model, record)
+            for place, module in record.parked.items():
+                follow(module, find_module(model, place))
+                own.setdefault(place, {})[record.spec.name] = module
+        for slot in slots_of(model):
+            slot.mixture = mixture
+            stack.callback(setattr, slot, "mixture", None)
+        for place, modules in own.items():
+            here = find_module(model, place)
+            before = here.__dict__.get("forward", _NOTHING)
+            here.__dict__["forward"] = partial(run_own, here, place, modules, mixture, here.forward)
+            stack.callback(_put_forward_back, here, before)
+        ledger.mixing = True
+        stack.callback(setattr, ledger, "mixing", False)
+        yield
+    ledger.mixed |= {record.spec.name for record in records} - {ledger.active}
+
+
+def _put_forward_back(module: nn.Module, before: object) -> None:
+    if before is _NOTHING:
+        del module.__dict__["forward"]
+    else:
+        module.__dict__["forward"] = before
+
+
 def check_intact(model: nn.Module, ledger: Ledger) -> None:
     """Checks that everything of the sets is where it was put.
 
@@ -65,11 +111,12 @@ def check_intact(model: nn.Module, ledger: Ledger) -> None:
     """
     for record in ledger.sets.values():
         list(adapter_tensors(model, record.spec))
-        check_places(model, record.parked_head)
-        if replaced := replaced_heads(model, record.spec.head):
+        if gone := replaced(model, record.spec.own):
             raise InjectionError(
-                f"The head has lost {listing(replaced)}: it was replaced after the injection. Put the injected module back."
+                f"The set {record.spec.name!r} has lost {listing(gone)}: it was replaced after the injection. Put the injected "
+                "module back."
             )
+        check_places(model, record.parked)
     check_places(model, ledger.parked_plain)
 
 
@@ -77,8 +124,10 @@ def check_switchable(model: nn.Module, ledger: Ledger) -> None:
     """Checks that sets can be switched and removed, so that what follows cannot fail half-way.
 
     Raises:
-        InjectionError: An adapter or head is no longer in its place, or the model is sharded.
+        InjectionError: An adapter or head is no longer in its place, the model is sharded, or a batch is being mixed.
     """
+    if ledger.mixing:
+        raise InjectionError("Inside adapters_for sets cannot be switched, injected, removed or saved. Leave it first.")
     check_intact(model, ledger)
     if sharded_tensors(model):
         raise InjectionError(
@@ -88,7 +137,7 @@ def check_switchable(model: nn.Module, ledger: Ledger) -> None:
 
 def drop_gradients(model: nn.Module, record: AdapterSet) -> None:
     """Drops the gradients of a set that is no longer active, so that no optimizer can apply them later."""
-    for tensor in (*dict(adapter_tensors(model, record.spec)).values(), *record.parked_head.values()):
+    for tensor in (*dict(adapter_tensors(model, record.spec)).values(), *own_tensors(model, record).values()):
         tensor.grad = None
 
 

@@ -22,8 +22,8 @@ from resadapt.base.errors import AdapterWarning, InjectionError
 from resadapt.base.names import listing
 from resadapt.base.nested import named_in
 from resadapt.injection.freeze import hold_in_eval
-from resadapt.injection.heads import head_tensors, replaced_heads
-from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_of, adapter_tensors
+from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_of, adapter_tensors, own_tensors
+from resadapt.injection.owned import replaced
 from resadapt.injection.slots import AdapterSlot
 from resadapt.injection.walk import find_module, find_slot, is_leaf
 
@@ -71,7 +71,7 @@ def count_run(slot: AdapterSlot) -> None:
     elif _is_running(forward.root):
         forward.runs[id(slot)] += 1
         raise InjectionError(
-            f"Site {slot.sites[slot.active].name!r} ran more than once in one forward, and one adapter cannot serve several "  # type: ignore[index]
+            f"Site {slot.running.name!r} ran more than once in one forward, and one adapter cannot serve several "
             "places. Call remove_adapters(model) and choose a module that runs once, such as the block around it."
         )
     else:  # that forward was interrupted, and a part of the model is called on its own
@@ -90,7 +90,7 @@ def check_rules(owner: nn.Module, slot: AdapterSlot, later: Collection[int]) -> 
         return
     around = later and any(hook is not hold_in_eval for hook in owner._forward_pre_hooks.values())
     if around or owner._backward_hooks or owner._backward_pre_hooks:
-        site = slot.sites[slot.active].name  # type: ignore[index]
+        site = slot.running.name
         _warn(
             f"The hooks on site {site!r} see the layer and its adapter as one. A method that has a rule for the gradient of such a "
             "layer (DeepLift, deconvolution) is wrong there: use it on resadapt.inference_copy(model)."
@@ -142,10 +142,10 @@ def _is_running(root: int) -> bool:
 
 
 def _check_head(root: nn.Module, record: AdapterSet) -> None:
-    if replaced := replaced_heads(root, record.spec.head):
+    if gone := replaced(root, record.spec.own):
         raise InjectionError(
-            f"The head's modules {listing(replaced)} were replaced after the injection, so the set {record.spec.name!r} does not "
-            "have them. Put the injected modules back, or replace the head first and inject then."
+            f"The modules {listing(gone)} were replaced after the injection, so the set {record.spec.name!r} does not have them. "
+            "Put the injected modules back, or replace the head first and inject then."
         )
 
 
@@ -155,7 +155,7 @@ def _check_averaged(root: nn.Module, record: AdapterSet) -> None:
     if ddp is None or not torch.is_grad_enabled():
         return
     averaged = {id(parameter) for parameter in ddp._module_parameters}
-    trained = dict(adapter_tensors(root, record.spec)) | head_tensors(root, record.spec.head)
+    trained = dict(adapter_tensors(root, record.spec)) | own_tensors(root, record)
     left_out = [path for path, tensor in trained.items() if tensor.requires_grad and id(tensor) not in averaged]
     if left_out and any(module is root for module in ddp.module.modules()):
         raise InjectionError(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from resadapt.injection.heads import head_tensors
 from resadapt.injection.ledger import adapter_of, ledger_of
+from resadapt.injection.owned import tensors_in
 from resadapt.injection.walk import unwrap
 from resadapt.parameters.trainable import ParameterCount, count_parameters
 
@@ -17,7 +17,7 @@ __all__ = ["ModelSummary", "summary"]
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A table of the active set: one row a site and one a head module, then the totals.
+    """A table of the active set: one row a site and one a head module, one for norms of its own, then the totals.
 
     Args:
         rows: Name, family, channels, bottleneck, parameters and share of all parameters, a tuple a row.
@@ -32,7 +32,7 @@ class ModelSummary:
         table = [("site", "family", "channels", "bottleneck", "parameters", "share")]
         for name, family, channels, bottleneck, size, share in self.rows:
             table.append((name, family, _cell(channels), _cell(bottleneck), f"{size:,}", f"{share:.2%}"))
-        for label in ("adapters", "head", "trainable", "frozen", "total"):
+        for label in ("adapters", "head", *(("norm",) if self.count.norm else ()), "trainable", "frozen", "total"):
             size = getattr(self.count, label)
             table.append((label, "", "", "", f"{size:,}", f"{size / max(1, self.count.total):.2%}"))
         widths = [max(len(row[i]) for row in table) for i in range(6)]
@@ -79,8 +79,10 @@ def summary(model: nn.Module) -> ModelSummary:
             size = _size(adapter_of(inner, spec, site).parameters())
             rows.append((site.name, spec.family, site.channels, site.bottleneck, size, size / count.total))
         for name in spec.head:
-            size = _size(tensor for tensor in head_tensors(inner, (name,)).values() if isinstance(tensor, nn.Parameter))
+            size = _size(tensor for tensor in tensors_in(inner, (name,)).values() if isinstance(tensor, nn.Parameter))
             rows.append((name, "head", None, None, size, size / count.total))
+        if spec.norms:
+            rows.append((f"{len(spec.norms)} norms", spec.norm, None, None, count.norm, count.norm / count.total))
     return ModelSummary(tuple(rows), count)
 
 

@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from resadapt.base.arguments import check_flag, check_rate
 from resadapt.base.errors import AdapterError, AdapterKeyError
-from resadapt.injection.heads import head_tensors
 from resadapt.injection.ledger import Ledger, adapter_tensors, find_ledger, ledger_of
+from resadapt.injection.owned import tensors_in
 from resadapt.injection.walk import unwrap
 
 __all__ = [
@@ -46,8 +46,8 @@ def named_trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Param
         'layer4.1.resadapt.default.down.weight'
     """
     inner = unwrap(model)
-    adapters, head = _members(inner, ledger_of(model))
-    return ((name, p) for name, p in _named(inner) if p.requires_grad and id(p) in adapters | head)
+    members = _members(inner, ledger_of(model))
+    return ((name, p) for name, p in _named(inner) if p.requires_grad and id(p) in members)
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -73,7 +73,13 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, *, head_lr: float | None = None, weight_decay: float = 0.0, decay_bias: bool = True
+    model: nn.Module,
+    lr: float,
+    *,
+    head_lr: float | None = None,
+    norm_lr: float | None = None,
+    weight_decay: float = 0.0,
+    decay_bias: bool = True,
 ) -> list[dict[str, Any]]:
     """Sorts the parameters to train into groups for any torch optimizer.
 
@@ -81,6 +87,7 @@ def parameter_groups(
         model: An injected model.
         lr: Learning rate of the adapters.
         head_lr: Learning rate of the head; None is the adapters'.
+        norm_lr: Learning rate of norms of the set's own; None is the adapters'.
         weight_decay: Weight decay of all groups.
         decay_bias: Whether biases and other one-dimensional parameters (norm weights) decay too.
 
@@ -103,15 +110,16 @@ def parameter_groups(
         >>> optimizer = torch.optim.AdamW(groups)
     """
     check_flag("decay_bias", decay_bias)
-    for name, value in (("lr", lr), ("head_lr", lr if head_lr is None else head_lr), ("weight_decay", weight_decay)):
-        check_rate(name, value)
-    adapters, _ = _members(unwrap(model), ledger_of(model))
+    for name, value in (("lr", lr), ("head_lr", head_lr), ("norm_lr", norm_lr), ("weight_decay", weight_decay)):
+        if value is not None or name in ("lr", "weight_decay"):
+            check_rate(name, value)
+    members = _members(unwrap(model), ledger_of(model))
     groups: dict[str, dict[str, Any]] = {}
     for parameter in trainable_parameters(model):
-        adapter = id(parameter) in adapters
+        member = members[id(parameter)]
         decays = decay_bias or parameter.ndim > 1
-        key = ("adapters" if adapter else "head") + ("" if decays else ", no decay")
-        rate = lr if adapter or head_lr is None else head_lr
+        key = member + ("" if decays else ", no decay")
+        rate = {"adapters": lr, "head": lr if head_lr is None else head_lr, "norm": lr if norm_lr is None else norm_lr}[member]
         group = {"params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0, "name": key}
         groups.setdefault(key, group)["params"].append(parameter)
     if not groups:
@@ -132,6 +140,7 @@ class ParameterCount:
         frozen: The others.
         adapters: Those of the active set's adapters.
         head: Those of the active set's head.
+        norm: Those that are trained in norms of the active set's own.
     """
 
     total: int
@@ -139,6 +148,7 @@ class ParameterCount:
     frozen: int
     adapters: int
     head: int
+    norm: int = 0
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -148,7 +158,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         model: Any model. One that was not injected into has no adapters and no head.
 
     Returns:
-        The counts. If the backbone is frozen and the set is not, ``trainable == adapters + head``.
+        The counts. If the backbone is frozen and the set is not, ``trainable == adapters + head + norm``.
 
     Raises:
         AdapterError: The model has parameters without a size yet.
@@ -157,10 +167,10 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
         >>> count_parameters(inject_adapters(resnet18(num_classes=3), head="fc"))
-        ParameterCount(total=11302147, trainable=125635, frozen=11176512, adapters=124096, head=1539)
+        ParameterCount(total=11302147, trainable=125635, frozen=11176512, adapters=124096, head=1539, norm=0)
     """
     ledger, inner = find_ledger(model), unwrap(model)
-    adapters, head = _members(inner, ledger) if ledger else (set(), set())
+    members = _members(inner, ledger) if ledger else {}
     if lazy := [name for name, parameter in _named(inner) if is_lazy(parameter)]:
         raise AdapterError(f"Parameter {lazy[0]!r} has no size yet. Run the model once, then count.")
     parameters = [parameter for _, parameter in _named(inner)]
@@ -170,8 +180,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         total=total,
         trainable=trainable,
         frozen=total - trainable,
-        adapters=sum(p.numel() for p in parameters if id(p) in adapters),
-        head=sum(p.numel() for p in parameters if id(p) in head),
+        **{kind: sum(p.numel() for p in parameters if members.get(id(p)) == kind) for kind in ("adapters", "head", "norm")},
     )
 
 
@@ -180,10 +189,15 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return nn.Module.named_parameters(model)
 
 
-def _members(model: nn.Module, ledger: Ledger) -> tuple[set[int], set[int]]:
-    """Returns the identities of the active set's tensors, those of the adapters and those of the head."""
+def _members(model: nn.Module, ledger: Ledger) -> dict[int, str]:
+    """Tells of the active set's tensors, by their identities, whether they are of its adapters, its head or its norms.
+
+    What its norm policy does not train of a norm is of none of them.
+    """
     if ledger.active_set is None:
-        return set(), set()
+        return {}
     spec = ledger.active_set.spec
-    adapters = {id(tensor) for _, tensor in adapter_tensors(model, spec)}
-    return adapters, {id(tensor) for tensor in head_tensors(model, spec.head).values()}
+    members = dict.fromkeys((id(tensor) for _, tensor in adapter_tensors(model, spec)), "adapters")
+    members |= dict.fromkeys((id(tensor) for tensor in tensors_in(model, spec.head).values()), "head")
+    trained = (tensor for tensor in tensors_in(model, spec.norms).values() if "affine" in spec.norm)
+    return members | dict.fromkeys((id(tensor) for tensor in trained), "norm")

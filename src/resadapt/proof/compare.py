@@ -101,6 +101,8 @@ class Comparison:
         return Check("tensors", "passed", f"{len(live)} tensors equal bit for bit")
 
     def _sites(self, reloaded: Evidence) -> Check:
+        if not self.info.set.sites:
+            return Check("sites", "not checked", "the set has no adapters")
         if reloaded.run.probe is None:
             return Check("sites", "not checked", reloaded.run.unusable)
         if reloaded.idle:

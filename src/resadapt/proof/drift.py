@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.injection.freeze import apply_norm_policy
-from resadapt.injection.heads import replaced_heads
-from resadapt.injection.ledger import backbone_differences, ledger_of, plain_tensors
+from resadapt.injection.freeze import freeze_norms, running_as_built
+from resadapt.injection.ledger import backbone_differences, ledger_of, plain_modules, plain_tensors
+from resadapt.injection.owned import replaced
 from resadapt.injection.switching import check_intact
-from resadapt.injection.walk import backbone_modules, check_values, unwrap
+from resadapt.injection.walk import check_values, unwrap
 
 __all__ = ["BackboneReport", "accept_backbone", "check_backbone"]
 
@@ -58,7 +58,7 @@ def check_backbone(model: nn.Module) -> BackboneReport:
     inner = unwrap(model)
     reasons = backbone_differences(inner, ledger.fingerprint)
     for record in ledger.sets.values():
-        for name in replaced_heads(inner, record.spec.head):
+        for name in replaced(inner, record.spec.own):
             reasons.setdefault(name, "was replaced after the injection")
     return BackboneReport(not reasons, list(reasons), reasons)
 
@@ -91,8 +91,8 @@ def accept_backbone(model: nn.Module) -> None:
     ledger = ledger_of(model)
     inner = unwrap(model)
     check_intact(inner, ledger)
-    plain = plain_tensors(inner, ledger)
+    plain = plain_tensors(inner)
     check_values(plain)
     if record := ledger.active_set:  # norms that came in since are frozen too
-        apply_norm_policy(inner, record.spec.norm, record.spec.head)
-    ledger.fingerprint = Fingerprint.of(dict(backbone_modules(inner)), plain)
+        freeze_norms(inner, running_as_built(record.spec))
+    ledger.fingerprint = Fingerprint.of(plain_modules(inner), plain)

@@ -10,17 +10,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from resadapt.base.blueprint import blueprint_of, build_from
 from resadapt.base.errors import AdapterError, AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError
-from resadapt.base.names import listing, reasons_listing
+from resadapt.base.names import listing, reasons_listing, within
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.injection.building import adapter_shapes
 from resadapt.injection.freeze import gradients_back_on_failure
-from resadapt.injection.heads import head_tensors
 from resadapt.injection.installation import check_model, install, uninstall
-from resadapt.injection.ledger import backbone_differences, find_ledger, ledger_of
+from resadapt.injection.ledger import backbone_differences, find_ledger, ledger_of, plain_modules
 from resadapt.injection.switching import activate, drop_gradients
-from resadapt.injection.walk import unwrap
-from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, persistent
+from resadapt.injection.walk import backbone_modules, unwrap
+from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, persistent_tensors
 
 __all__ = ["load_adapters", "load_file_content"]
 
@@ -85,7 +85,7 @@ def load_file_content(model: nn.Module, info: AdapterInfo, tensors: Mapping[str,
             f"not those of the file: {reasons_listing(wrong)}. Build the backbone as it was then, and load its own weights, in "
             "their own dtype, into it first."
         )
-    state = {key: tensor for key, tensor in tensors.items() if key.startswith(("adapters.", "head."))}
+    state = {key: tensor for key, tensor in tensors.items() if key.startswith(("adapters.", "head.", "norms."))}
     ledger = find_ledger(model)
     if ledger is None or name not in ledger.sets:
         _inject_from_file(model, info, state, name)
@@ -110,10 +110,8 @@ def _inject_from_file(model: nn.Module, info: AdapterInfo, state: Mapping[str, T
     active = ledger.active if ledger is not None else None
     try:
         _check_description(model, info, state)
-        head = {f"head.{key}": tensor for key, tensor in persistent(model, head_tensors(model, spec.head)).items()}
-        fitting(head, {key: tensor for key, tensor in state.items() if key.startswith("head.")}, name)
         with gradients_back_on_failure(model), torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
-            install(model, spec, info.example)
+            install(model, spec, info.example, _heads(model, info, state))
             try:
                 load_adapter_state_dict(model, state, name)
             except BaseException:
@@ -123,6 +121,30 @@ def _inject_from_file(model: nn.Module, info: AdapterInfo, state: Mapping[str, T
                 raise
     except InjectionError as error:
         raise AdapterFileError(f"{info.path}: cannot be injected into this {type(model).__name__}: {error}") from error
+
+
+def _heads(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Returns a module for each place of a file's head: the model's own where it is of that form, else built as the file tells."""
+    plain, heads = plain_modules(model), {}
+    spec = info.set
+    for name in spec.head:
+        if name not in plain:
+            raise InjectionError(f"The backbone has no module {name!r}, where the file has a head.")
+        stored = {key: tensor for key, tensor in state.items() if within(key, (f"head.{name}",))}
+        blueprint = spec.blueprints.get(name)
+        if blueprint is None or blueprint_of(plain[name]) == blueprint:
+            fitting(persistent_tensors(backbone_modules(plain[name], name), spec), stored, spec.name)
+            heads[name] = plain[name]
+            continue
+        try:
+            with torch.device("meta"):  # no memory for it before its sizes are known to be those of the file
+                form = persistent_tensors(backbone_modules(build_from(blueprint), name), spec)
+            if {key: tensor.shape for key, tensor in form.items()} != {key: tensor.shape for key, tensor in stored.items()}:
+                raise ValueError("its tensors are others")
+            heads[name] = build_from(blueprint)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise AdapterFileError(f"{info.path}: the head {name!r} cannot be built as it is described: {error}.") from error
+    return heads
 
 
 def _check_description(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> None:

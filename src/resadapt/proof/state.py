@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterFileError, AdapterKeyError
 from resadapt.base.module_record import other_state
-from resadapt.base.names import listing, reasons_listing
+from resadapt.base.names import listing, reasons_listing, within
 from resadapt.base.spec import SetSpec
 from resadapt.base.tensors import address, dtype_name, is_dense, is_sharded, same_bits, whole
 from resadapt.injection.building import adapter_shapes
-from resadapt.injection.heads import head_tensors
-from resadapt.injection.ledger import AdapterSet, adapter_tensors, ledger_of
+from resadapt.injection.ledger import AdapterSet, adapter_tensors, ledger_of, own_modules
 from resadapt.injection.sharding import reshard
-from resadapt.injection.walk import backbone_modules, find_module, unwrap
+from resadapt.injection.walk import named_tensors, unwrap
 
-__all__ = ["adapter_state_dict", "fitting", "live_tensors", "load_adapter_state_dict", "persistent", "refuse_unsaved_state"]
+__all__ = ["adapter_state_dict", "fitting", "live_tensors", "load_adapter_state_dict", "persistent_tensors", "refuse_unsaved_state"]
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -29,7 +28,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
         name: The set; None is the active one.
 
     Returns:
-        Tensors by name, as ``adapters.<site>.<tensor>`` and ``head.<name in the model>``.
+        Tensors by name, as ``adapters.<site>.<tensor>``, and ``head.<name in the model>`` and ``norms.<name in the model>``.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -72,19 +71,18 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], 
             tensor.copy_(_distributed_as(tensor, ready[key]))
 
 
-def refuse_unsaved_state(model: nn.Module, spec: SetSpec) -> None:
+def refuse_unsaved_state(model: nn.Module, record: AdapterSet) -> None:
     """Refuses a head with state that an adapter file cannot carry.
 
     Raises:
         AdapterFileError: A module of the head keeps extra state, or packed weights of a quantized layer.
     """
-    for name in spec.head:
-        for path, module in backbone_modules(find_module(model, name), name):
-            if kept := other_state(module):
-                raise AdapterFileError(
-                    f"The head's module {path!r} ({type(module).__name__}) keeps {listing(kept)} besides its parameters and "
-                    "buffers, which an adapter file does not carry. Keep that in a buffer, or take the module out of head."
-                )
+    for path, module in own_modules(model, record):
+        if kept := other_state(module):
+            raise AdapterFileError(
+                f"The head's module {path!r} ({type(module).__name__}) keeps {listing(kept)} besides its parameters and "
+                "buffers, which an adapter file does not carry. Keep that in a buffer, or take the module out of head."
+            )
 
 
 def live_tensors(model: nn.Module, record: AdapterSet) -> dict[str, Tensor]:
@@ -101,19 +99,20 @@ def live_tensors(model: nn.Module, record: AdapterSet) -> dict[str, Tensor]:
             "parametrized, quantized or flattened: make the first two permanent (torch.nn.utils.prune.remove, "
             "parametrize.remove_parametrizations), save before the others."
         )
-    head = persistent(model, record.parked_head or head_tensors(model, spec.head))
-    live = adapters | {f"head.{path}": tensor for path, tensor in head.items()}
+    live = adapters | persistent_tensors(own_modules(model, record), spec)
     if gone := [key for key, tensor in live.items() if tensor.is_meta]:
         raise AdapterKeyError(f"Tensors of set {spec.name!r} have no values here (offloaded?): {listing(gone)}. Bring them back.")
     return live
 
 
-def persistent(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out the buffers that a module does not save."""
-    skipped = {
-        f"{name}.{key}" if name else key for name, module in backbone_modules(model) for key in module._non_persistent_buffers_set
+def persistent_tensors(modules: Iterable[tuple[str, nn.Module]], spec: SetSpec) -> dict[str, Tensor]:
+    """Returns the tensors of a set's own modules by their names in a file, without the buffers that a module does not save."""
+    return {
+        f"{'head' if within(name, spec.head) else 'norms'}.{path}": tensor
+        for name, module in modules
+        for path, tensor in named_tensors(module, name)
+        if path.rpartition(".")[2] not in module._non_persistent_buffers_set
     }
-    return {path: tensor for path, tensor in tensors.items() if path not in skipped}
 
 
 def fitting(live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ def save_adapters(
     sharded = check_ranks(inner)
     target = on_one_rank(sharded, lambda: _writable(path))
     entries = as_json(metadata, target)
-    refuse_unsaved_state(inner, record.spec)
+    refuse_unsaved_state(inner, record)
     _refuse_drift(inner)
     forms = probe_forms(inner, record.example)
     evidence = collect(inner, record.spec.name, lambda: run_probe(inner, probe, forms), metric)

@@ -1,0 +1,77 @@
+"""Linear adapters folded into the backbone's own tensors."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from resadapt.base.errors import AdapterError
+from resadapt.base.names import reasons_listing
+from resadapt.deploy.plain_copy import plain_copy
+from resadapt.injection.ledger import ledger_of
+from resadapt.injection.walk import backbone_tensors, find_module
+
+__all__ = ["fold_adapters"]
+
+
+def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Returns a plain backbone that computes what the adapted one does, at no extra cost.
+
+    Each adapter becomes a change of the weight and bias of the module at its site; the set's head and norms stand in their places.
+    The names are those of the backbone, so the ``state_dict`` loads into an untouched one with ``strict=True``. The changes are
+    computed in float64 and rounded once: outputs differ from those of the adapted model, in evaluation, by rounding only. The live
+    model stays as it is.
+
+    Args:
+        model: An injected model.
+        name: The set; None is the active one.
+
+    Returns:
+        The backbone, in evaluation mode, with `requires_grad` as before the injection.
+
+    Raises:
+        InjectionError: Nothing was injected.
+        AdapterKeyError: There is no such set.
+        AdapterError: An adapter is not linear, or its site has no tensor that could take it up; the message names all of them.
+
+    References:
+        Rebuffi et al. 2018, arXiv:1803.10082; LoRA: Hu et al. 2021, arXiv:2106.09685.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> model = inject_adapters(resnet18(), "layer*.*.conv2", 4, family="lora", init="normal").eval()
+        >>> folded, x = fold_adapters(model), torch.randn(1, 3, 64, 64)
+        >>> torch.allclose(folded(x), model(x), atol=1e-4), list(folded.state_dict()) == list(resnet18().state_dict())
+        (True, True)
+    """
+    record = ledger_of(model).chosen(name)
+    copied = plain_copy(model, record.spec.name)
+    site_at = {site.owner: site.name for site in record.spec.sites}
+    changes: dict[str, tuple[Tensor, Tensor | None]] = {}
+    refused = {}
+    for owner, adapter in copied.adapters.items():
+        module = copy.deepcopy(find_module(copied.model, owner)).double()
+        try:
+            with torch.no_grad():
+                changes[owner] = adapter.double().folded(module)
+        except ValueError as error:
+            refused[site_at[owner]] = f"({type(module).__name__}): {error}"
+    if refused:
+        raise AdapterError(
+            f"Adapters of family {record.spec.family!r} cannot be folded at {reasons_listing(refused)}. "
+            "resadapt.inference_copy(model) gives a model of plain modules with any adapters."
+        )
+    for owner, (weight, bias) in changes.items():
+        module = find_module(copied.model, owner)
+        for key, value in (("weight", weight), ("bias", bias)):
+            if value is not None:
+                parameter = module.get_parameter(key)
+                parameter.data = value.to(parameter.dtype)
+    for path, tensor in backbone_tensors(copied.model):
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(copied.requires_grad.get(path, tensor.requires_grad))
+    return copied.model

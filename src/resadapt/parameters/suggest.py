@@ -1,0 +1,207 @@
+"""Sites and widths for a budget of parameters and operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from resadapt.adapters.family import apply, options_of, takes
+from resadapt.base.errors import AdapterError, InjectionError
+from resadapt.base.nested import map_tensors
+from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.base.undisturbed import call, undisturbed
+from resadapt.injection.building import family_named, weightless
+from resadapt.injection.select import select_sites
+from resadapt.injection.switching import on_plain
+from resadapt.injection.walk import find_module, unwrap
+
+__all__ = ["SuggestedLayers", "suggest_layers"]
+
+_ONE_FRACTION = "Widths are one fraction of the sites' channels, the largest that fits."
+_LAST_SITES = "The sites are as many of the last ones as fit."
+
+
+class SuggestedLayers(dict[str, int]):
+    """Widths by site, usable as ``layers=``; ``print`` it.
+
+    Attributes:
+        parameters: Number of the adapter's parameters, by site.
+        flops: Floating-point operations of the adapter's forward on the example input, by site; empty without one.
+        share: The parameters' sum as a share of the model's.
+        rule: How sites and widths were chosen.
+    """
+
+    def __init__(self, widths: dict[str, int], parameters: dict[str, int], flops: dict[str, int], share: float, rule: str) -> None:
+        super().__init__(widths)
+        self.parameters, self.flops, self.share, self.rule = parameters, flops, share, rule
+
+    def __str__(self) -> str:
+        """Returns a table."""
+        longest = max(map(len, ("site", *self)))
+        heading = f"{'site'.ljust(longest)}  bottleneck  parameters"
+        rows = [heading + ("          FLOPs" if self.flops else "")]
+        for name, width in self.items():
+            flops = f"  {self.flops[name]:>13,}" if self.flops else ""
+            rows.append(f"{name.ljust(longest)}  {width or '':>10}  {self.parameters[name]:>10,}{flops}")
+        return "\n".join([*rows, f"{sum(self.parameters.values()):,} parameters, {self.share:.2%} of the model's. {self.rule}"])
+
+
+def suggest_layers(
+    model: nn.Module,
+    budget: int | float,
+    *,
+    family: str = "pooled",
+    layers: str | Iterable[str] = ("layer1", "layer2", "layer3", "layer4"),
+    flops: int | None = None,
+    example_input: object = None,
+    channel_dim: int | None = None,
+    **family_options: Any,
+) -> SuggestedLayers:
+    """Chooses sites and widths of adapters for a budget.
+
+    All sites that `layers` names get adapters whose widths are one and the same fraction of their channels, at least 1, the
+    largest fraction that fits. If that is too much even with widths of 1, or the family has no width, only the last sites are
+    taken, as many as fit: those that are nearest to the output, so that the backward pass is the shortest.
+
+    Args:
+        model: A model; it stays as it is.
+        budget: Most parameters of all adapters together: a number, or a fraction of the model's parameters in (0, 1).
+        family: Kind of adapter.
+        layers: Names or globs of the sites to choose from.
+        flops: Most floating-point operations of all adapters' forward on the example input; needs one.
+        example_input: As for `inject_adapters`.
+        channel_dim: As for `inject_adapters`.
+        **family_options: As for `inject_adapters`.
+
+    Returns:
+        Widths by site, usable as ``layers=``.
+
+    Raises:
+        AdapterError: A budget is unsuitable, or not even one adapter fits.
+        InjectionError: A layer is not found or cannot be adapted.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> print(suggest_layers(resnet18(), 0.01))
+        site    bottleneck  parameters
+        layer1           7         967
+        layer2          15       3,983
+    """
+    inner = unwrap(model)
+    kind = family_named(family)
+    most = _limit("budget", budget, sum(parameter.numel() for parameter in inner.parameters()))
+    family_options.pop("init", None)
+    with on_plain(inner):
+        sites = select_sites(inner, kind, layers, 1 if takes(kind, "bottleneck") else 64, example_input, channel_dim)
+        spec = SetSpec("suggested", family, options_of(kind, family_options), 0.0, "frozen", sites, ())
+        calls = _calls(inner, spec, example_input) if example_input is not None else {}
+        if flops is not None and not calls:
+            raise AdapterError("flops= needs an example_input=, on which operations are counted.")
+        most_flops = math.inf if flops is None else _limit("flops", flops, 0)
+        costs: dict[SiteSpec, tuple[int, int]] = {}
+
+        def fits(chosen: Iterable[SiteSpec]) -> bool:
+            for site in set(chosen) - costs.keys():
+                costs[site] = _cost(inner, spec, site, calls.get(site.name))
+            return sum(costs[s][0] for s in chosen) <= most and sum(costs[s][1] for s in chosen) <= most_flops
+
+        chosen, rule = _widest(sites, fits, lambda site: _builds(inner, spec, site)), _ONE_FRACTION
+        if not takes(kind, "bottleneck") or not fits(chosen):
+            rule = _LAST_SITES
+            while chosen and not fits(chosen):
+                chosen = chosen[1:]
+        if not chosen:
+            smallest = costs[sites[-1]][0]
+            raise AdapterError(
+                f"Not even one adapter fits: the one at {sites[-1].name!r} has {smallest:,} parameters. Raise the budget."
+            )
+    total = sum(parameter.numel() for parameter in inner.parameters())
+    parameters = {site.name: costs[site][0] for site in chosen}
+    counted = {site.name: costs[site][1] for site in chosen} if calls else {}
+    return SuggestedLayers({s.name: s.bottleneck for s in chosen}, parameters, counted, sum(parameters.values()) / total, rule)
+
+
+def _widest(
+    sites: tuple[SiteSpec, ...], fits: Callable[[list[SiteSpec]], bool], builds: Callable[[SiteSpec], bool]
+) -> list[SiteSpec]:
+    """Returns the sites with widths that are the largest fraction of their channels that fits, at least 1."""
+    if sites and sites[0].bottleneck == 0:
+        return list(sites)
+
+    def with_fraction(fraction: float) -> list[SiteSpec]:
+        found = []
+        for site in sites:
+            width = max(1, int(fraction * site.channels))
+            while width > 1 and not builds(replace(site, bottleneck=width)):  # a family may not take every width
+                width -= 1
+            found.append(replace(site, bottleneck=width))
+        return found
+
+    low, high = 0.0, 1.0
+    while fits(with_fraction(high)) and high < 64:
+        low, high = high, 2 * high
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(with_fraction(middle)) else (low, middle)
+    return with_fraction(low)
+
+
+def _builds(model: nn.Module, spec: SetSpec, site: SiteSpec) -> bool:
+    try:
+        weightless(model, spec, site)
+    except InjectionError:
+        return False
+    return True
+
+
+def _cost(model: nn.Module, spec: SetSpec, site: SiteSpec, called: tuple[Any, Any] | None) -> tuple[int, int]:
+    """Returns the number of an adapter's parameters, and of its floating-point operations where its module's call is known."""
+    adapter = weightless(model, spec, site).eval()
+    size = sum(parameter.numel() for parameter in adapter.parameters())
+    if called is None:
+        return size, 0
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        apply(adapter, _Layer(find_module(model, site.owner)), *called)
+    return size, int(counter.get_total_flops())
+
+
+def _calls(model: nn.Module, spec: SetSpec, example: object) -> dict[str, tuple[Any, Any]]:
+    """Returns the arguments and the output of each site's module on an example input, without values."""
+    calls: dict[str, tuple[Any, Any]] = {}
+    with ExitStack() as stack:
+        for site in spec.sites:
+
+            def record(_module: nn.Module, args: Any, output: Any, name: str = site.name) -> None:
+                calls[name] = (map_tensors(args, _weightless), map_tensors(output, _weightless))
+
+            stack.callback(find_module(model, site.owner).register_forward_hook(record).remove)
+        stack.enter_context(undisturbed(model))
+        call(model, map_tensors(example, torch.clone))
+    return calls
+
+
+class _Layer:
+    """The weight and bias of a module, without values."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weight, self.bias = (map_tensors(getattr(module, name, None), _weightless) for name in ("weight", "bias"))
+
+
+def _weightless(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")
+
+
+def _limit(name: str, value: object, whole: int) -> int:
+    if isinstance(value, float) and 0.0 < value < 1.0 and whole:
+        return int(value * whole)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    also = ", or a fraction of the model's parameters (a float between 0 and 1, both excluded)" if whole else ""
+    raise AdapterError(f"{name}={value!r}: give a number, 1 or more{also}.")

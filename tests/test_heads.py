@@ -1,0 +1,237 @@
+"""Sets with heads of their own: of any width and form, switched, saved, and built again by the file."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import images, picture, small_net, small_resnet, train
+from torch import nn
+
+import resadapt
+from resadapt.base.blueprint import blueprint_of, build_from
+
+WIDE = {"fc": nn.Linear(512, 10)}
+
+
+def train_steps(model: nn.Module) -> None:
+    train(model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.1))
+
+
+def deep_head() -> nn.Module:
+    return nn.Sequential(nn.Linear(512, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 7))
+
+
+def test_sets_with_heads_of_different_width_live_on_one_backbone() -> None:
+    model, x = small_resnet().eval(), images()
+    plain = model(x)
+    before = picture(model)
+    head = model.fc
+    resadapt.inject_adapters(model, name="three", head="fc")
+    resadapt.inject_adapters(model, (), name="ten", head=WIDE)
+    resadapt.inject_adapters(model, "layer4", name="seven", head={"fc": deep_head()})
+    model.eval()
+    for name, width in (("ten", 10), ("three", 3), (None, 3), ("seven", 7), ("ten", 10)):
+        resadapt.set_active_adapters(model, name)
+        assert model(x).shape == (2, width)
+        assert model.fc is head, "the module stays, its content changes places"
+    with resadapt.adapters_disabled(model):
+        assert torch.equal(model(x), plain)
+    assert resadapt.check_backbone(model).ok
+    resadapt.remove_adapters(model)
+    assert picture(model) == before
+
+
+def test_a_given_head_is_copied() -> None:
+    given = nn.Linear(512, 10)
+    weight = given.weight.detach().clone()
+    model = resadapt.inject_adapters(small_resnet(), "layer4", head={"fc": given})
+    assert torch.equal(model.fc.weight, weight)
+    train_steps(model)
+    resadapt.set_active_adapters(model, None)
+    assert given.out_features == 10
+    assert torch.equal(given.weight, weight)
+    assert isinstance(given.weight, nn.Parameter)
+
+
+def test_only_the_active_head_is_trained_and_optimizers_keep_their_set() -> None:
+    model = resadapt.inject_adapters(small_resnet(), (), name="a", head="fc")
+    optimizer = torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.1)
+    trained = list(resadapt.trainable_parameters(model))
+    resadapt.inject_adapters(model, (), name="b", head={"fc": deep_head()})
+    b = resadapt.adapter_state_dict(model, "b")
+    resadapt.set_active_adapters(model, "a")
+    assert [id(p) for p in resadapt.trainable_parameters(model)] == [id(p) for p in trained]
+    before = resadapt.adapter_state_dict(model, "a")
+    model(images()).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(before["head.fc.weight"], resadapt.adapter_state_dict(model, "a")["head.fc.weight"])
+    assert all(torch.equal(value, b[key]) for key, value in resadapt.adapter_state_dict(model, "b").items())
+
+
+def test_files_build_heads_that_the_backbone_does_not_have(tmp_path: Path) -> None:
+    model, x = small_resnet(), images()
+    weights = copy.deepcopy(model.state_dict())
+    for name, head in (("linear", nn.Linear(512, 10)), ("deep", deep_head())):
+        resadapt.inject_adapters(model, "layer4", name=name, head={"fc": head})
+        train_steps(model)
+        report = resadapt.save_adapters(model, tmp_path / name, probe=x, rebuild=small_resnet)
+        assert report.ok
+        assert report["outputs"].outcome == "passed"
+    fresh = small_resnet(seed=9)
+    fresh.load_state_dict(weights)
+    for name in ("deep", "linear"):
+        resadapt.load_adapters(fresh, tmp_path / name)
+        resadapt.set_active_adapters(model, name)
+        assert torch.equal(fresh.eval()(x), model.eval()(x))
+    assert resadapt.verify_adapters(fresh, tmp_path / "linear", probe=x).ok
+
+
+class OwnLinear(nn.Linear):
+    """No layer of torch's."""
+
+
+def own_resnet() -> Any:
+    model: Any = small_resnet()
+    torch.manual_seed(3)
+    model.fc = OwnLinear(512, 10)
+    return model
+
+
+def test_a_head_that_cannot_be_told_as_data_must_be_there(tmp_path: Path) -> None:
+    model, x = resadapt.inject_adapters(own_resnet(), "layer4", head="fc"), images()
+    train_steps(model)
+    assert resadapt.save_adapters(model, tmp_path / "own", rebuild=own_resnet).ok
+    assert resadapt.read_adapter_info(tmp_path / "own").set.blueprints == {}
+    assert torch.equal(resadapt.load_adapters(own_resnet(), tmp_path / "own").eval()(x), model.eval()(x))
+    with pytest.raises(resadapt.AdapterKeyError, match=r"'head\.fc\.weight' has shape \[10, 512\] where the model has \[3, 512\]"):
+        resadapt.load_adapters(small_resnet(), tmp_path / "own")
+    given = resadapt.inject_adapters(small_resnet(), "layer4", head={"fc": OwnLinear(512, 10)})
+    with pytest.raises(resadapt.AdapterKeyError, match="Give the model the head that was saved"):
+        resadapt.save_adapters(given, tmp_path / "given")
+    assert not (tmp_path / "given").exists()
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"fc": 10}, "not a torch.nn.Module"),
+        ({"fcc": nn.Linear(512, 10)}, "matches no module"),
+    ],
+)
+def test_unsuitable_heads_are_refused(head: Any, message: str) -> None:
+    model = small_resnet()
+    before = picture(model)
+    with pytest.raises(resadapt.InjectionError, match=message):
+        resadapt.inject_adapters(model, head=head)
+    assert picture(model) == before
+
+
+def test_a_set_must_have_something() -> None:
+    with pytest.raises(resadapt.InjectionError, match="layers is empty"):
+        resadapt.inject_adapters(small_resnet(), ())
+
+
+def test_keep_head_of_another_width() -> None:
+    model, x = resadapt.inject_adapters(small_resnet(), (), head=WIDE).eval(), images()
+    adapted = model(x)
+    resadapt.remove_adapters(model, keep_head=True)
+    assert torch.equal(model.eval()(x), adapted)
+    assert model.fc.out_features == 10
+
+
+def test_copies_and_pickles_keep_every_head() -> None:
+    model, x = small_resnet(), images()
+    resadapt.inject_adapters(model, (), name="a", head=WIDE)
+    resadapt.inject_adapters(model, (), name="b", head={"fc": deep_head()}).eval()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for name in ("a", "b"):
+            resadapt.set_active_adapters(model, name)
+            resadapt.set_active_adapters(other, name)
+            assert torch.equal(model(x), other(x))
+        with torch.no_grad():
+            other.fc[3].weight.add_(1)
+        assert not torch.equal(model(x), other(x))
+
+
+def test_parked_heads_follow_the_model() -> None:
+    model = resadapt.inject_adapters(resadapt.inject_adapters(small_resnet(), (), name="a", head=WIDE), (), name="b", head="fc")
+    model.double().eval()
+    resadapt.set_active_adapters(model, "a")
+    assert model.fc.weight.dtype is torch.float64
+    assert model(images().double()).shape == (2, 10)
+
+
+def test_a_recurrent_head_is_trained_where_it_computes() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.head = nn.LSTM(4, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.conv(x).mean(3).transpose(1, 2))[0]
+
+    model = resadapt.inject_adapters(Net(), "conv", 2, head="head")
+    model(images()).square().mean().backward()
+    assert all(p.grad is not None for name, p in resadapt.named_trainable_parameters(model) if name.startswith("head."))
+
+
+def test_blueprints_build_the_same_module_again() -> None:
+    module = nn.Sequential(
+        nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2, bias=False, padding_mode="reflect"),
+        nn.Sequential(nn.BatchNorm2d(8, affine=False), nn.LeakyReLU(0.2), nn.MaxPool2d(3, 2, 1)),
+        nn.AdaptiveAvgPool2d((1, 2)),
+        nn.Flatten(),
+        nn.LayerNorm(16, bias=False),
+        nn.Dropout(0.3),
+        nn.GELU("tanh"),
+        nn.Linear(16, 3, bias=False),
+    )
+    told = blueprint_of(module)
+    built = build_from(told)
+    assert repr(built) == repr(module)
+    built.load_state_dict(module.state_dict())
+    x = torch.randn(2, 4, 9, 9)
+    assert torch.equal(built.eval()(x), module.eval()(x))
+    assert blueprint_of(nn.Sequential(nn.Linear(2, 2), OwnLinear(2, 2))) is None
+    assert blueprint_of(nn.MultiheadAttention(4, 2)) is None
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        None,
+        {"type": "eval", "settings": {}},
+        {"type": "Linear", "settings": {"in_features": 2, "out_features": 2}},
+        {"type": "Linear", "settings": {"in_features": [[2]], "out_features": 2, "bias": True}},
+        {"type": "Linear", "settings": {"in_features": -2, "out_features": 2, "bias": True}},
+        {"type": "Sequential", "children": {"0": None}},
+        {"type": "Sequential", "children": {"a.b": {"type": "Identity", "settings": {}}}},
+    ],
+)
+def test_a_blueprint_is_not_trusted(told: Any) -> None:
+    with pytest.raises((ValueError, TypeError, RuntimeError, KeyError)):
+        build_from(told)
+
+
+def test_a_blueprint_cannot_be_endlessly_deep() -> None:
+    told: dict[str, Any] = {"type": "Identity", "settings": {}}
+    for _ in range(100):
+        told = {"type": "Sequential", "children": {"0": told}}
+    with pytest.raises(ValueError, match="no description"):
+        build_from(told)
+
+
+def test_other_norms_and_heads_switch_too() -> None:
+    model, x = small_net().eval(), images()
+    plain = model(x)
+    resadapt.inject_adapters(model, (), name="group", head={"head": nn.Linear(4, 9), "bn": nn.GroupNorm(2, 4)})
+    assert model.eval()(x).shape == (2, 9)
+    assert type(model.bn) is nn.GroupNorm
+    resadapt.set_active_adapters(model, None)
+    assert torch.equal(model.eval()(x), plain)
