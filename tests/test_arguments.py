@@ -52,7 +52,8 @@ class Odd:
 ANYTHING = st.one_of(
     st.none(),
     st.booleans(),
-    st.integers(-3, 2**70),
+    st.integers(-3, 100),
+    st.integers(2**40, 2**70),  # sizes that no memory has, not ones that are only very large
     st.floats(),
     st.text(max_size=4),
     st.binary(max_size=4),
@@ -73,6 +74,12 @@ MODELS = st.one_of(
     ANYTHING, st.builds(scripted), st.builds(traced), st.builds(nn.Sequential), st.builds(Meta), st.builds(lambda: nn.LazyLinear(3))
 )
 
+
+def mixed(model: Any, names: Any) -> None:
+    with resadapt.adapters_for(model, names):
+        pass
+
+
 OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "inject": (
         resadapt.inject_adapters,
@@ -80,7 +87,7 @@ OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     ),
     "remove": (resadapt.remove_adapters, ("name", "keep_head")),
     "activate": (resadapt.set_active_adapters, ("name",)),
-    "groups": (resadapt.parameter_groups, ("lr", "head_lr", "weight_decay", "decay_bias")),
+    "groups": (resadapt.parameter_groups, ("lr", "head_lr", "norm_lr", "weight_decay", "decay_bias")),
     "state": (resadapt.adapter_state_dict, ("name",)),
     "load state": (resadapt.load_adapter_state_dict, ("state_dict", "name")),
     "save": (
@@ -90,8 +97,20 @@ OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "load": (resadapt.load_adapters, ("path", "name")),
     "verify": (resadapt.verify_adapters, ("path", "probe", "metric", "tolerance", "rebuild")),
     "inference copy": (resadapt.inference_copy, ("name",)),
+    "fold": (resadapt.fold_adapters, ("name",)),
+    "combine": (resadapt.combine_adapters, ("weights", "name")),
+    "mix": (mixed, ("names",)),
+    "suggest": (resadapt.suggest_layers, ("budget", "family", "layers", "flops", "example_input", "channel_dim", "init", "gamma")),
 }
-NEEDED = {"groups": {"lr": 0.1}, "load state": {"state_dict": {}}, "activate": {"name": None}, "inject": {"layers": "c2"}}
+NEEDED = {
+    "groups": {"lr": 0.1},
+    "load state": {"state_dict": {}},
+    "activate": {"name": None},
+    "inject": {"layers": "c2"},
+    "combine": {"weights": {"default": 1}, "name": "sum"},
+    "mix": {"names": [None]},
+    "suggest": {"budget": 100, "layers": "c2"},
+}
 TAKE_A_MODEL_ONLY = (
     resadapt.summary,
     resadapt.count_parameters,

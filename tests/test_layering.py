@@ -44,7 +44,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
         "files": (("container", "atomic"), ("adapter_file",)),
     },
     {
-        "parameters": (("trainable", "suggest"), ("summary",)),
+        "parameters": (("trainable",), ("suggest", "summary")),
         "deploy": (("plain_copy",), ("inference_copy", "fold")),
         "proof": (
             ("report", "ranks", "probe", "drift", "state"),

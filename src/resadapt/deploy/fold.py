@@ -69,8 +69,8 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
         module = find_module(copied.model, owner)
         for key, value in (("weight", weight), ("bias", bias)):
             if value is not None:
-                parameter = module.get_parameter(key)
-                parameter.data = value.to(parameter.dtype)
+                tensor = getattr(module, key)  # a parameter, or a buffer as FrozenBatchNorm2d has it
+                tensor.data = value.to(tensor.dtype)
     for path, tensor in backbone_tensors(copied.model):
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(copied.requires_grad.get(path, tensor.requires_grad))

@@ -25,7 +25,7 @@ def family_named(name: str) -> type[Adapter]:
     Raises:
         InjectionError: There is none of that name.
     """
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InjectionError(
             f"family={name!r} does not exist; there is {listing(FAMILIES)}. A family of your own must be registered first, with "
             f"@resadapt.register_family({name!r}) on its class."

@@ -21,6 +21,7 @@ from resadapt.injection.building import family_named, weightless
 from resadapt.injection.select import select_sites
 from resadapt.injection.switching import on_plain
 from resadapt.injection.walk import find_module, unwrap
+from resadapt.parameters.trainable import count_parameters
 
 __all__ = ["SuggestedLayers", "suggest_layers"]
 
@@ -95,11 +96,13 @@ def suggest_layers(
         layer2          15       3,983
     """
     inner = unwrap(model)
-    kind = family_named(family)
-    most = _limit("budget", budget, sum(parameter.numel() for parameter in inner.parameters()))
+    kind, total = family_named(family), count_parameters(model).total
+    most = _limit("budget", budget, total)
     family_options.pop("init", None)
     with on_plain(inner):
         sites = select_sites(inner, kind, layers, 1 if takes(kind, "bottleneck") else 64, example_input, channel_dim)
+        if not sites:
+            raise AdapterError("layers is empty: name the sites to choose from.")
         spec = SetSpec("suggested", family, options_of(kind, family_options), 0.0, "frozen", sites, ())
         calls = _calls(inner, spec, example_input) if example_input is not None else {}
         if flops is not None and not calls:
@@ -122,7 +125,6 @@ def suggest_layers(
             raise AdapterError(
                 f"Not even one adapter fits: the one at {sites[-1].name!r} has {smallest:,} parameters. Raise the budget."
             )
-    total = sum(parameter.numel() for parameter in inner.parameters())
     parameters = {site.name: costs[site][0] for site in chosen}
     counted = {site.name: costs[site][1] for site in chosen} if calls else {}
     return SuggestedLayers({s.name: s.bottleneck for s in chosen}, parameters, counted, sum(parameters.values()) / total, rule)

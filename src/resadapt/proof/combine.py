@@ -61,6 +61,8 @@ def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> 
         ledger.set_named(each)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise AdapterError(f"weights: {each!r} has {weight!r}, not a finite number.")
+    if not isinstance(name, str):
+        raise AdapterError(f"name={name!r} is {type(name).__name__}: give the new set's name as text.")
     first, *others = weights
     record = ledger.sets[first]
     for other in others:

@@ -1,0 +1,122 @@
+"""Folding a set into a plain backbone: the original's keys, no hooks, the same outputs up to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import images, picture, scramble, small_resnet
+from torch import nn
+from torchvision.models import ResNet, resnet18, resnext50_32x4d
+
+import resadapt
+
+LINEAR: list[tuple[dict[str, Any], str]] = [
+    ({"family": "series"}, "layer*.*.conv2"),
+    ({"family": "ssf"}, "layer*.*.bn2"),
+    ({"family": "ssf"}, "layer*.*.bn?"),
+]
+
+
+def adapted(build: Any, layers: str, **arguments: Any) -> Any:
+    torch.manual_seed(0)
+    model = build(num_classes=3)
+    model.train()(images())
+    resadapt.inject_adapters(model, layers, head="fc", norm="affine+stats", **arguments)
+    model.train()(images())
+    for module in model.modules():
+        if isinstance(module, resadapt.Adapter):
+            scramble(module)
+            for parameter in module.parameters():
+                parameter.data.mul_(0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("arguments", "layers"), LINEAR)
+@pytest.mark.parametrize("build", [resnet18, resnext50_32x4d])
+def test_folded_is_a_plain_backbone_with_the_same_outputs(build: Any, arguments: Any, layers: str, dtype: torch.dtype) -> None:
+    if build is resnext50_32x4d:
+        layers = layers.replace("2", "3")
+    model, x = adapted(build, layers, **arguments).to(dtype), images().to(dtype)
+    before, expected = picture(model), model(x)
+    folded = resadapt.fold_adapters(model)
+    assert picture(model) == before
+    plain = build(num_classes=3).to(dtype)
+    plain.load_state_dict(folded.state_dict(), strict=True)
+    assert list(folded.state_dict()) == list(plain.state_dict())
+    assert [(name, type(module)) for name, module in folded.named_modules()] == [
+        (name, type(module)) for name, module in plain.named_modules()
+    ]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in folded.modules())
+    bound = 4096 * torch.finfo(dtype).eps
+    assert (plain.eval()(x) - expected).abs().max() <= bound * expected.abs().max()
+    with resadapt.adapters_disabled(model):
+        assert (model(x) - expected).abs().max() > 100 * bound * expected.abs().max(), "the adapters do something"
+
+
+def test_flags_are_those_of_before_the_injection() -> None:
+    model = small_resnet()
+    model.conv1.requires_grad_(False)
+    folded = resadapt.fold_adapters(resadapt.inject_adapters(model, "layer4.1.bn2", family="ssf", head="fc"))
+    assert {name for name, p in folded.named_parameters() if not p.requires_grad} == {"conv1.weight"}
+    assert isinstance(folded, ResNet)
+
+
+def test_what_cannot_be_folded_is_named() -> None:
+    model = resadapt.inject_adapters(small_resnet(), ["layer3", "layer4"])
+    with pytest.raises(resadapt.AdapterError, match=r"'pooled' cannot be folded at 'layer3' \(BasicBlock\): it is not linear"):
+        resadapt.fold_adapters(model)
+    resadapt.inject_adapters(model, "layer4", family="series", name="block")
+    with pytest.raises(resadapt.AdapterError, match=r"'layer4' \(BasicBlock\): BasicBlock is no convolution"):
+        resadapt.fold_adapters(model, "block")
+
+
+def test_a_set_without_adapters_folds_into_its_head_and_norms() -> None:
+    model = resadapt.inject_adapters(small_resnet(), (), head={"fc": nn.Linear(512, 7)}, norm="stats")
+    model.train()(images())
+    folded = resadapt.fold_adapters(model.eval())
+    assert torch.equal(folded(images()), model(images()))
+    small_resnet(classes=7).load_state_dict(folded.state_dict(), strict=True)
+
+
+def test_combined_sets_are_weighted_sums(tmp_path: Any) -> None:
+    model = small_resnet()
+    for name, seed in (("a", 1), ("b", 2), ("c", 3)):
+        torch.manual_seed(seed)
+        resadapt.inject_adapters(model, "layer4", 4, name=name, head={"fc": nn.Linear(512, 5)}, norm="affine+stats")
+        model.train()(images(seed=seed))
+    states = {name: resadapt.adapter_state_dict(model, name) for name in "abc"}
+    assert resadapt.combine_adapters(model, {"a": 0.25, "b": -1, "c": 2.5}, "sum") is model
+    for key, tensor in resadapt.adapter_state_dict(model).items():
+        a, b, c = (states[name][key].double() for name in "abc")
+        expected = (0.25 * a - b + 2.5 * c).to(tensor.dtype) if tensor.is_floating_point() else states["a"][key]
+        assert torch.equal(tensor, expected)
+    assert all(torch.equal(t, resadapt.adapter_state_dict(model, n)[k]) for n in "abc" for k, t in states[n].items())
+    assert [info.name for info in resadapt.list_adapters(model) if info.active] == ["sum"]
+    assert resadapt.save_adapters(model, tmp_path / "sum").ok
+    resadapt.combine_adapters(model, {"a": 1}, "same")
+    resadapt.set_active_adapters(model, "a")
+    alone = model.eval()(images())
+    resadapt.set_active_adapters(model, "same")
+    assert torch.equal(model.eval()(images()), alone)
+
+
+@pytest.mark.parametrize(
+    ("weights", "name", "error", "message"),
+    [
+        ({}, "s", resadapt.AdapterError, "give a mapping"),
+        ({"a": float("nan")}, "s", resadapt.AdapterError, "not a finite number"),
+        ({"a": True}, "s", resadapt.AdapterError, "not a finite number"),
+        ({"x": 1}, "s", resadapt.AdapterKeyError, "no adapter set 'x'"),
+        ({"a": 1, "b": 1}, "s", resadapt.AdapterKeyError, "differ in 'sites'"),
+        ({"a": 1}, "b", resadapt.InjectionError, "set 'b' already"),
+    ],
+)
+def test_sums_that_there_are_not(weights: Any, name: str, error: type[Exception], message: str) -> None:
+    model = resadapt.inject_adapters(resadapt.inject_adapters(small_resnet(), "layer4", name="a"), "layer3", name="b")
+    before = picture(model)
+    with pytest.raises(error, match=message):
+        resadapt.combine_adapters(model, weights, name)
+    assert picture(model) == before
