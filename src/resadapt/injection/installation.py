@@ -13,7 +13,7 @@ from resadapt.base.errors import InjectionError
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, within
 from resadapt.base.spec import SetSpec
-from resadapt.injection.building import build, family_named, fitting_places
+from resadapt.injection.building import build, family_named
 from resadapt.injection.freeze import NORM_POLICIES, freeze_parameters, gradients_back_on_failure, is_frozen, thaw_norm
 from resadapt.injection.heads import clone_head, mark_heads
 from resadapt.injection.hooks import attach, detach, unwatch, watch
@@ -175,7 +175,7 @@ def _check_new(ledger: Ledger, name: str) -> None:
 def _check_set(model: nn.Module, spec: SetSpec) -> None:
     if spec.norm not in NORM_POLICIES:
         raise InjectionError(f"norm={spec.norm!r} does not exist; there is {listing(NORM_POLICIES)}.")
-    family = family_named(spec.family)
+    family_named(spec.family)
     if not 0.0 <= spec.dropout < 1.0:
         raise InjectionError(f"dropout={spec.dropout!r} is not a probability in [0, 1).")
     if not re.fullmatch(r"\w[\w-]*", spec.name) or hasattr(AdapterSlot(), spec.name):
@@ -185,10 +185,5 @@ def _check_set(model: nn.Module, spec: SetSpec) -> None:
     for site in spec.sites:
         if (owner := owner_of(model, site.name)) != site.owner:
             raise InjectionError(f"Site {site.name!r} is {owner!r} in this model, where {site.owner!r} was described.")
-        if family.reads != "output" and site.owner != site.name:
-            raise InjectionError(
-                f"Site {site.name!r} is a Sequential: its adapter sits at its last block {site.owner!r} and would read that "
-                f"block's input, not its own, which {spec.family!r} needs. Name a module itself. {fitting_places(model, spec)}"
-            )
         if within(site.owner, spec.head):
             raise InjectionError(f"Site {site.name!r} lies in the head, which is trained anyway. Take it out of layers or of head.")
