@@ -24,7 +24,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("arguments", "inputs", "module_record"),
             ("fingerprint",),
         ),
-        "adapters": (("family",), ("pooled",), ("",)),
+        "adapters": (("family",), ("convolutions",), ("lora", "pooled"), ("",)),
     },
     {
         "injection": (
