@@ -2,6 +2,7 @@
 
 from resadapt.adapters.family import FAMILIES, Adapter, Site, register_family
 from resadapt.adapters.lora import LoraAdapter
+from resadapt.adapters.parallel import ParallelAdapter
 from resadapt.adapters.pooled import PooledAdapter
 
-__all__ = ["FAMILIES", "Adapter", "LoraAdapter", "PooledAdapter", "Site", "register_family"]
+__all__ = ["FAMILIES", "Adapter", "LoraAdapter", "ParallelAdapter", "PooledAdapter", "Site", "register_family"]
