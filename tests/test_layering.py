@@ -24,7 +24,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("arguments", "inputs", "module_record"),
             ("fingerprint",),
         ),
-        "adapters": (("family",), ("convolutions",), ("lora", "parallel", "pooled"), ("",)),
+        "adapters": (("family",), ("convolutions",), ("conv", "lora", "parallel", "pooled"), ("",)),
     },
     {
         "injection": (
