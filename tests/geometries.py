@@ -262,7 +262,7 @@ def assert_survives(layer: Callable[[], nn.Module], path: Path, **options: Any) 
                 assert each(torch.randn(3, 3, 12, 11)).shape == (3, 2)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x)
-    assert output.dtype == torch.bfloat16
+        assert model.layer(model.stem(x)).dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
     report = resadapt.save_adapters(model, path, rebuild=lambda: net(layer), probe=x)
     assert report.ok, report

@@ -127,7 +127,7 @@ X = images(2, 8)
         ({"bottleneck": True}, r"is True"),
         ({"bottleneck": float("nan")}, r"is nan"),
         ({"layers": {"layer4": "8"}}, r"bottleneck for 'layer4' is '8'"),
-        ({"family": "lora"}, r"family='lora' does not exist; there is 'pooled'"),
+        ({"family": "none"}, r"family='none' does not exist; there is .*'pooled'"),
         ({"norm": "train"}, r"norm='train' does not exist; there is 'frozen'"),
         ({"dropout": 1.0}, r"dropout=1.0"),
         ({"dropout": float("nan")}, r"dropout=nan"),

@@ -112,7 +112,7 @@ class LoraAdapter(Adapter):
         if weight is None or magnitude is None:
             return output + change
         factor = self._factor(weight, magnitude).to(output.dtype).reshape(self._each_channel)
-        linear = output if bias is None else output - bias.reshape(self._each_channel)
+        linear = output if bias is None else output - bias.to(output.dtype).reshape(self._each_channel)
         return output + (factor - 1) * linear + factor * change
 
     def _change(self) -> Tensor:
