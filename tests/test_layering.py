@@ -24,7 +24,12 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("arguments", "inputs", "module_record", "blueprint"),
             ("fingerprint",),
         ),
-        "adapters": (("family",), ("pointwise", "folding", "listing"), ("pooled", "series", "bottleneck", "ssf", "mona"), ("",)),
+        "adapters": (
+            ("family",),
+            ("pointwise", "folding", "convolutions", "listing"),
+            ("pooled", "series", "bottleneck", "ssf", "mona", "conv", "lora", "parallel"),
+            ("",),
+        ),
     },
     {
         "injection": (

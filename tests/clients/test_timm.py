@@ -139,3 +139,23 @@ def test_several_tasks_on_one_backbone(path: Path) -> None:
         save_and_reload(model, rebuild, path.with_name(f"{name}.pt"), X)
     resadapt.remove_adapters(model)
     assert_same_outputs(model, rebuild(), X)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "options"),
+    [
+        ("resnet18d", "layer*.*", {"family": "conv", "scheme": "residual-parallel"}),  # its shortcuts pool first
+        ("resnet26", "layer*.*.conv2", {"family": "lora", "dora": True}),
+    ],
+)
+def test_families_that_read_the_input(name: str, layers: str, options: dict[str, Any], path: Path) -> None:
+    # Left to itself timm starts the last norm of each branch at zero, and behind a frozen zero nothing learns.
+    train_save_reload(seeded(lambda: timm.create_model(name, num_classes=3, zero_init_last=False)), layers, path, X, **options)
+
+
+def test_a_convolution_that_pads_in_its_own_forward_is_refused() -> None:
+    model = timm.create_model("tf_efficientnet_lite0")
+    with pytest.raises(
+        resadapt.InjectionError, match=r"'blocks.1.0.conv_dw' \(Conv2dSame\).* has a forward of its own.*It has one at"
+    ):
+        resadapt.inject_adapters(model, "blocks.1.0.conv_dw", 4, family="lora")

@@ -1,9 +1,12 @@
 """The families of adapters, by name. A family contains only its mathematics."""
 
 from resadapt.adapters.bottleneck import BottleneckAdapter
+from resadapt.adapters.conv import ConvAdapter
 from resadapt.adapters.family import FAMILIES, Adapter, Site, register_family
 from resadapt.adapters.listing import FamilyInfo, list_families
+from resadapt.adapters.lora import LoraAdapter
 from resadapt.adapters.mona import MonaAdapter
+from resadapt.adapters.parallel import ParallelAdapter
 from resadapt.adapters.pooled import PooledAdapter
 from resadapt.adapters.series import SeriesAdapter
 from resadapt.adapters.ssf import SsfAdapter
@@ -12,8 +15,11 @@ __all__ = [
     "FAMILIES",
     "Adapter",
     "BottleneckAdapter",
+    "ConvAdapter",
     "FamilyInfo",
+    "LoraAdapter",
     "MonaAdapter",
+    "ParallelAdapter",
     "PooledAdapter",
     "SeriesAdapter",
     "Site",

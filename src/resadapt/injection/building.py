@@ -93,7 +93,7 @@ def fitting_places(model: nn.Module, spec: SetSpec) -> str:
 
 def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
     try:
-        return _new(model, spec, site, start)
+        adapter = _new(model, spec, site, start)
     except TypeError as error:
         raise InjectionError(f"family {spec.family!r} does not take these options: {error}.") from error
     except ValueError as error:
@@ -103,6 +103,12 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
         ) from error
     except RuntimeError as error:
         raise InjectionError(f"Site {site.name!r} cannot have an adapter of bottleneck {site.bottleneck}: {error}") from error
+    if adapter.reads != "output" and site.owner != site.name:
+        raise InjectionError(
+            f"Site {site.name!r} is a Sequential: its adapter sits at its last block {site.owner!r} and would read that "
+            f"block's input, not its own, which {spec.family!r} needs. Name a module itself. {fitting_places(model, spec)}".rstrip()
+        )
+    return adapter
 
 
 def _new(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:

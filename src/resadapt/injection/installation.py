@@ -14,7 +14,7 @@ from resadapt.base.errors import InjectionError
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, within
 from resadapt.base.spec import SetSpec
-from resadapt.injection.building import build, family_named, fitting_places
+from resadapt.injection.building import build, family_named
 from resadapt.injection.freeze import freeze_parameters, gradients_back_on_failure, is_frozen, norms_of, set_trainable, thaw_norm
 from resadapt.injection.hooks import attach, detach, unwatch, watch
 from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, find_ledger
@@ -180,7 +180,7 @@ def _check_new(ledger: Ledger, name: str) -> None:
 def _check_set(model: nn.Module, spec: SetSpec) -> None:
     if spec.norms != norms_of(model, spec.norm, spec.head):
         raise InjectionError(f"norm={spec.norm!r}: norms {listing(spec.norms)}, are not those of this model.")
-    family = family_named(spec.family)
+    family_named(spec.family)
     if not 0.0 <= spec.dropout < 1.0:
         raise InjectionError(f"dropout={spec.dropout!r} is not a probability in [0, 1).")
     if not re.fullmatch(r"\w[\w-]*", spec.name) or hasattr(AdapterSlot(), spec.name):
@@ -190,10 +190,5 @@ def _check_set(model: nn.Module, spec: SetSpec) -> None:
     for site in spec.sites:
         if (owner := owner_of(model, site.name)) != site.owner:
             raise InjectionError(f"Site {site.name!r} is {owner!r} in this model, where {site.owner!r} was described.")
-        if family.reads != "output" and site.owner != site.name:
-            raise InjectionError(
-                f"Site {site.name!r} is a Sequential: its adapter sits at its last block {site.owner!r} and would read that "
-                f"block's input, not its own, which {spec.family!r} needs. Name a module itself. {fitting_places(model, spec)}"
-            )
         if within(site.owner, spec.head):
             raise InjectionError(f"Site {site.name!r} lies in the head, which is trained anyway. Take it out of layers or of head.")
