@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import torch
 import train_stage2
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR, BlockSet
 from av1partition.data.study_layout import load_dataset
@@ -77,9 +81,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     names = [variant.name for variant in VARIANTS]
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/study"), help="with the Stage 1 runs (default: %(default)s)")
     parser.add_argument("--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--device", type=accept.device, default=accept.default_device(), help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", default=names, help=f"of {', '.join(names)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of all variants (default: 0)")
+    parser.add_argument("--seeds", type=accept.seed, nargs="+", default=[0], help="of all variants (default: 0)")
     parser.add_argument(
         "--final", action="store_true", help=f"then the chosen ones and their rivals with seeds {FINAL_SEEDS}, on the test pictures"
     )
@@ -87,17 +91,16 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--engine", choices=("here", "local", "slurm"), default="here",
         help="where the runs go: one after another, or through submitit (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, help="with --engine here, runs at once, of one thread each (default: 1)")
-    options = parser.parse_args(argv)
-    if options.jobs < 1:
-        parser.error(f"--jobs is {options.jobs}, expected at least 1")
-    return options
+    parser.add_argument(
+        "--jobs", type=accept.whole, default=1, help="with --engine here, runs at once, of one thread each (default: 1)"
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, compare what has been trained so far, and write ``ablation.json``, a table and a picture."""
     options = parse_options(argv)
-    common = (options.runs_dir, options.dataset_dir, options.device)
+    common = (options.runs_dir, options.dataset_dir, str(options.device))
     jobs = [Job(variant, seed, *common) for variant in VARIANTS if variant.name in options.only for seed in options.seeds]
     _work(jobs, "val", options)
     result: dict[str, Any] = {"validation": {}, "test": {}, "differences": {}, "verdicts": []}
@@ -167,10 +170,28 @@ def _work(jobs: list[Job], split: str, options: argparse.Namespace) -> None:
         for job in jobs:
             work(job, split)
     else:
-        with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=_start_worker) as pool:
             futures = [pool.submit(work, job, split) for job in jobs]
-            for one in tqdm(as_completed(futures), total=len(jobs), unit=" runs", disable=None):
-                one.result()
+            try:
+                for one in tqdm(as_completed(futures), total=len(jobs), unit=" runs", disable=None):
+                    one.result()
+            except BaseException:
+                # What waits would be done all the same before an error, or Ctrl-C, got through.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _start_worker() -> None:
+    """One thread, ended by Ctrl-C and by the end of its parent: a worker left alone would meet those of the next start."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _seeds_of(variant: Variant, runs: Path) -> list[int]:

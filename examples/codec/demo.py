@@ -18,6 +18,7 @@ import torch
 import train_stage1
 import train_stage3
 import verify_run
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR, cut_blocks
 from av1partition.data.study_layout import write_study_file
@@ -39,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run it, print the tables and the path of the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=HERE.parents[1] / "runs" / "demo", help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4), help="runs at once (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=accept.whole, default=min(os.cpu_count() or 1, 4), help="runs at once (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     output: Path = options.output_dir
     # The blocks are too small for a second thread to gain much, and where the machine is busy it costs a lot.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR
 from av1partition.data.inputs import luma, quantizer_code
@@ -53,14 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage1-models", type=Path, nargs="+", required=True, help="Stage 1 files, each in a folder of its name")
     parser.add_argument("--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/diagnosis"), help="default: %(default)s")
-    parser.add_argument("--blocks", type=int, help="most blocks to train on (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--blocks", type=accept.whole, help="most blocks to train on (default: all)")
+    parser.add_argument("--seed", type=accept.seed, default=0, help="default: %(default)s")
     options = parser.parse_args(argv)
     backbones = {path.parent.name: load_stage1(path).backbone for path in options.stage1_models}
     if len(backbones) < len(options.stage1_models):
         parser.error("--stage1-models: two files in folders of one name, which could not be told apart in the table")
+    train, val = (each.data(STAGE2, every_class=True) for each in load_dataset(options.dataset_dir))
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    train, val = (each.data(STAGE2) for each in load_dataset(options.dataset_dir))
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[: options.blocks]
     train = TensorDataset(*(each[chosen] for each in train.tensors))
     rows: list[dict[str, Any]] = []
