@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 import train_stage2
 from av1partition import accept
 from av1partition.command_line import run
-from av1partition.data.blocks import DATA_DIR, BlockSet
+from av1partition.data.blocks import DATA_DIR, SPLITS, BlockSet
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import STAGE2
 from av1partition.evaluation.comparison import RIVALS, choose, decide, summary, table
@@ -28,6 +29,7 @@ from av1partition.evaluation.metrics import classification_metrics
 from av1partition.evaluation.reports import draw_ablation, write_json
 from av1partition.models.specialist_files import reload_specialist
 from av1partition.training.loop import predict_logits
+from av1partition.training.state import TrainingStateError
 from av1partition.training.trees import fit_trees, tree_probabilities
 from av1partition.training.variants import VARIANTS, Variant
 from torch import Tensor, nn
@@ -102,12 +104,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     common = (options.runs_dir, options.dataset_dir, str(options.device))
     jobs = [Job(variant, seed, *common) for variant in VARIANTS if variant.name in options.only for seed in options.seeds]
+    _scored(common)  # What was scored earlier is checked before anything is trained.
     _work(jobs, "val", options)
     result: dict[str, Any] = {"validation": {}, "test": {}, "differences": {}, "verdicts": []}
-    for variant in VARIANTS:
-        if seeds := _seeds_of(variant, options.runs_dir):
-            each = [scores(Job(variant, seed, *common), "val") for seed in seeds]
-            result["validation"][variant.name] = summary(variant.described, each)
+    for variant, each in _scored(common):
+        result["validation"][variant.name] = summary(variant.described, each)
     if options.final:
         chosen = {group: choose(result["validation"], group) for group in RIVALS}
         names = dict.fromkeys([*chosen.values(), *RIVALS.values()])
@@ -137,8 +138,17 @@ def train(job: Job) -> None:
 
 
 def scores(job: Job, split: str) -> dict[str, Any]:
-    """A job's scores on a split; kept in its folder."""
+    """A job's scores on a split; kept in its folder.
+
+    Raises:
+        TrainingStateError: Those that are there are of other data, another Stage 1 or other flags.
+    """
     path = job.folder / f"{split}.json"
+    made_of = {
+        "data": _digest(job.dataset),
+        "stage1": _digest(job.stage1) if job.variant.stage1 else "",
+        "flags": job.variant.flags,
+    }
     if not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
         (blocks,) = (each.of(STAGE2) for each in load_dataset(job.dataset, [split]))
@@ -146,8 +156,14 @@ def scores(job: Job, split: str) -> dict[str, Any]:
         for asked, answer in _answerers(job, blocks):
             answers[asked] = answer(blocks.take(asked).inputs())
         result = classification_metrics(answers.log(), blocks.labels(STAGE2), STAGE2.classes)
-        write_json(path, {**result, "parameters": _parameters(job), "reload_difference": _reload_difference(job)})
+        about = {"parameters": _parameters(job), "reload_difference": _reload_difference(job), "made_of": made_of}
+        write_json(path, {**result, **about})
     content: dict[str, Any] = json.loads(path.read_text())
+    # Scores of before this was written down do not say it.
+    if other := [key for key, value in content.get("made_of", made_of).items() if value != made_of[key]]:
+        raise TrainingStateError(
+            f"{path}: was made with other {', '.join(other)}; delete {job.folder}, or choose another --runs-dir"
+        )
     return content
 
 
@@ -194,10 +210,24 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _seeds_of(variant: Variant, runs: Path) -> list[int]:
-    """The seeds with which it was scored, now or earlier."""
-    scored = (runs / "ablation" / variant.name).glob("seed*/val.json")
-    return sorted(int(file.parent.name.removeprefix("seed")) for file in scored)
+def _scored(common: tuple[Path, Path, str]) -> list[tuple[Variant, list[dict[str, Any]]]]:
+    """The scores of every variant that has some, of now or earlier, in the order of its seeds."""
+    found = []
+    for variant in VARIANTS:
+        files = (common[0] / "ablation" / variant.name).glob("seed*/val.json")
+        if seeds := sorted(int(file.parent.name.removeprefix("seed")) for file in files):
+            found.append((variant, [scores(Job(variant, seed, *common), "val") for seed in seeds]))
+    return found
+
+
+@cache
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; of a data folder, of what says which blocks are in it."""
+    tables = [path / name for name in ("MANIFEST.json", "nodes.csv.gz", *(f"{split}.pt" for split in SPLITS))]
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else [file for file in tables if file.exists()]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _answerers(job: Job, blocks: BlockSet) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:

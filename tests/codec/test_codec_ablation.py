@@ -17,11 +17,12 @@ import pytest
 import torch
 from av1partition.data.blocks import BlockSet, DatasetError
 from av1partition.data.inputs import with_quantizer
-from av1partition.data.study_layout import write_study_file
+from av1partition.data.study_layout import read_study_file, write_study_file
 from av1partition.data.tasks import STAGE2
 from av1partition.evaluation.comparison import choose, decide, summary, table
 from av1partition.evaluation.spread import over_seeds, paired_difference
 from av1partition.models.backbones import BackboneKind
+from av1partition.training.state import TrainingStateError
 from av1partition.training.trees import block_numbers, fit_trees, tree_probabilities
 from av1partition.training.variants import VARIANTS, Variant
 from scipy import stats
@@ -168,6 +169,23 @@ def test_two_processes_train_what_one_does(study: Path, tmp_path: Path, monkeypa
     assert len(one["validation"]["v1"]["macro_f1"]["values"]) == 2
     with pytest.raises(SystemExit):
         ablation.parse_options(["--jobs", "0"])
+
+
+def test_scores_of_other_data_are_refused(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "VARIANTS", SHORT[3:4])
+    ablation.main(["--runs-dir", str(tmp_path), *arguments(study)[2:]])
+    other = tmp_path / "dataset"
+    other.mkdir()
+    for split in ("train", "val"):
+        blocks = read_study_file(study / "dataset" / f"{split}.pt")
+        write_study_file(blocks.take(torch.arange(200)), other / f"{split}.pt")
+    before = (tmp_path / "ablation" / "ablation.json").read_bytes()
+    with pytest.raises(
+        TrainingStateError, match=r"val\.json: was made with other data; delete .*seed0, or choose another --runs-dir"
+    ):
+        ablation.main(["--runs-dir", str(tmp_path), "--dataset-dir", str(other), "--seeds", "1"])
+    assert (tmp_path / "ablation" / "ablation.json").read_bytes() == before
+    assert not (tmp_path / "ablation" / "trees-q" / "seed1").exists()
 
 
 def test_an_error_does_not_wait_for_all_that_is_left(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
