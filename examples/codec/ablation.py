@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
+from functools import cache, partial
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import torch
 import train_stage2
+from av1partition import accept
 from av1partition.command_line import run
-from av1partition.data.blocks import DATA_DIR, BlockSet
+from av1partition.data.blocks import DATA_DIR, SPLITS, BlockSet
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import STAGE2
 from av1partition.evaluation.comparison import RIVALS, choose, decide, summary, table
@@ -24,6 +29,7 @@ from av1partition.evaluation.metrics import classification_metrics
 from av1partition.evaluation.reports import draw_ablation, write_json
 from av1partition.models.specialist_files import reload_specialist
 from av1partition.training.loop import predict_logits
+from av1partition.training.state import TrainingStateError
 from av1partition.training.trees import fit_trees, tree_probabilities
 from av1partition.training.variants import VARIANTS, Variant
 from torch import Tensor, nn
@@ -77,9 +83,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     names = [variant.name for variant in VARIANTS]
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/study"), help="with the Stage 1 runs (default: %(default)s)")
     parser.add_argument("--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--device", type=accept.device, default=accept.default_device(), help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", default=names, help=f"of {', '.join(names)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of all variants (default: 0)")
+    parser.add_argument("--seeds", type=accept.seed, nargs="+", default=[0], help="of all variants (default: 0)")
     parser.add_argument(
         "--final", action="store_true", help=f"then the chosen ones and their rivals with seeds {FINAL_SEEDS}, on the test pictures"
     )
@@ -87,24 +93,22 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--engine", choices=("here", "local", "slurm"), default="here",
         help="where the runs go: one after another, or through submitit (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, help="with --engine here, runs at once, of one thread each (default: 1)")
-    options = parser.parse_args(argv)
-    if options.jobs < 1:
-        parser.error(f"--jobs is {options.jobs}, expected at least 1")
-    return options
+    parser.add_argument(
+        "--jobs", type=accept.whole, default=1, help="with --engine here, runs at once, of one thread each (default: 1)"
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, compare what has been trained so far, and write ``ablation.json``, a table and a picture."""
     options = parse_options(argv)
-    common = (options.runs_dir, options.dataset_dir, options.device)
+    common = (options.runs_dir, options.dataset_dir, str(options.device))
     jobs = [Job(variant, seed, *common) for variant in VARIANTS if variant.name in options.only for seed in options.seeds]
+    _scored(common)  # What was scored earlier is checked before anything is trained.
     _work(jobs, "val", options)
     result: dict[str, Any] = {"validation": {}, "test": {}, "differences": {}, "verdicts": []}
-    for variant in VARIANTS:
-        if seeds := _seeds_of(variant, options.runs_dir):
-            each = [scores(Job(variant, seed, *common), "val") for seed in seeds]
-            result["validation"][variant.name] = summary(variant.described, each)
+    for variant, each in _scored(common):
+        result["validation"][variant.name] = summary(variant.described, each)
     if options.final:
         chosen = {group: choose(result["validation"], group) for group in RIVALS}
         names = dict.fromkeys([*chosen.values(), *RIVALS.values()])
@@ -134,8 +138,17 @@ def train(job: Job) -> None:
 
 
 def scores(job: Job, split: str) -> dict[str, Any]:
-    """A job's scores on a split; kept in its folder."""
+    """A job's scores on a split; kept in its folder.
+
+    Raises:
+        TrainingStateError: Those that are there are of other data, another Stage 1 or other flags.
+    """
     path = job.folder / f"{split}.json"
+    made_of = {
+        "data": _digest(job.dataset),
+        "stage1": _digest(job.stage1) if job.variant.stage1 else "",
+        "flags": job.variant.flags,
+    }
     if not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
         (blocks,) = (each.of(STAGE2) for each in load_dataset(job.dataset, [split]))
@@ -143,8 +156,14 @@ def scores(job: Job, split: str) -> dict[str, Any]:
         for asked, answer in _answerers(job, blocks):
             answers[asked] = answer(blocks.take(asked).inputs())
         result = classification_metrics(answers.log(), blocks.labels(STAGE2), STAGE2.classes)
-        write_json(path, {**result, "parameters": _parameters(job), "reload_difference": _reload_difference(job)})
+        about = {"parameters": _parameters(job), "reload_difference": _reload_difference(job), "made_of": made_of}
+        write_json(path, {**result, **about})
     content: dict[str, Any] = json.loads(path.read_text())
+    # Scores of before this was written down do not say it.
+    if other := [key for key, value in content.get("made_of", made_of).items() if value != made_of[key]]:
+        raise TrainingStateError(
+            f"{path}: was made with other {', '.join(other)}; delete {job.folder}, or choose another --runs-dir"
+        )
     return content
 
 
@@ -167,16 +186,48 @@ def _work(jobs: list[Job], split: str, options: argparse.Namespace) -> None:
         for job in jobs:
             work(job, split)
     else:
-        with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=_start_worker) as pool:
             futures = [pool.submit(work, job, split) for job in jobs]
-            for one in tqdm(as_completed(futures), total=len(jobs), unit=" runs", disable=None):
-                one.result()
+            try:
+                for one in tqdm(as_completed(futures), total=len(jobs), unit=" runs", disable=None):
+                    one.result()
+            except BaseException:
+                # What waits would be done all the same before an error, or Ctrl-C, got through.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
-def _seeds_of(variant: Variant, runs: Path) -> list[int]:
-    """The seeds with which it was scored, now or earlier."""
-    scored = (runs / "ablation" / variant.name).glob("seed*/val.json")
-    return sorted(int(file.parent.name.removeprefix("seed")) for file in scored)
+def _start_worker() -> None:
+    """One thread, ended by Ctrl-C and by the end of its parent: a worker left alone would meet those of the next start."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def _scored(common: tuple[Path, Path, str]) -> list[tuple[Variant, list[dict[str, Any]]]]:
+    """The scores of every variant that has some, of now or earlier, in the order of its seeds."""
+    found = []
+    for variant in VARIANTS:
+        files = (common[0] / "ablation" / variant.name).glob("seed*/val.json")
+        if seeds := sorted(int(file.parent.name.removeprefix("seed")) for file in files):
+            found.append((variant, [scores(Job(variant, seed, *common), "val") for seed in seeds]))
+    return found
+
+
+@cache
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; of a data folder, of what says which blocks are in it."""
+    tables = [path / name for name in ("MANIFEST.json", "nodes.csv.gz", *(f"{split}.pt" for split in SPLITS))]
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else [file for file in tables if file.exists()]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _answerers(job: Job, blocks: BlockSet) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:

@@ -18,6 +18,7 @@ import torch
 import train_stage1
 import train_stage3
 import verify_run
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR, cut_blocks
 from av1partition.data.study_layout import write_study_file
@@ -26,12 +27,12 @@ from av1partition.evaluation.html_report import write_report
 from av1partition.evaluation.spread import paired_difference
 
 HERE = Path(__file__).resolve().parent
-TRAIN_BLOCKS, VAL_BLOCKS = 12_000, 6_000
+TRAIN_BLOCKS, VAL_BLOCKS = 10_000, 4_000
 STAGE1_EPOCHS = 4
-STAGE3_EPOCHS = 3
 SEEDS = ("0", "1", "2")
-# The longer adapters, because few blocks make few steps.
-ADAPTERS, FROZEN = "v1-long", "frozen"
+# Few blocks make few steps, so the steps are large: with the study's rate adapters hardly leave their start.
+ADAPTERS, FROZEN = "rate", "frozen"
+STAGE3 = "--use-adapters --epochs 6 --batch-size 64 --lr-adapter 1e-3 --lr-head 1e-3"
 VARIANTS = (FROZEN, ADAPTERS, "frozen-q", "trees", "trees-q")
 
 
@@ -39,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run it, print the tables and the path of the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=HERE.parents[1] / "runs" / "demo", help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4), help="runs at once (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=accept.whole, default=min(os.cpu_count() or 1, 4), help="runs at once (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     output: Path = options.output_dir
     # The blocks are too small for a second thread to gain much, and where the machine is busy it costs a lot.
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ablation.main([*data, "--runs-dir", str(output), *only])
     model = ["--stage1-model", str(stage1 / train_stage1.STAGE1_FILE)]
     for kind, seeds in (("rect", SEEDS[:1]), ("ab", SEEDS)):
-        flags = ["--kind", kind, "--use-adapters", "--epochs", str(STAGE3_EPOCHS), "--seeds", *seeds]
+        flags = ["--kind", kind, *STAGE3.split(), "--seeds", *seeds]
         train_stage3.main([*data, *model, *flags, "--output-dir", str(output / "stage3")])
     pipeline, adapted = output / "pipeline", output / "ablation" / ADAPTERS / f"seed{SEEDS[0]}"
     files = ["--stage2-model", str(adapted / "adapters.pt"), "--stage3-rect-model", str(output / "stage3/rect/seed0/adapters.pt")]

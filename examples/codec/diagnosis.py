@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR
 from av1partition.data.inputs import luma, quantizer_code
@@ -20,6 +24,7 @@ from av1partition.models.backbones import front, parts
 from av1partition.models.stage1_files import load_stage1
 from av1partition.training.focal_loss import ClassBalancedFocalLoss
 from av1partition.training.loop import predict_logits
+from av1partition.training.state import TrainingStateError, digest_of_data
 from av1partition.training.trees import block_numbers, new_trees
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
@@ -53,20 +58,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage1-models", type=Path, nargs="+", required=True, help="Stage 1 files, each in a folder of its name")
     parser.add_argument("--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/diagnosis"), help="default: %(default)s")
-    parser.add_argument("--blocks", type=int, help="most blocks to train on (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--blocks", type=accept.whole, help="most blocks to train on (default: all)")
+    parser.add_argument("--seed", type=accept.seed, default=0, help="default: %(default)s")
     options = parser.parse_args(argv)
     backbones = {path.parent.name: load_stage1(path).backbone for path in options.stage1_models}
     if len(backbones) < len(options.stage1_models):
         parser.error("--stage1-models: two files in folders of one name, which could not be told apart in the table")
+    train, val = (each.data(STAGE2, every_class=True) for each in load_dataset(options.dataset_dir))
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    train, val = (each.data(STAGE2) for each in load_dataset(options.dataset_dir))
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[: options.blocks]
     train = TensorDataset(*(each[chosen] for each in train.tensors))
-    rows: list[dict[str, Any]] = []
+    file = options.output_dir / "diagnosis.json"
+    result: dict[str, Any] = {
+        "blocks": {"train": len(train), "val": len(val)},
+        "seed": options.seed,
+        "data": digest_of_data(train, val),
+        "stage1_models": {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in options.stage1_models},
+        "rows": [],
+    }
+    result["rows"] = rows = _measured(file, result)
     with tqdm(total=1 + sum(len(_taps(each)) for each in backbones.values()), unit=" rows", disable=None) as progress:
-        for name, seen in _features(backbones, (train, val)):
-            scores = {}
+        for name, see in _features(backbones, (train, val)):
+            if name in (row["seen"] for row in rows):
+                progress.update()
+                continue
+            seen, scores = see(), {}
             for quantizer in (False, True):
                 sets = [_with_code(x, data, quantizer) for x, data in zip(seen, (train, val), strict=True)]
                 for learner in LEARNERS:
@@ -74,22 +90,42 @@ def main(argv: Sequence[str] | None = None) -> None:
                     scores[f"{learner}{'-q' if quantizer else ''}"] = macro_f1(answers, val.tensors[1])
             rows.append({"seen": name, "numbers": seen[0].shape[1], **scores})
             progress.update()
-            # Written row by row: a run that is stopped has what it measured.
-            result = {"blocks": {"train": len(train), "val": len(val)}, "seed": options.seed, "rows": rows}
-            write_json(options.output_dir / "diagnosis.json", result)
+            # Written row by row: a run that is stopped goes on behind what it measured.
+            write_json(file, result)
     (options.output_dir / "diagnosis.md").write_text(table(rows) + "\n", encoding="utf-8")
     print(table(rows))
+
+
+def _measured(file: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run of the same; it must be of the same."""
+    if not file.exists():
+        return []
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        rows: list[dict[str, Any]] = before.pop("rows")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise TrainingStateError(f"{file}: is no diagnosis ({type(error).__name__}); delete it to start over") from error
+    if before != {key: value for key, value in result.items() if key != "rows"}:
+        raise TrainingStateError(
+            f"{file}: is of other data, Stage 1 files or another seed; delete it, or choose another --output-dir"
+        )
+    return rows
 
 
 def _taps(backbone: nn.Module) -> list[str]:
     return ["maxpool", *(name for name in parts(backbone) if name.startswith("layer"))]
 
 
-def _features(backbones: dict[str, nn.Module], data: Sequence[TensorDataset]) -> Iterator[tuple[str, list[Tensor]]]:
-    yield "hand-made numbers", [torch.from_numpy(block_numbers(each.tensors[0], quantizer=False)) for each in data]
+def _features(backbones: dict[str, nn.Module], data: Sequence[TensorDataset]) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
+    yield "hand-made numbers", lambda: [torch.from_numpy(block_numbers(each.tensors[0], quantizer=False)) for each in data]
     for name, backbone in backbones.items():
         for end in _taps(backbone):
-            yield f"{name}: {end}", [predict_logits(Tap(backbone, end), each.tensors[0], CPU) for each in data]
+            tap = Tap(backbone, end)
+            yield f"{name}: {end}", partial(_seen_by, tap, data)
+
+
+def _seen_by(tap: Tap, data: Sequence[TensorDataset]) -> list[Tensor]:
+    return [predict_logits(tap, each.tensors[0], CPU) for each in data]
 
 
 def _with_code(seen: Tensor, data: TensorDataset, quantizer: bool) -> TensorDataset:

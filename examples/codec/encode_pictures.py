@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from av1partition import accept
 from av1partition.atomic_folder import check_free, new_folder
 from av1partition.command_line import run
 from av1partition.data.blocks import DatasetError, cut_blocks
@@ -37,22 +38,21 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--cq-level", type=int, nargs="+", default=[20, 32, 43, 55], metavar="CQ", help="0..63 (default: 20 32 43 55)"
     )
     parser.add_argument(
-        "--downscale", type=int, default=1, metavar="N", help="by this factor; 2 or more for pictures from lossy files"
+        "--downscale", type=accept.whole, default=1, metavar="N", help="by this factor; 2 or more for pictures from lossy files"
     )
     split = "a share of the pictures, or names or patterns of pictures"
     parser.add_argument("--val", nargs="+", default=["0.15"], metavar="SHARE|NAME", help=f"{split} (default: 0.15)")
     parser.add_argument("--test", nargs="+", default=["0.15"], metavar="SHARE|NAME", help=f"{split} (default: 0.15)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the shares (default: 0)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="encoders at a time (default: one per processor)")
+    parser.add_argument(
+        "--jobs", type=accept.whole, default=os.cpu_count() or 1, help="encoders at a time (default: one per processor)"
+    )
     parser.add_argument(
         "--work-dir", type=Path, help="keeps the coded streams, to go on after an interruption (default: OUTPUT_DIR.work)"
     )
     options = parser.parse_args(argv)
     if wrong := [cq for cq in options.cq_level if not 0 <= cq <= HIGHEST_CQ_LEVEL]:
         parser.error(f"--cq-level is {wrong[0]}, expected 0..{HIGHEST_CQ_LEVEL}; it is libaom's cq level, not base_q_idx")
-    for name in ("downscale", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}, expected 1 or more")
     options.work_dir = options.work_dir or options.output_dir.with_name(options.output_dir.name + ".work")
     return options
 

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR, SPLITS
 from av1partition.data.study_layout import load_dataset
-from av1partition.data.tasks import SPECIALISTS, Task
+from av1partition.data.tasks import Task
 from av1partition.evaluation.metrics import classes_of, classification_metrics, collapse
 from av1partition.evaluation.reports import draw_confusion_matrix, write_json
-from av1partition.models.specialist_files import reload_specialist
+from av1partition.models.specialist_files import reload_specialist, task_of
 from av1partition.training.loop import predict_logits
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the scores, and write ``evaluation.json`` and a picture into the run's folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--stage1-model", type=Path, required=True, help="the Stage 1 file of the runs")
     parser.add_argument("--output-dir", type=Path, required=True, help="the folder of the run")
     parser.add_argument("--baseline-dir", type=Path, help="the folder of the frozen baseline's run")
     parser.add_argument("--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts")
     parser.add_argument("--split", choices=SPLITS, default="val", help="default: %(default)s")
-    parser.add_argument("--device", type=torch.device, default=torch.device(device), help="default: %(default)s")
+    parser.add_argument("--device", type=accept.device, default=accept.default_device(), help="default: %(default)s")
     options = parser.parse_args(argv)
-    task = _task_of(options.output_dir)
+    task = task_of(options.output_dir)
     runs = {"run": options.output_dir}
     if options.baseline_dir:
-        if _task_of(options.baseline_dir) is not task:
+        if task_of(options.baseline_dir) is not task:
             parser.error(f"--baseline-dir {options.baseline_dir} is not a run of {task.title}")
         runs["baseline"] = options.baseline_dir
     (blocks,) = load_dataset(options.dataset_dir, [options.split])
@@ -51,12 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"{task.title}, {options.split}\nmacro-F1 {result['run']['macro_f1']:.4f}"
     draw_confusion_matrix(result["run"], options.output_dir / "evaluation.png", title)
     print(_table(result, task))
-
-
-def _task_of(folder: Path) -> Task:
-    key = json.loads((folder / "metrics.json").read_text())["task"]
-    (task,) = (task for task in SPECIALISTS if task.key == key)
-    return task
 
 
 def _table(result: dict[str, Any], task: Task) -> str:

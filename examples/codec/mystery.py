@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR
 from av1partition.data.study_layout import load_dataset
@@ -52,17 +53,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/mystery"), help="default: %(default)s")
     parser.add_argument("--base-q-idx", type=int, metavar="Q", help="blocks of this quantizer only")
-    parser.add_argument("--blocks", type=int, help="most blocks to train on (default: all)")
-    parser.add_argument("--epochs", type=int, default=14, help=f"the backbone is unfrozen at {UNFROZEN_AT} (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=128, help="blocks in a step (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--blocks", type=accept.whole, help="most blocks to train on (default: all)")
+    parser.add_argument(
+        "--epochs", type=accept.whole, default=14, help=f"the backbone is unfrozen at {UNFROZEN_AT} (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=accept.whole, default=128, help="blocks in a step (default: %(default)s)")
+    parser.add_argument("--seed", type=accept.seed, default=0, help="default: %(default)s")
     options = parser.parse_args(argv)
     if options.epochs < UNFROZEN_AT:
         parser.error(f"--epochs is {options.epochs}, expected at least {UNFROZEN_AT}, where the backbone is unfrozen")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     train, val = (each.coded_at(options.base_q_idx).data(STAGE2) for each in load_dataset(options.dataset_dir))
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[: options.blocks]
     part = TensorDataset(*(each[chosen] for each in train.tensors))
+    load_stage1(options.stage1_model)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
     study = Reproduction(options.stage1_model, part, val, options.output_dir, options.epochs, options.batch_size, options.seed)
     curves = {
         "norms move": study.by_hand(unfrozen_at=None),

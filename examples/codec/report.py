@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.data.blocks import DATA_DIR
 from av1partition.evaluation.html_report import write_report
@@ -22,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--runs-dir", type=Path, help="where predictions.npz is, by the same folder names, if not in the folder itself"
     )
     parser.add_argument("--output", type=Path, help="the page (default: report.html in the folder)")
-    parser.add_argument("--frames", type=int, default=4, help="to draw on the page, at most (default: %(default)s)")
+    parser.add_argument(
+        "--frames", type=accept.whole_or_none, default=4, help="to draw on the page, at most (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
-    if options.frames < 0:
-        parser.error(f"--frames is {options.frames}, expected 0 or more")
     page = write_report(
         options.folder, options.output, dataset_dir=options.dataset_dir, runs_dir=options.runs_dir, frames=options.frames
     )

@@ -21,6 +21,7 @@ import run_pipeline
 import torch
 import train_stage1
 import train_stage3
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.evaluation.html_report import write_report
 from av1partition.evaluation.reports import write_json
@@ -99,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs-dir", type=Path, default=HERE.parents[1] / "runs" / "study", help="default: %(default)s")
     parser.add_argument("--results-dir", type=Path, default=HERE / "results", help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", default=names, help=f"of {', '.join(names)}")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs of the ablation at once (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=accept.whole, default=os.cpu_count() or 1, help="runs of the ablation at once (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     # Blocks are small: a second thread gains little, and the number of threads may change the last bits.
     torch.set_num_threads(1)

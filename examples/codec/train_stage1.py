@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.symmetries import turn_at_random
@@ -33,11 +34,11 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--seed", type=accept.seed, default=0, help="same seed, same files (default: %(default)s)")
+    parser.add_argument("--epochs", type=accept.whole, default=30, help="default: %(default)s")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/stage1"), help="default: %(default)s")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
+    parser.add_argument("--lr", type=accept.rate, default=1e-3, help="learning rate (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=accept.rate, default=1e-4, help="default: %(default)s")
     backbone = parser.add_mutually_exclusive_group()
     backbone.add_argument("--attention", action="store_true", help="the attention backbone instead of the plain one")
     backbone.add_argument("--fine", action="store_true", help="a 3x3 stem of stride 1 instead of the plain one's 7x7 of stride 2")
@@ -55,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train Stage 1 and write its file, history and metrics."""
     options = parse_options(argv)
     output: Path = options.output_dir
-    output.mkdir(parents=True, exist_ok=True)
     task = KINDS if options.all_kinds else STAGE1
     blocks = load_dataset(options.dataset_dir)
+    for each in blocks:
+        each.check(STAGE1, every_class=True)
+    output.mkdir(parents=True, exist_ok=True)
     train, val = (each.data(task) for each in blocks)
     torch.manual_seed(options.seed)
     weights = ResNet18_Weights.IMAGENET1K_V1 if options.imagenet else None

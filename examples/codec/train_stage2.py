@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.data.study_layout import load_dataset
 from av1partition.data.tasks import STAGE2
@@ -16,7 +17,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_specialist_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
+    parser.add_argument("--seed", type=accept.seed, default=0, help="same seed, same files (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/stage2"), help="default: %(default)s")
     options = parser.parse_args(argv)
     check_specialist_options(parser, options)
@@ -26,8 +27,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train Stage 2 and write its file, history, metrics and pictures."""
     options = parse_options(argv)
-    train, val = (blocks.coded_at(options.base_q_idx).data(STAGE2) for blocks in load_dataset(options.dataset_dir))
-    train_specialist(STAGE2, train, val, options, options.seed, options.output_dir)
+    train, val = (blocks.coded_at(options.base_q_idx) for blocks in load_dataset(options.dataset_dir))
+    train_specialist(STAGE2, train.data(STAGE2, every_class=True), val.data(STAGE2), options, options.seed, options.output_dir)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from av1partition import accept
 from av1partition.command_line import run
 from av1partition.data.noise import with_misrouted
 from av1partition.data.study_layout import load_dataset
@@ -23,7 +24,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_specialist_options(parser)
     parser.add_argument("--kind", choices=KINDS, required=True, help="which specialist")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each, in a folder of its own (default: 0)")
+    parser.add_argument(
+        "--seeds", type=accept.seed, nargs="+", default=[0], help="one run for each, in a folder of its own (default: 0)"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/stage3"), help="default: %(default)s, in it KIND/seedN")
     parser.add_argument(
         "--noise-injection",
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         divided = blocks.of(STAGE2)
         routed = predict_logits(stage2, divided.inputs(), options.device).argmax(dim=1)
     for seed in options.seeds:
-        train = blocks.data(task)
+        train = blocks.data(task, every_class=True)
         if routed is not None:
             strangers = divided.take((routed == STAGE2.classes.index(task.key.upper())) & (divided.labels(task) < 0))
             train = with_misrouted(train, strangers.inputs(), len(task.classes), options.noise_injection, seed)

@@ -7,12 +7,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from av1partition.command_line import run
+from av1partition.data.blocks import DatasetError
 from av1partition.data.study_layout import load_dataset
-from av1partition.data.tasks import SPECIALISTS
 from av1partition.evaluation.metrics import macro_f1
-from av1partition.models.specialist_files import reload_specialist
+from av1partition.models.specialist_files import read_tensors, reload_specialist, task_of
 from av1partition.training.loop import add_common_options, predict_logits
 from av1partition.training.trainees import LOGITS_FILE
 
@@ -24,11 +23,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage1-model", type=Path, required=True, help="the Stage 1 file of the run")
     parser.add_argument("--output-dir", type=Path, required=True, help="the folder of the run")
     options = parser.parse_args(argv)
-    key = json.loads((options.output_dir / "metrics.json").read_text())["task"]
-    (task,) = (task for task in SPECIALISTS if task.key == key)
+    task = task_of(options.output_dir)
     _, val = load_dataset(options.dataset_dir)
     samples, labels = val.data(task).tensors
-    live = torch.load(options.output_dir / LOGITS_FILE, weights_only=True)
+    live = read_tensors(options.output_dir / LOGITS_FILE)
+    if len(live) != len(labels):
+        raise DatasetError(f"{options.dataset_dir}: {len(labels)} validation blocks, the run had {len(live)}; pass the run's data")
     model = reload_specialist(options.stage1_model, task, options.output_dir).to(options.device)
     reloaded = predict_logits(model, samples, options.device)
     differences = {

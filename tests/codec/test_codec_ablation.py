@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ablation
@@ -11,11 +17,12 @@ import pytest
 import torch
 from av1partition.data.blocks import BlockSet, DatasetError
 from av1partition.data.inputs import with_quantizer
-from av1partition.data.study_layout import write_study_file
+from av1partition.data.study_layout import read_study_file, write_study_file
 from av1partition.data.tasks import STAGE2
 from av1partition.evaluation.comparison import choose, decide, summary, table
 from av1partition.evaluation.spread import over_seeds, paired_difference
 from av1partition.models.backbones import BackboneKind
+from av1partition.training.state import TrainingStateError
 from av1partition.training.trees import block_numbers, fit_trees, tree_probabilities
 from av1partition.training.variants import VARIANTS, Variant
 from scipy import stats
@@ -52,6 +59,15 @@ def test_trees_are_the_same_for_the_same_seed(all_blocks: dict[str, BlockSet]) -
     ]
     assert torch.equal(several[0], several[1])
     torch.testing.assert_close(several[0].sum(dim=1), torch.ones(50))
+
+
+def test_seeds_of_trees_differ_with_few_blocks_too(all_blocks: dict[str, BlockSet]) -> None:
+    few = all_blocks["train"].of(STAGE2)
+    few = few.take(torch.randperm(len(few), generator=torch.Generator().manual_seed(0))[:400])
+    one, two = (
+        tree_probabilities(fit_trees(few.data(STAGE2), quantizer=True, seed=s), few.inputs(), quantizer=True) for s in (0, 1)
+    )
+    assert not torch.equal(one, two)
 
 
 def test_paired_difference_against_scipy() -> None:
@@ -153,6 +169,57 @@ def test_two_processes_train_what_one_does(study: Path, tmp_path: Path, monkeypa
     assert len(one["validation"]["v1"]["macro_f1"]["values"]) == 2
     with pytest.raises(SystemExit):
         ablation.parse_options(["--jobs", "0"])
+
+
+def test_scores_of_other_data_are_refused(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "VARIANTS", SHORT[3:4])
+    ablation.main(["--runs-dir", str(tmp_path), *arguments(study)[2:]])
+    other = tmp_path / "dataset"
+    other.mkdir()
+    for split in ("train", "val"):
+        blocks = read_study_file(study / "dataset" / f"{split}.pt")
+        write_study_file(blocks.take(torch.arange(200)), other / f"{split}.pt")
+    before = (tmp_path / "ablation" / "ablation.json").read_bytes()
+    with pytest.raises(
+        TrainingStateError, match=r"val\.json: was made with other data; delete .*seed0, or choose another --runs-dir"
+    ):
+        ablation.main(["--runs-dir", str(tmp_path), "--dataset-dir", str(other), "--seeds", "1"])
+    assert (tmp_path / "ablation" / "ablation.json").read_bytes() == before
+    assert not (tmp_path / "ablation" / "trees-q" / "seed1").exists()
+
+
+def test_an_error_does_not_wait_for_all_that_is_left(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+
+    def work(job: ablation.Job, split: str) -> None:
+        if job.seed == 0:
+            raise DatasetError("no")
+        time.sleep(0.1)
+        done.append(job.seed)
+
+    monkeypatch.setattr(ablation, "work", work)
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
+    where = ["--runs-dir", str(tmp_path), *arguments(study)[2:]]
+    with pytest.raises(DatasetError, match="no"):
+        ablation.main([*where, "--jobs", "2", "--only", "trees", "--seeds", *map(str, range(30))])
+    assert len(done) < 10
+
+
+def test_no_worker_outlives_its_parent() -> None:
+    script = (
+        "import ablation, time; from concurrent.futures import ProcessPoolExecutor; from multiprocessing import get_context\n"
+        "pool = ProcessPoolExecutor(1, get_context('spawn'), initializer=ablation._start_worker)\n"
+        "pool.submit(time.sleep, 0).result(); pool.submit(time.sleep, 600); print('works', flush=True); time.sleep(600)"
+    )
+    folder = str(Path(ablation.__file__).parent)
+    path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"works\n"
+        parent.kill()
+        # Its end is the end of all who could write: the worker too.
+        assert select.select([parent.stdout], [], [], 60)[0]
+        assert parent.stdout.read() == b""
 
 
 def scored(f1: float, per_class: float, reload_difference: float | None) -> dict[str, object]:

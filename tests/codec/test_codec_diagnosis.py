@@ -12,6 +12,7 @@ import torch
 from av1partition.data.inputs import quantizer_code, with_quantizer
 from av1partition.models.backbones import BackboneKind
 from av1partition.models.stage1_files import load_stage1
+from av1partition.training.state import TrainingStateError
 from torch.utils.data import TensorDataset
 
 
@@ -57,4 +58,13 @@ def test_every_part_and_both_learners_are_measured(
     for row in result["rows"]:
         assert all(0 <= row[key] <= 1 for key in ("trees", "network", "trees-q", "network-q"))
         assert len({row["trees"], row["trees-q"]}) + len({row["network"], row["network-q"]}) > 2, "the quantizer is seen"
+    first = (output / "diagnosis.json").read_bytes()
+    (output / "diagnosis.json").write_text(json.dumps({**result, "rows": result["rows"][:4]}))
+    measured = []
+    monkeypatch.setattr(diagnosis, "_seen_by", lambda tap, data, see=diagnosis._seen_by: measured.append(tap.end) or see(tap, data))
+    diagnosis.main([*where, "--stage1-models", str(model)])
+    assert measured == ["layer3", "layer4"], "an interrupted run goes on"
+    assert (output / "diagnosis.json").read_bytes() == first
+    with pytest.raises(TrainingStateError, match=r"diagnosis\.json: is of other data, Stage 1 files or another seed"):
+        diagnosis.main([*where, "--stage1-models", str(model), "--seed", "1"])
     assert (output / "diagnosis.md").read_text() == diagnosis.table(result["rows"]) + "\n"

@@ -165,8 +165,8 @@ def test_refused_before_any_work(folder: Path, how: str) -> None:
     [
         (["--cq-level", "20", "64"], r"--cq-level is 64, expected 0\.\.63; it is libaom's cq level, not base_q_idx"),
         (["--cq-level=-1"], "--cq-level is -1, expected 0..63"),
-        (["--downscale", "0"], "--downscale is 0, expected 1 or more"),
-        (["--jobs", "0"], "--jobs is 0, expected 1 or more"),
+        (["--downscale", "0"], "argument --downscale: is 0, expected 1 or more"),
+        (["--jobs", "0"], "argument --jobs: is 0, expected 1 or more"),
     ],
 )
 def test_wrong_options(folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

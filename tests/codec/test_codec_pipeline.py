@@ -15,9 +15,10 @@ import run_pipeline
 import torch
 from av1partition.data.blocks import BlockSet
 from av1partition.data.inputs import with_quantizer
-from av1partition.data.study_layout import read_study_file
+from av1partition.data.study_layout import read_study_file, write_study_file
 from av1partition.data.tasks import AB, PARTITIONS, RECT, SPECIALISTS, STAGE2, Task
 from av1partition.evaluation.cascade_analysis import FOLDED, analyse, fold
+from av1partition.evaluation.html_report import write_report
 from av1partition.evaluation.pipeline import Pipeline, Predictions, true_inputs
 from av1partition.models.backbones import BackboneKind
 from av1partition.models.cascade import Cascade, adapt
@@ -271,3 +272,13 @@ def test_bad_flags_are_answered_first(more: list[str], message: str, flags: list
     with pytest.raises(SystemExit):
         run_pipeline.main([*flags, *more])
     assert message in capsys.readouterr().err
+
+
+def test_data_without_blocks_of_a_specialist(flags: list[str], all_blocks: dict[str, BlockSet], tmp_path: Path) -> None:
+    whole = all_blocks["val"].take((all_blocks["val"].labels_stage0 == 0).nonzero().flatten()[:40])
+    for split in ("train", "val"):
+        write_study_file(whole, tmp_path / f"{split}.pt")
+    run_pipeline.main([*flags, "--dataset-dir", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--device", "cpu"])
+    assert "| Stage 3 AB | none |" in (tmp_path / "out" / "pipeline.md").read_text()
+    page = write_report(tmp_path / "out", dataset_dir=tmp_path)
+    assert "Stage 3 AB" in page.read_text()

@@ -203,4 +203,4 @@ def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         report.main([str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="2"):
         report.main([str(tmp_path), "--frames", "-1"])
-    assert "--frames is -1, expected 0 or more" in capsys.readouterr().err
+    assert "argument --frames: is -1, expected 0 or more" in capsys.readouterr().err

@@ -12,8 +12,11 @@ from av1partition.models.stage1_files import Stage1FileError
 from av1partition.training.state import TrainingStateError
 from resadapt import AdapterError
 
-# What a user can mend; anything else is a fault of the program, and its traceback is wanted.
-MENDABLE = (AdapterError, DatasetError, FileExistsError, ReportError, SpecialistFileError, Stage1FileError, TrainingStateError)
+# What a user can mend, files and folders that the system refuses among it; anything else is a fault of the program, and its
+# traceback is wanted.
+MENDABLE = (
+    AdapterError, DatasetError, FloatingPointError, OSError, ReportError, SpecialistFileError, Stage1FileError, TrainingStateError,
+)  # fmt: skip
 
 
 def run(main: Callable[[], None]) -> None:
@@ -23,3 +26,5 @@ def run(main: Callable[[], None]) -> None:
         main()
     except MENDABLE as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit("interrupted; the same command goes on from what is finished") from error

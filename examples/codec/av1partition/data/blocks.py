@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from av1partition.data.tasks import PARTITIONS, Task
 BLOCK = 16
 SPLITS = ("train", "val", "test")
 COLUMNS = ["frame", "cq_level", "base_q_idx", "row", "col", "label"]
+FRAME_KEYS = {"name", "file", "picture", "split", "size_wh"}
 DATA_DIR = Path(__file__).resolve().parents[2] / "data"
 
 
@@ -90,8 +92,25 @@ class BlockSet:
         """What models are given, [N, 2, 16, 16]: luma, and the quantizer as a plane."""
         return with_quantizer(self.samples, self.qps)
 
-    def data(self, task: Task) -> TensorDataset:
-        """The inputs of the blocks of which a task asks, and their class numbers."""
+    def check(self, task: Task, *, every_class: bool) -> None:
+        """Refuse blocks of which a task does not ask, or which lack a class that is to be learned.
+
+        Raises:
+            DatasetError: There are none; or, with ``every_class``, none of a class.
+        """
+        labels = self.labels(task)
+        counts = labels[labels >= 0].bincount(minlength=len(task.classes)).tolist()
+        missing = [name for name, count in zip(task.classes, counts, strict=True) if not count]
+        if len(missing) == len(counts) or (missing and every_class):
+            raise DatasetError(f"{task.title}: none of {len(self)} blocks is {' or '.join(missing)}; pass data with some of each")
+
+    def data(self, task: Task, *, every_class: bool = False) -> TensorDataset:
+        """The inputs of the blocks of which a task asks, and their class numbers.
+
+        Raises:
+            DatasetError: See :meth:`check`.
+        """
+        self.check(task, every_class=every_class)
         blocks = self.of(task)
         return TensorDataset(blocks.inputs(), blocks.labels(task))
 
@@ -160,7 +179,7 @@ def read_luma(root: Path, frame: dict[str, Any]) -> npt.NDArray[np.uint8]:
             if image.mode != "L" or list(image.size) != size_wh:
                 raise DatasetError(f"{path}: {image.mode} {image.size}, expected 8-bit luma of {tuple(size_wh)}")
             return np.asarray(image, dtype=np.uint8)
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG file.
         raise DatasetError(f"{path}: cannot read the frame ({error}); restore the data folder") from error
 
 
@@ -171,6 +190,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise DatasetError(f"{path}: cannot read the manifest ({error}); restore the data folder") from error
     if missing := {"frames", "nodes", "split_by_picture"} - manifest.keys():
         raise DatasetError(f"{path}: lacks {sorted(missing)}; restore the data folder")
+    for number, frame in enumerate(manifest["frames"]):
+        if missing := FRAME_KEYS - frame.keys():
+            raise DatasetError(f"{path}: frame {number} (from 0) lacks {sorted(missing)}; restore the data folder")
     return manifest
 
 
@@ -197,7 +219,7 @@ def _read_nodes(path: Path, frames: list[str], expected: int) -> npt.NDArray[np.
     try:
         with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
             header, *lines = csv.reader(file)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
         raise DatasetError(f"{path}: cannot read the node table ({error}); restore the data folder") from error
     if header != COLUMNS:
         raise DatasetError(f"{path}: columns are {header}, expected {COLUMNS}")
@@ -208,7 +230,7 @@ def _read_nodes(path: Path, frames: list[str], expected: int) -> npt.NDArray[np.
         table = np.array([(number_of[n], int(q), int(r), int(c), int(k)) for n, _, q, r, c, k in lines], dtype=np.int64)
     except KeyError as error:
         raise DatasetError(f"{path}: frame {error} is not in the manifest") from error
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise DatasetError(f"{path}: a line is not a name and five integers ({error})") from error
     _check_range(path, "base_q_idx", table[:, 1], 255)
     _check_range(path, "label", table[:, 4], len(PARTITIONS) - 1)

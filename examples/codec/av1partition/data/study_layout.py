@@ -90,7 +90,7 @@ def read_study_file(path: str | Path) -> BlockSet:
             raise DatasetError(f"{path}: {key!r} is {values.dtype} {list(values.shape)}, expected integers [{len(samples)}]")
     _check_range(path, "labels_stage0", content["labels_stage0"], len(PARTITIONS) - 1)
     _check_range(path, "qps", content["qps"], 255)
-    blocks = BlockSet(samples.float(), content["labels_stage0"].long(), content["qps"].long())
+    blocks = BlockSet(samples.detach().float(), content["labels_stage0"].long(), content["qps"].long())
     _check_consistency(path, blocks, content)
     return blocks
 

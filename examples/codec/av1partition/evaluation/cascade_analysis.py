@@ -52,7 +52,7 @@ def _specialist(blocks: BlockSet, predictions: Predictions, task: Any) -> dict[s
     arrived = own & reached
     count = int(reached.sum())
     return {
-        "on_true_inputs": classification_metrics(answers[own], labels[own], task.classes),
+        "on_true_inputs": classification_metrics(answers[own], labels[own], task.classes) if own.any() else None,
         "on_what_reaches_it": {
             "blocks": count,
             "strangers": int((reached & ~own).sum()),

@@ -172,9 +172,11 @@ def _specialists(scores: Json) -> Table:
     rows = []
     for task in SPECIALISTS:
         own, there = scores[task.key]["on_true_inputs"], scores[task.key]["on_what_reaches_it"]
-        arrived = there["of_its_own"]
+        arrived, mine = there["of_its_own"], ("0", "none", "none")
+        if own is not None:
+            mine = (f"{sum(map(sum, own['confusion_matrix'])):,}", f"{own['accuracy']:.4f}", f"{own['macro_f1']:.4f}")
         rows.append([
-            task.title, f"{sum(map(sum, own['confusion_matrix'])):,}", f"{own['accuracy']:.4f}", f"{own['macro_f1']:.4f}",
+            task.title, *mine,
             f"{there['blocks']:,}", f"{there['strangers']:,}", "none" if there["accuracy"] is None else f"{there['accuracy']:.4f}",
             "none" if arrived is None else f"{arrived['macro_f1']:.4f}", f"{scores[task.key]['own_blocks_that_never_arrive']:,}",
         ])  # fmt: skip

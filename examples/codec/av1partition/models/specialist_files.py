@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from av1partition.data.tasks import Task
+from av1partition.data.tasks import SPECIALISTS, Task
 from av1partition.models.cascade import Answers, Cascade, head_name
 from av1partition.models.stage1_files import load_stage1
 from resadapt import load_adapters, read_adapter_info
@@ -15,10 +17,11 @@ from resadapt import load_adapters, read_adapter_info
 ADAPTER_FILE = "adapters.pt"
 HEAD_FILE = "head.pt"
 NETWORK_FILE = "network.pt"
+MEND = "copy it again, or delete the folder and train anew"
 
 
 class SpecialistFileError(ValueError):
-    """An adapter file is of another specialist than the one that it was given for."""
+    """A file of a specialist is damaged, missing, or not of what it was given for."""
 
 
 def open_cascade(stage1_file: Path, adapter_files: Mapping[Task, Sequence[Path]]) -> tuple[Cascade, dict[str, list[str]]]:
@@ -47,14 +50,53 @@ def open_cascade(stage1_file: Path, adapter_files: Mapping[Task, Sequence[Path]]
 
 
 def reload_specialist(stage1_file: Path, task: Task, output: Path) -> Answers:
-    """Build the model of a finished run from its files alone: Stage 1's, and the adapters', the head's or the network's."""
+    """Build the model of a finished run from its files alone: Stage 1's, and the adapters', the head's or the network's.
+
+    Raises:
+        Stage1FileError: The Stage 1 file is not one.
+        SpecialistFileError: The run's file is missing, damaged, or of another specialist.
+        resadapt.AdapterError: An adapter file is damaged, or was made for another Stage 1.
+    """
     if (output / ADAPTER_FILE).exists():
         return Answers(open_cascade(stage1_file, {task: [output / ADAPTER_FILE]})[0], task)
     whole = (output / NETWORK_FILE).exists()
-    state = torch.load(output / (NETWORK_FILE if whole else HEAD_FILE), weights_only=True)
+    file = output / (NETWORK_FILE if whole else HEAD_FILE)
     cascade = Cascade(load_stage1(stage1_file))
-    (cascade if whole else cascade.get_submodule(head_name(task, quantizer="weight" not in state))).load_state_dict(state)
+    state = read_tensors(file)
+    try:
+        (cascade if whole else cascade.get_submodule(head_name(task, quantizer="weight" not in state))).load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise SpecialistFileError(f"{file}: does not hold {task.title} on this Stage 1; {MEND}") from error
     return Answers(cascade, task)
+
+
+def read_tensors(file: Path) -> Any:
+    """What `torch.save` wrote; no code in it is run.
+
+    Raises:
+        SpecialistFileError: It cannot be read.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # No common base; and its texts advise weights_only=False.
+        raise SpecialistFileError(f"{file}: cannot be read as tensors ({type(error).__name__}); {MEND}") from error
+
+
+def task_of(output: Path) -> Task:
+    """Of which specialist a finished run is.
+
+    Raises:
+        SpecialistFileError: The folder holds no finished run of a specialist.
+    """
+    file = output / "metrics.json"
+    try:
+        key = json.loads(file.read_text(encoding="utf-8"))["task"]
+        (task,) = (task for task in SPECIALISTS if task.key == key)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecialistFileError(
+            f"{file}: is not that of a finished run of a specialist ({type(error).__name__}); pass the folder of one"
+        ) from error
+    return task
 
 
 def _check_task(file: Path, task: Task) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from av1partition import accept
 from av1partition.data.blocks import DATA_DIR
 from av1partition.evaluation.metrics import classes_of, macro_f1
 from av1partition.training.small_maps import SmallMaps
@@ -144,16 +145,15 @@ def predict_logits(model: nn.Module, samples: Tensor, device: torch.device) -> T
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """The options that the training scripts of both stages have."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
         "--dataset-dir",
         type=Path,
         default=DATA_DIR,
         help="frames with MANIFEST.json, or the study's train.pt and val.pt (default: the data beside the scripts)",
     )
-    parser.add_argument("--batch-size", type=int, default=128, help="blocks in a step (default: %(default)s)")
-    parser.add_argument("--device", type=torch.device, default=torch.device(device), help="default: %(default)s")
-    parser.add_argument("--num-workers", type=int, default=0, help="loader processes (default: %(default)s)")
+    parser.add_argument("--batch-size", type=accept.whole, default=128, help="blocks in a step (default: %(default)s)")
+    parser.add_argument("--device", type=accept.device, default=accept.default_device(), help="default: %(default)s")
+    parser.add_argument("--num-workers", type=accept.whole_or_none, default=0, help="loader processes (default: %(default)s)")
 
 
 def _train_epoch(trainee: Trainee, train: TensorDataset, schedule: Schedule, epoch: int, progress: tqdm[NoReturn]) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from av1partition import accept
 from av1partition.data.symmetries import turn_at_random
 from av1partition.data.tasks import Task
 from av1partition.evaluation.metrics import best_record, classification_metrics
@@ -35,27 +36,27 @@ def add_specialist_options(parser: argparse.ArgumentParser) -> None:
     """The options that the training scripts of all specialists have."""
     add_common_options(parser)
     parser.add_argument("--stage1-model", type=Path, required=True, help="Stage 1 file; tells which backbone it is")
-    parser.add_argument("--epochs", type=int, default=50, help="default: %(default)s")
+    parser.add_argument("--epochs", type=accept.whole, default=50, help="default: %(default)s")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--use-adapters", action="store_true", help="without any of these: the frozen baseline, head only")
     what.add_argument("--full-fine-tuning", action="store_true", help="train the whole network, from Stage 1's weights")
     what.add_argument("--from-scratch", action="store_true", help="train the whole network, from random weights")
-    parser.add_argument("--adapter-bottleneck", type=int, default=64, help="hidden units (default: %(default)s)")
+    parser.add_argument("--adapter-bottleneck", type=accept.whole, default=64, help="hidden units (default: %(default)s)")
     parser.add_argument("--adapter-dropout", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--adapter-layers", nargs="+", help="modules of the backbone, globs too (default: behind its four stages)")
     parser.add_argument("--quantizer", action="store_true", help="the head sees the quantizer, and has a hidden layer")
     parser.add_argument("--base-q-idx", type=int, metavar="Q", help="train and validate on the blocks of this quantizer only")
     parser.add_argument("--augment", action="store_true", help="turn each training block by one of the eight symmetries at random")
-    parser.add_argument("--lr-adapter", type=float, default=1e-4, help="default: %(default)s")
-    parser.add_argument("--lr-head", type=float, default=5e-4, help="default: %(default)s")
-    parser.add_argument("--lr-backbone", type=float, default=1e-4, help="where it is trained (default: %(default)s)")
+    parser.add_argument("--lr-adapter", type=accept.rate, default=1e-4, help="default: %(default)s")
+    parser.add_argument("--lr-head", type=accept.rate, default=5e-4, help="default: %(default)s")
+    parser.add_argument("--lr-backbone", type=accept.rate, default=1e-4, help="where it is trained (default: %(default)s)")
     parser.add_argument(
         "--beta",
         type=float,
         default=0.9999,
         help="of the loss: nearer to 1, rare classes count more (default: %(default)s)",
     )
-    parser.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
+    parser.add_argument("--weight-decay", type=accept.rate, default=1e-4, help="default: %(default)s")
 
 
 def check_specialist_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -89,7 +90,6 @@ def train_specialist(
         TrainingStateError: The folder holds another run.
     """
     device: torch.device = options.device
-    output.mkdir(parents=True, exist_ok=True)
     cascade = Cascade(load_stage1(options.stage1_model))
     config = _config(options, task, seed, train, val)
     loss = ClassBalancedFocalLoss(train.tensors[1].bincount(minlength=len(task.classes)), options.beta, GAMMA).to(device)
@@ -123,6 +123,7 @@ def train_specialist(
             cascade.set_submodule(head_name(task, options.quantizer), head)
             trainee = network_trainee(cascade.to(device), task, head, loss, output, lr_backbone=options.lr_backbone, **rates)
             parameters["trainable"] += sum(parameter.numel() for parameter in cascade.backbone.parameters())
+    output.mkdir(parents=True, exist_ok=True)
     history = fit(trainee, data[0], data[1], schedule, state_file=output / "training_state.pt", config=config)
     # The metrics are those of the file, not of the model in memory, which is that of the last epoch.
     logits = predict_logits(reload_specialist(options.stage1_model, task, output).to(device), val.tensors[0], device)
