@@ -176,22 +176,26 @@ def adapt(
     cascade: Cascade,
     task: Task,
     bottleneck: int = 64,
-    dropout: float = 0.1,
+    dropout: float | None = 0.1,
     *,
     layers: Sequence[str] | None = None,
     quantizer: bool = False,
     name: str | None = None,
+    family: str = "pooled",
+    norm: str = "frozen",
 ) -> Cascade:
-    """Put an adapter set of the study's kind for a task into a cascade, and make it the active one.
+    """Put an adapter set for a task into a cascade, and make it the active one.
 
     Args:
         cascade: Changed in place.
         task: Its head is trained with the set, from a random start.
-        bottleneck: Hidden units of each adapter.
-        dropout: Inside each adapter.
+        bottleneck: Width of each adapter, in channels; of families without a width, 64.
+        dropout: Inside each adapter; None: the family's own.
         layers: Modules of the backbone behind which adapters go; None: the study's.
         quantizer: The head sees the quantizer.
         name: Of the set; None: the task's key.
+        family: Kind of adapter; the study's is "pooled".
+        norm: What the set has of its own of the backbone's norms.
 
     Returns:
         The cascade.
@@ -202,7 +206,17 @@ def adapt(
     # The example input tells the channels of the attention modules, which are not torchvision's.
     example = torch.zeros(1, 2, BLOCK, BLOCK)
     sites = tuple(f"{BACKBONE}.{layer}" for layer in layers)
-    inject_adapters(cascade, sites, bottleneck, head=head, dropout=dropout, example_input=example, name=name or task.key)
+    inject_adapters(
+        cascade,
+        sites,
+        bottleneck,
+        family=family,
+        name=name or task.key,
+        head=head,
+        norm=norm,
+        dropout=dropout,
+        example_input=example,
+    )
     cascade.get_submodule(head).load_state_dict(new_head(task, quantizer).state_dict())
     return cascade
 

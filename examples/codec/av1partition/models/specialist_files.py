@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from av1partition.data.tasks import SPECIALISTS, Task
-from av1partition.models.cascade import Answers, Cascade, head_name
+from av1partition.models.cascade import Answers, Cascade
 from av1partition.models.stage1_files import load_stage1
 from resadapt import load_adapters, read_adapter_info
 
@@ -57,14 +57,17 @@ def reload_specialist(stage1_file: Path, task: Task, output: Path) -> Answers:
         SpecialistFileError: The run's file is missing, damaged, or of another specialist.
         resadapt.AdapterError: An adapter file is damaged, or was made for another Stage 1.
     """
-    if (output / ADAPTER_FILE).exists():
-        return Answers(open_cascade(stage1_file, {task: [output / ADAPTER_FILE]})[0], task)
-    whole = (output / NETWORK_FILE).exists()
-    file = output / (NETWORK_FILE if whole else HEAD_FILE)
+    for name in (ADAPTER_FILE, HEAD_FILE):
+        if (output / name).exists():
+            return Answers(open_cascade(stage1_file, {task: [output / name]})[0], task)
+    file = output / NETWORK_FILE
+    if not file.exists():
+        names = ", ".join((ADAPTER_FILE, HEAD_FILE, NETWORK_FILE))
+        raise SpecialistFileError(f"{output}: has none of {names}; {MEND}")
     cascade = Cascade(load_stage1(stage1_file))
     state = read_tensors(file)
     try:
-        (cascade if whole else cascade.get_submodule(head_name(task, quantizer="weight" not in state))).load_state_dict(state)
+        cascade.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise SpecialistFileError(f"{file}: does not hold {task.title} on this Stage 1; {MEND}") from error
     return Answers(cascade, task)

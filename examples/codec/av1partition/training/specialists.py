@@ -24,8 +24,8 @@ from av1partition.models.stage1_files import load_stage1
 from av1partition.training.focal_loss import ClassBalancedFocalLoss
 from av1partition.training.loop import Schedule, add_common_options, fit, predict_logits
 from av1partition.training.state import Config, digest_of_data
-from av1partition.training.trainees import adapter_trainee, behind_front, frozen_features, head_trainee, network_trainee
-from resadapt import count_parameters
+from av1partition.training.trainees import behind_front, frozen_features, head_on_features, network_trainee, set_trainee
+from resadapt import count_parameters, list_families
 
 GAMMA = 2.0
 FILES = {"adapters": ADAPTER_FILE, "head": HEAD_FILE, "network": NETWORK_FILE}
@@ -41,8 +41,12 @@ def add_specialist_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--use-adapters", action="store_true", help="without any of these: the frozen baseline, head only")
     what.add_argument("--full-fine-tuning", action="store_true", help="train the whole network, from Stage 1's weights")
     what.add_argument("--from-scratch", action="store_true", help="train the whole network, from random weights")
-    parser.add_argument("--adapter-bottleneck", type=accept.whole, default=64, help="hidden units (default: %(default)s)")
-    parser.add_argument("--adapter-dropout", type=float, default=0.1, help="default: %(default)s")
+    families = sorted(family.name for family in list_families())
+    parser.add_argument("--adapter-family", default="pooled", choices=families, help="default: %(default)s")
+    parser.add_argument("--adapter-bottleneck", type=accept.whole, default=64, help="their width, if any (default: %(default)s)")
+    parser.add_argument("--adapter-dropout", type=float, help="default: the family's own, 0.1 for pooled")
+    norms = ("frozen", "affine", "stats", "affine+stats")
+    parser.add_argument("--adapter-norm", default="frozen", choices=norms, help="norms of the set's own (default: %(default)s)")
     parser.add_argument("--adapter-layers", nargs="+", help="modules of the backbone, globs too (default: behind its four stages)")
     parser.add_argument("--quantizer", action="store_true", help="the head sees the quantizer, and has a hidden layer")
     parser.add_argument("--base-q-idx", type=int, metavar="Q", help="train and validate on the blocks of this quantizer only")
@@ -99,35 +103,35 @@ def train_specialist(
     rates = {"lr_head": options.lr_head, "weight_decay": options.weight_decay}
     torch.manual_seed(seed)
     data: Sequence[TensorDataset] = (train, val)
-    if what == "adapters":
+    file = output / FILES[what]
+    if what != "network":
         size, dropout = options.adapter_bottleneck, options.adapter_dropout
-        adapt(cascade, task, size, dropout, layers=options.adapter_layers, quantizer=options.quantizer).to(device)
+        layers = options.adapter_layers if what == "adapters" else ()
+        kind = {"family": options.adapter_family, "norm": options.adapter_norm} if what == "adapters" else {}
+        adapt(cascade, task, size, dropout, layers=layers, quantizer=options.quantizer, **kind).to(device)
         rates["lr_adapter"] = options.lr_adapter
         model: nn.Module = Answers(cascade, task)
-        if augment is None:
+        if what == "head":
+            model = head_on_features(cascade, task, quantizer=options.quantizer)
+            data = [frozen_features(cascade.backbone, each, device, quantizer=options.quantizer) for each in data]
+        elif augment is None:
             model, data = behind_front(cascade, task, data, device)
-        trainee = adapter_trainee(model, cascade, task, loss, val, output, device, stage1_file=options.stage1_model, **rates)
+        trainee = set_trainee(model, cascade, task, loss, val, file, device, stage1_file=options.stage1_model, **rates)
         counts = count_parameters(cascade)
         parameters = {"trainable": counts.trainable, "adapters": counts.adapters, "head": counts.head}
     else:
         head = new_head(task, options.quantizer).to(device)
         size = sum(parameter.numel() for parameter in head.parameters())
         parameters = {"trainable": size, "adapters": 0, "head": size}
-        if what == "head":
-            trainee = head_trainee(head, loss, output, **rates)
-            backbone, quantizer = cascade.backbone, options.quantizer
-            data = [frozen_features(backbone, each, device, quantizer=quantizer) for each in data]
-        else:
-            if options.from_scratch:
-                cascade.stage1.backbone = build_backbone(kind_of(cascade.backbone)).to(memory_format=torch.channels_last)
-            cascade.set_submodule(head_name(task, options.quantizer), head)
-            trainee = network_trainee(cascade.to(device), task, head, loss, output, lr_backbone=options.lr_backbone, **rates)
-            parameters["trainable"] += sum(parameter.numel() for parameter in cascade.backbone.parameters())
+        if options.from_scratch:
+            cascade.stage1.backbone = build_backbone(kind_of(cascade.backbone)).to(memory_format=torch.channels_last)
+        cascade.set_submodule(head_name(task, options.quantizer), head)
+        trainee = network_trainee(cascade.to(device), task, head, loss, output, lr_backbone=options.lr_backbone, **rates)
+        parameters["trainable"] += sum(parameter.numel() for parameter in cascade.backbone.parameters())
     output.mkdir(parents=True, exist_ok=True)
     history = fit(trainee, data[0], data[1], schedule, state_file=output / "training_state.pt", config=config)
     # The metrics are those of the file, not of the model in memory, which is that of the last epoch.
     logits = predict_logits(reload_specialist(options.stage1_model, task, output).to(device), val.tensors[0], device)
-    file = output / FILES[what]
     metrics = {
         **classification_metrics(logits, val.tensors[1], task.classes),
         "task": task.key,

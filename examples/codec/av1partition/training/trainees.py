@@ -15,14 +15,15 @@ from av1partition.atomic_file import write_atomically
 from av1partition.data.inputs import luma
 from av1partition.data.tasks import Task
 from av1partition.evaluation.metrics import macro_f1
-from av1partition.models.cascade import Answers, Cascade, beside_quantizer
+from av1partition.models.cascade import Answers, Cascade, beside_quantizer, head_name
 from av1partition.models.shared_front import BehindFront, Front, shared_end
-from av1partition.models.specialist_files import ADAPTER_FILE, HEAD_FILE, NETWORK_FILE
+from av1partition.models.specialist_files import NETWORK_FILE
 from av1partition.models.stage1_files import load_stage1
 from av1partition.training.loop import Trainee, predict_logits
 from resadapt import (
     adapter_state_dict,
     adapters_disabled,
+    count_parameters,
     load_adapter_state_dict,
     parameter_groups,
     save_adapters,
@@ -33,13 +34,13 @@ PROOF_BLOCKS = 2048
 PROBE_BLOCKS = 16
 
 
-def adapter_trainee(
+def set_trainee(
     model: nn.Module,
     cascade: Cascade,
     task: Task,
     loss: nn.Module,
     val: TensorDataset,
-    output: Path,
+    file: Path,
     device: torch.device,
     *,
     stage1_file: Path,
@@ -47,15 +48,18 @@ def adapter_trainee(
     lr_head: float,
     weight_decay: float,
 ) -> Trainee:
-    """Train adapters and head inside the model; the adapter file proves itself at each best epoch.
+    """Train a set, adapters and head or the head alone; its file proves itself at each best epoch.
+
+    Of a head alone the proof compares tensors and outputs only: passes through the backbone for each best epoch would take longer
+    than its training.
 
     Args:
-        model: What is trained and asked: the cascade's `Answers`, or `BehindFront` of it.
-        cascade: With the task's adapters injected, on its device.
+        model: What is trained and asked: the cascade's `Answers`, `BehindFront` of it, or `head_on_features`.
+        cascade: With the task's set injected, on its device.
         task: What they are trained for.
         loss: From logits and labels to a scalar.
         val: All validation blocks; the proof uses a fixed part of them.
-        output: Where the adapter file goes.
+        file: Where the set's file goes.
         device: Where the model is.
         stage1_file: What the model was built from, and is rebuilt from for each proof.
         lr_adapter: Learning rate of the adapters.
@@ -63,6 +67,7 @@ def adapter_trainee(
         weight_decay: Of both, on weights only.
     """
     samples, labels = proof_subset(val)
+    adapted = count_parameters(cascade).adapters > 0
 
     def metric(candidate: nn.Module) -> float:
         # Live and reloaded model are measured on the same blocks, or their difference would mean nothing.
@@ -71,21 +76,22 @@ def adapter_trainee(
     def keep_best(record: dict[str, Any], logits: Tensor) -> None:
         report = save_adapters(
             cascade,
-            output / ADAPTER_FILE,
+            file,
             probe=samples[:PROBE_BLOCKS].to(device),
-            metric=metric,
+            metric=metric if adapted else None,
             tolerance=0.0,
             metadata={"task": task.key, "epoch": record["epoch"], "macro_f1": record["macro_f1"]},
             rebuild=lambda: Cascade(load_stage1(stage1_file)),
         )
-        record["proof"] = {
-            "blocks": len(samples),
-            "macro_f1_live": report.metric_live,
-            "macro_f1_reloaded": report.metric_reloaded,
-            "macro_f1_difference": report.metric_difference,
-            "checks": {check.name: check.outcome for check in report.checks},
-        }
-        _save(logits, output / LOGITS_FILE)
+        if adapted:
+            record["proof"] = {
+                "blocks": len(samples),
+                "macro_f1_live": report.metric_live,
+                "macro_f1_reloaded": report.metric_reloaded,
+                "macro_f1_difference": report.metric_difference,
+                "checks": {check.name: check.outcome for check in report.checks},
+            }
+        _save(logits, file.parent / LOGITS_FILE)
 
     return Trainee(
         model,
@@ -97,21 +103,9 @@ def adapter_trainee(
     )
 
 
-def head_trainee(head: nn.Module, loss: nn.Module, output: Path, *, lr_head: float, weight_decay: float) -> Trainee:
-    """Train the head alone, on features that the frozen backbone gave once.
-
-    The backbone does not take part in the training at all, so nothing of it can move: neither weights
-    nor BatchNorm statistics.
-
-    Args:
-        head: From features to logits, on its device.
-        loss: From logits and labels to a scalar.
-        output: Where the head's file goes.
-        lr_head: Learning rate.
-        weight_decay: Of all its parameters.
-    """
-    optimizer = AdamW(head.parameters(), lr=lr_head, weight_decay=weight_decay, fused=True)
-    return _whole(nn.Sequential(nn.Dropout(0.5), head), head, loss, optimizer, output / HEAD_FILE)
+def head_on_features(cascade: Cascade, task: Task, *, quantizer: bool) -> nn.Module:
+    """A specialist's head with the dropout in front of it, for features that the frozen backbone gave once."""
+    return nn.Sequential(nn.Dropout(0.5), cascade.get_submodule(head_name(task, quantizer)))
 
 
 def network_trainee(
@@ -138,9 +132,17 @@ def network_trainee(
         weight_decay: Of all parameters.
     """
     groups = [{"params": cascade.backbone.parameters(), "lr": lr_backbone}, {"params": head.parameters(), "lr": lr_head}]
-    return _whole(
-        Answers(cascade, task), cascade, loss, AdamW(groups, weight_decay=weight_decay, fused=True), output / NETWORK_FILE
-    )
+    optimizer = AdamW(groups, weight_decay=weight_decay, fused=True)
+
+    def state() -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu().clone() for name, tensor in cascade.state_dict().items()}
+
+    def keep_best(_: dict[str, Any], logits: Tensor) -> None:
+        _save(state(), output / NETWORK_FILE)
+        _save(logits, output / LOGITS_FILE)
+
+    model = Answers(cascade, task)
+    return Trainee(model, loss, optimizer, capture=state, restore=cascade.load_state_dict, keep_best=keep_best)
 
 
 def frozen_features(backbone: nn.Module, data: TensorDataset, device: torch.device, *, quantizer: bool) -> TensorDataset:
@@ -173,19 +175,6 @@ def proof_subset(val: TensorDataset) -> tuple[Tensor, Tensor]:
     index = torch.randperm(len(val), generator=generator)[:PROOF_BLOCKS]
     samples, labels = val.tensors
     return samples[index], labels[index]
-
-
-def _whole(model: nn.Module, kept: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> Trainee:
-    """A trainee of which one module's whole state is kept."""
-
-    def state() -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu().clone() for name, tensor in kept.state_dict().items()}
-
-    def keep_best(_: dict[str, Any], logits: Tensor) -> None:
-        _save(state(), file)
-        _save(logits, file.parent / LOGITS_FILE)
-
-    return Trainee(model, loss, optimizer, capture=state, restore=kept.load_state_dict, keep_best=keep_best)
 
 
 def _save(content: object, path: Path) -> None:
