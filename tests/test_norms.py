@@ -93,9 +93,7 @@ def test_sets_with_different_policies_switch() -> None:
         before = of_norms(model, "s")
         model(x)
         assert all(torch.equal(before[k], t) for k, t in of_norms(model, "s").items()) is (name != "s")
-        if name in ("s", "b"):
-            resadapt.load_adapter_state_dict(model, {**resadapt.adapter_state_dict(model, name)}, name)
-            outputs[name] = model.eval()(x)
+        outputs[name] = model.eval()(x)  # its own statistics have moved, if it has any
 
 
 def test_parameter_groups_have_one_for_norms() -> None:
