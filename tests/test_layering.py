@@ -33,10 +33,10 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     },
     {
         "injection": (
-            ("mixture", "sharding"),
+            ("mixture",),
             ("slots",),
             ("walk",),
-            ("patterns", "freeze", "owned", "ledger"),
+            ("sharding", "patterns", "freeze", "owned", "ledger"),
             ("watch",),
             ("hooks",),
             ("measure",),

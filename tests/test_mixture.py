@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -149,6 +150,32 @@ def test_trained_sets_are_left_trainable_until_the_next_switch() -> None:
     assert model.layer4[-1].get_submodule("resadapt.pooled.up").weight.grad is not None
     resadapt.set_active_adapters(model, "norms")
     assert not model.layer4[-1].get_submodule("resadapt.pooled.up").weight.requires_grad
+
+
+def calls_of(function: Any) -> int:
+    count = 0
+
+    def profile(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_switching_takes_as_long_with_many_sets() -> None:
+    model = ResNet(BasicBlock, [1, 1, 1, 1])
+    calls = {}
+    for number in range(32):
+        resadapt.inject_adapters(model, "layer4", 2, name=f"s{number}", head="fc", norm="affine")
+        if number in (1, 31):
+            calls[number] = calls_of(lambda: resadapt.set_active_adapters(model, "s0"))
+            resadapt.set_active_adapters(model, f"s{number}")
+    assert calls[31] < 1.1 * calls[1]
 
 
 def test_many_sets_on_one_backbone() -> None:

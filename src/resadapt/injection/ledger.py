@@ -69,8 +69,8 @@ class Ledger:
     parked_plain: dict[str, nn.Module] = field(default_factory=dict)
     """The backbone's own modules where the active set's are in their places."""
 
-    mixing: bool = False
-    """Whether the samples of a batch run with different sets now."""
+    mixing: tuple[str | None, ...] = ()
+    """The sets that the samples of a batch run with now, where they run with different ones."""
     mixed: set[str] = field(default_factory=set)
     """Sets that were left trainable by a mixed batch, so that a backward pass after it reaches them."""
 
@@ -78,6 +78,11 @@ class Ledger:
     def active_set(self) -> AdapterSet | None:
         """The set that the model runs with now."""
         return None if self.active is None else self.sets[self.active]
+
+    @property
+    def running(self) -> list[AdapterSet]:
+        """The sets that the model runs with now: the active one, or those of a mixed batch."""
+        return [self.sets[name] for name in self.mixing or (self.active,) if name is not None]
 
     def set_named(self, name: object) -> AdapterSet:
         """Returns a set, or says which there are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -30,7 +30,7 @@ def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
     """
     if name == ledger.active:
         return
-    check_switchable(model, ledger)
+    check_switchable(model, ledger, {ledger.active, name} - {None})
     for left in ledger.mixed & ledger.sets.keys():
         _park_flags(model, ledger.sets[left])
     ledger.mixed = set()
@@ -90,8 +90,8 @@ def mixed(model: nn.Module, ledger: Ledger, names: Sequence[str | None]) -> Iter
             before = here.__dict__.get("forward", _NOTHING)
             here.__dict__["forward"] = partial(run_own, here, place, modules, mixture, here.forward)
             stack.callback(_put_forward_back, here, before)
-        ledger.mixing = True
-        stack.callback(setattr, ledger, "mixing", False)
+        ledger.mixing = tuple(record.spec.name for record in records) or (None,)
+        stack.callback(setattr, ledger, "mixing", ())
         yield
     ledger.mixed |= {record.spec.name for record in records} - {ledger.active}
 
@@ -103,13 +103,13 @@ def _put_forward_back(module: nn.Module, before: object) -> None:
         module.__dict__["forward"] = before
 
 
-def check_intact(model: nn.Module, ledger: Ledger) -> None:
-    """Checks that everything of the sets is where it was put.
+def check_intact(model: nn.Module, ledger: Ledger, names: Collection[str | None] | None = None) -> None:
+    """Checks that everything of some sets, or of all, is where it was put.
 
     Raises:
         InjectionError: An adapter or head is no longer in its place.
     """
-    for record in ledger.sets.values():
+    for record in [ledger.sets[name] for name in ledger.sets if names is None or name in names]:
         list(adapter_tensors(model, record.spec))
         if gone := replaced(model, record.spec.own):
             raise InjectionError(
@@ -120,15 +120,15 @@ def check_intact(model: nn.Module, ledger: Ledger) -> None:
     check_places(model, ledger.parked_plain)
 
 
-def check_switchable(model: nn.Module, ledger: Ledger) -> None:
-    """Checks that sets can be switched and removed, so that what follows cannot fail half-way.
+def check_switchable(model: nn.Module, ledger: Ledger, names: Collection[str | None] | None = None) -> None:
+    """Checks that some sets, or all, can be switched and removed, so that what follows cannot fail half-way.
 
     Raises:
         InjectionError: An adapter or head is no longer in its place, the model is sharded, or a batch is being mixed.
     """
     if ledger.mixing:
         raise InjectionError("Inside adapters_for sets cannot be switched, injected, removed or saved. Leave it first.")
-    check_intact(model, ledger)
+    check_intact(model, ledger, names)
     if sharded_tensors(model):
         raise InjectionError(
             "The model is sharded (fully_shard), which ties its parameters to their places. Switch or remove sets before sharding."

@@ -50,9 +50,10 @@ def begin_forward(root: nn.Module, args: Any) -> None:
     outer = _current.get()
     _current.set(_Forward(id(root), outer if outer is None or outer.root != id(root) else outer.outer))
     ledger = root.__dict__.get(LEDGER)
-    if root.training and isinstance(ledger, Ledger) and (record := ledger.active_set):
-        _check_head(root, record)
-        _check_averaged(root, record)
+    if root.training and isinstance(ledger, Ledger):
+        for record in ledger.running:
+            _check_own(root, record)
+            _check_averaged(root, record)
 
 
 def count_run(slot: AdapterSlot) -> None:
@@ -141,7 +142,7 @@ def _is_running(root: int) -> bool:
     return False
 
 
-def _check_head(root: nn.Module, record: AdapterSet) -> None:
+def _check_own(root: nn.Module, record: AdapterSet) -> None:
     if gone := replaced(root, record.spec.own):
         raise InjectionError(
             f"The modules {listing(gone)} were replaced after the injection, so the set {record.spec.name!r} does not have them. "
