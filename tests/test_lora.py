@@ -111,7 +111,8 @@ def test_a_linear_against_loops(shape: tuple[int, ...], dora: bool, bias: bool) 
     factor: Any = 1.0
     if dora:
         norms = [[sum(v * v for v in row) ** 0.5 for row in weight.tolist()] for weight in (layer.weight, layer.weight + change)]
-        factor = (torch.tensor(norms[0]).double() + adapter.magnitude) / torch.tensor(norms[1]).double()
+        before, after = torch.tensor(norms, dtype=torch.float64)
+        factor = (before + adapter.magnitude) / after
     start = layer.bias.detach() if bias else 0.0
     assert_same_gradients(
         apply(adapter, layer, (x,), output), start + factor * ((output - start) + x @ change.T), [x, *adapter.parameters()]

@@ -84,7 +84,7 @@ class ConvAdapter(Adapter):
         """Adapts a feature map, given the site's input too in the parallel schemes."""
         h = output if x is None else x
         hidden = self.act(cropped(self.down(h), output, self._cropped))
-        change: Tensor = self.scale * self.up(hidden)
+        change: Tensor = self.scale.to(output.dtype) * self.up(hidden)
         return output + change
 
 
