@@ -63,6 +63,18 @@ DDP = """
         assert resadapt.save_adapters(model, out, rebuild=small_resnet).ok
 """
 
+DDP_MIXED = """
+    ddp = nn.parallel.DistributedDataParallel(injected(injected(name="a"), name="b"))
+    ddp.train()
+    def mixed(names):
+        with resadapt.adapters_for(ddp, names):
+            return ddp(mine())
+    mixed(["b", None])
+    raises(lambda: mixed(["b", "a"]), "does not average the gradients of")
+    with torch.no_grad():
+        mixed(["b", "a"])
+"""
+
 DDP_SWITCHED = """
     def two():
         return injected(injected(name="a"), name="b")
@@ -191,7 +203,9 @@ FSDP2 = """
 FSDP = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 is public from torch 2.6")
 
 
-@pytest.mark.parametrize("body", [DDP, DDP_SWITCHED, pytest.param(FSDP2, marks=FSDP)], ids=["ddp", "ddp_switched", "fsdp2"])
+@pytest.mark.parametrize(
+    "body", [DDP, DDP_MIXED, DDP_SWITCHED, pytest.param(FSDP2, marks=FSDP)], ids=["ddp", "ddp_mixed", "ddp_switched", "fsdp2"]
+)
 def test_two_processes(body: str, tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     out = tmp_path / "files" / "set.pt"
