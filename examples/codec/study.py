@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ablation
+import diagnosis
 import evaluate
 import mystery
 import run_pipeline
@@ -68,6 +69,9 @@ def steps() -> Iterator[Step]:
     flags = f"--stage1-model {{runs}}/stage1_study/stage1.pt {part} --output-dir {{runs}}/mystery"
     yield Step("mystery", mystery.main, flags, "mystery/mystery.md", "mystery")
     yield Step("ablation", ablation.main, "--runs-dir {runs} --final --jobs {jobs}", None, "ablation")
+    both = "{runs}/stage1_study/stage1.pt {runs}/stage1_kinds/stage1.pt"
+    flags = f"--stage1-models {both} --output-dir {{runs}}/diagnosis"
+    yield Step("diagnosis", diagnosis.main, flags, "diagnosis/diagnosis.md", "diagnosis")
     for name, stage1, variant, baseline in (
         ("stage2_study", "stage1_study", "v1", "frozen"),
         ("stage2", "stage1_kinds", STAGE2, "kinds-frozen-rare"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation
+import diagnosis
 import mystery
 import pytest
 import run_pipeline
@@ -25,6 +26,7 @@ def read(name: str) -> Any:
 def test_tables_are_those_of_the_figures() -> None:
     tables = {
         "ablation/ablation": table(read("ablation/ablation.json")),
+        "diagnosis/diagnosis": diagnosis.table(read("diagnosis/diagnosis.json")["rows"]),
         "mystery/mystery": mystery.table(read("mystery/mystery.json")["cases"]),
         **{f"{name}/pipeline": run_pipeline.table(read(f"{name}/pipeline.json")) for name in PIPELINES},
     }
