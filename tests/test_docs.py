@@ -36,9 +36,16 @@ def test_the_examples_in_the_pages_run(tmp_path: Path) -> None:
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = (tmp_path / "out" / "output.txt").read_text()
-    for page in ("getting_started", "freezing", "checkpoints", "file_format", "codec_example"):
+    for page in ("index", "getting_started", "families", "sets", "freezing", "checkpoints", "file_format", "codec_example"):
         assert f"Document: {page}\n" in results
     assert re.search(r"^ +0 failures in tests$", results, re.MULTILINE)
+
+
+def test_the_tables_of_families_are_what_the_code_says() -> None:
+    # In a process of its own: here other tests may have registered families.
+    command = [sys.executable, DOCS / "make_tables.py", "--check"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -378,7 +378,7 @@ def test_starts_draw_what_they_say() -> None:
 @pytest.mark.parametrize(
     ("family", "layers", "options", "reason"),
     [
-        ("mona", "fc", {}, r"no meaning at site 'fc' \(Linear\): its filters need 1 to 3 spatial dimensions, not 0. It has one at"),
+        ("mona", "fc", {}, r"cannot adapt site 'fc' \(Linear\): its filters need 1 to 3 spatial dimensions, not 0. It can adapt"),
         ("series", "layer4", {"init": "zeros"}, r"init='zeros' is not known: use 'identity' or 'he'"),
         ("series", "layer4", {"batch_norm": "yes"}, r"batch_norm='yes' is not known: use True or False"),
         ("series", "layer4", {"dropout": 0.1}, r"family 'series' has nothing that drops"),

@@ -16,6 +16,9 @@ LINEAR: list[tuple[dict[str, Any], str]] = [
     ({"family": "series"}, "layer*.*.conv2"),
     ({"family": "ssf"}, "layer*.*.bn2"),
     ({"family": "ssf"}, "layer*.*.bn?"),
+    ({"family": "parallel"}, "layer*.*.conv?"),
+    ({"family": "lora", "bottleneck": 2}, "layer*.*.conv?"),
+    ({"family": "lora", "bottleneck": 2, "dora": True}, "layer*.*.conv?"),
 ]
 
 

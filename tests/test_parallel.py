@@ -151,7 +151,7 @@ def test_it_needs_a_convolution(module: Any) -> None:
 
 def test_the_injector_names_the_sites_that_would_do() -> None:
     with pytest.raises(
-        resadapt.InjectionError, match=r"no meaning at site 'fc' \(Linear\): it needs a convolution. It has one at 'conv1'"
+        resadapt.InjectionError, match=r"cannot adapt site 'fc' \(Linear\): it needs a convolution. It can adapt 'conv1'"
     ):
         resadapt.inject_adapters(resnet18(), "fc", family="parallel")
     with pytest.raises(resadapt.InjectionError, match="ParallelAdapter has no hidden layer, and so no width"):

@@ -51,9 +51,9 @@ class ConvAdapter(Adapter):
     """
 
     reads = "input"
-    formula = "y + s up_1x1(act(down_kxk h)), h the input or the output y"
+    formula = "x + s up(act(down h)), down in b groups; in the sequential schemes of x in place of h"
     size = "C_h k^2 + b C_out + C_out"
-    starts = "identity: up zero; or He-normal"
+    starts = "identity (up = 0), or He-normal"
     source = "arXiv:2208.07463"
 
     def __init__(

@@ -60,9 +60,9 @@ class LoraAdapter(Adapter):
     """
 
     reads = "input"
-    formula = "W x + alpha/r B(A x); dora: rows of W + alpha/r B A scaled to learned norms"
+    formula = "x + alpha/r B(A h); dora: the rows of W + alpha/r B A scaled to learned norms"
     size = "r(C_in k^2 + C_out); dora: + C_out"
-    starts = "identity: B zero"
+    starts = "identity (B = 0)"
     source = "arXiv:2106.09685; dora: arXiv:2402.09353"
 
     def __init__(

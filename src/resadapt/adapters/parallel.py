@@ -42,9 +42,9 @@ class ParallelAdapter(Adapter):
     """
 
     reads = "input"
-    formula = "W x + alpha x"
+    formula = "x + alpha h, alpha of one tap"
     size = "C_in C_out / groups"
-    starts = "identity: zero; or He-normal"
+    starts = "identity (alpha = 0), or He-normal"
     source = "arXiv:1803.10082"
 
     def __init__(self, site: Site, *, init: str = "identity") -> None:
