@@ -147,10 +147,10 @@ def test_a_stage_is_a_site_of_the_scheme_that_reads_its_output_only() -> None:
     adapter = adapters_of(model)["layer1"]
     torch.testing.assert_close(adapter(seen[1]), seen[0])
     with pytest.raises(
-        resadapt.InjectionError, match=r"'layer1' is a Sequential: its adapter sits at its last block 'layer1\.1' and.*It has"
+        resadapt.InjectionError, match=r"'layer1' is a Sequential: its adapter sits at its last block 'layer1\.1' and.*It can adapt"
     ):
         resadapt.inject_adapters(small_resnet(), "layer1", 8, family="conv", scheme="residual-parallel")
-    with pytest.raises(resadapt.InjectionError, match=r"no meaning at site 'layer1' \(Sequential\): it needs a convolution"):
+    with pytest.raises(resadapt.InjectionError, match=r"cannot adapt site 'layer1' \(Sequential\): it needs a convolution"):
         resadapt.inject_adapters(small_resnet(), "layer1", 8, family="conv")
 
 

@@ -416,9 +416,9 @@ def test_removing_checks_first_and_changes_then() -> None:
             lambda: resadapt.remove_adapters(model),
             lambda: resadapt.remove_adapters(model, "a"),
             lambda: resadapt.remove_adapters(model, keep_head=active is not None),
-            lambda: resadapt.set_active_adapters(model, "a" if active != "a" else None),
+            lambda: resadapt.set_active_adapters(model, "a" if active == "b" else "b"),
             lambda: resadapt.inject_adapters(model, "layer2", name="c"),
-            lambda: resadapt.adapters_disabled(model).__enter__() if active else resadapt.remove_adapters(model),
+            lambda: resadapt.adapters_disabled(model).__enter__() if active == "b" else resadapt.remove_adapters(model),
         ):
             with pytest.raises(resadapt.InjectionError, match=r"'layer4.1' has lost its adapter of set 'b'"):
                 call()

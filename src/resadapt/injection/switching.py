@@ -65,6 +65,8 @@ def activated(model: nn.Module, ledger: Ledger, name: str | None) -> Iterator[No
 def on_plain(model: nn.Module) -> Iterator[None]:
     """Runs the body on the plain backbone, whether anything was injected or not."""
     ledger = find_ledger(model)
+    if ledger:
+        check_switchable(model, ledger)
     with activated(model, ledger, None) if ledger else nullcontext():
         yield
 

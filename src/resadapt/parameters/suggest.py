@@ -92,8 +92,11 @@ def suggest_layers(
         >>> from torchvision.models import resnet18
         >>> print(suggest_layers(resnet18(), 0.01))
         site    bottleneck  parameters
-        layer1           7         967
-        layer2          15       3,983
+        layer1          10       1,354
+        layer2          21       5,525
+        layer3          42      21,802
+        layer4          85      87,637
+        116,318 parameters, 1.00% of the model's. Widths are one fraction of the sites' channels, the largest that fits.
     """
     inner = unwrap(model)
     kind, total = family_named(family), count_parameters(model).total
