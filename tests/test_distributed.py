@@ -99,6 +99,10 @@ DDP_SWITCHED = """
     ddp.train()(mine()).sum().backward()
     resadapt.inject_adapters(ddp.module.net, "layer4", 2, name="late")
     raises(lambda: ddp(mine()), "does not average the gradients of")
+
+    mixed = nn.parallel.DistributedDataParallel(injected()).train()
+    with resadapt.adapters_for(mixed, ["default", None]):
+        raises(lambda: mixed(mine()), "does not average the gradients of 'fc.weight', 'fc.bias'")
 """
 
 FSDP2 = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,6 +406,23 @@ def _on_cpu() -> Any:
         return small_net()
 
 
+def test_the_work_of_switching_does_not_grow_with_the_number_of_sets() -> None:
+    model = small_net()
+    work = []
+    for number in range(12):
+        resadapt.inject_adapters(model, "c2", 2, name=f"s{number}", head="head", norm="affine")
+        resadapt.set_active_adapters(model, "s0")
+        calls: list[str] = []
+        sys.setprofile(lambda _frame, event, _arg, calls=calls: calls.append(event))
+        try:
+            resadapt.set_active_adapters(model, None)
+            resadapt.set_active_adapters(model, "s0")
+        finally:
+            sys.setprofile(None)
+        work.append(calls.count("call"))
+    assert work[1] == work[-1]
+
+
 def test_removing_checks_first_and_changes_then() -> None:
     """Sets a and b, and the block of b replaced: a must not be gone when that is found."""
     model = resadapt.inject_adapters(small_resnet(), "layer1", 4, name="a", head="fc")
@@ -416,9 +434,9 @@ def test_removing_checks_first_and_changes_then() -> None:
             lambda: resadapt.remove_adapters(model),
             lambda: resadapt.remove_adapters(model, "a"),
             lambda: resadapt.remove_adapters(model, keep_head=active is not None),
-            lambda: resadapt.set_active_adapters(model, "a" if active != "a" else None),
+            lambda: resadapt.set_active_adapters(model, "a" if active == "b" else "b"),
             lambda: resadapt.inject_adapters(model, "layer2", name="c"),
-            lambda: resadapt.adapters_disabled(model).__enter__() if active else resadapt.remove_adapters(model),
+            lambda: resadapt.adapters_disabled(model).__enter__() if active == "b" else resadapt.remove_adapters(model),
         ):
             with pytest.raises(resadapt.InjectionError, match=r"'layer4.1' has lost its adapter of set 'b'"):
                 call()

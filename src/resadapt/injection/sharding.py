@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
 from resadapt.base.tensors import is_sharded
 
-__all__ = ["reshard", "sharded_tensors"]
+__all__ = ["are_sharded", "reshard", "sharded_tensors"]
 
 
 def sharded_tensors(model: nn.Module) -> list[Tensor]:
@@ -19,12 +21,24 @@ def sharded_tensors(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in (*nn.Module.parameters(model), *nn.Module.buffers(model)) if is_sharded(tensor)]
 
 
+def are_sharded(modules: Iterable[nn.Module]) -> bool:
+    """Tells whether one of some modules, without their children, has sharded tensors or shards them."""
+    for module in modules:
+        tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+        if isinstance(module, _kind()) or any(map(is_sharded, tensors)):
+            return True
+    return False
+
+
 def reshard(model: nn.Module) -> None:
     """Puts every parameter back in its sharded form: after a forward without a backward some stay gathered.
 
     What is written into a gathered parameter would be lost.
     """
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())  # not imported: nothing can be sharded
     for module in nn.Module.modules(model):
-        if isinstance(module, kind):
+        if isinstance(module, _kind()):
             module.reshard()
+
+
+def _kind() -> Any:
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())  # not imported: nothing can be sharded

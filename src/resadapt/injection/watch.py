@@ -50,9 +50,10 @@ def begin_forward(root: nn.Module, args: Any) -> None:
     outer = _current.get()
     _current.set(_Forward(id(root), outer if outer is None or outer.root != id(root) else outer.outer))
     ledger = root.__dict__.get(LEDGER)
-    if root.training and isinstance(ledger, Ledger) and (record := ledger.active_set):
-        _check_head(root, record)
-        _check_averaged(root, record)
+    if root.training and isinstance(ledger, Ledger):
+        for record in ledger.running:
+            _check_head(root, record)
+            _check_averaged(root, ledger, record)
 
 
 def count_run(slot: AdapterSlot) -> None:
@@ -149,7 +150,7 @@ def _check_head(root: nn.Module, record: AdapterSet) -> None:
         )
 
 
-def _check_averaged(root: nn.Module, record: AdapterSet) -> None:
+def _check_averaged(root: nn.Module, ledger: Ledger, record: AdapterSet) -> None:
     """Refuses to train parameters that DistributedDataParallel, which was built for others, does not average."""
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is None or not torch.is_grad_enabled():
@@ -158,10 +159,16 @@ def _check_averaged(root: nn.Module, record: AdapterSet) -> None:
     trained = dict(adapter_tensors(root, record.spec)) | own_tensors(root, record)
     left_out = [path for path, tensor in trained.items() if tensor.requires_grad and id(tensor) not in averaged]
     if left_out and any(module is root for module in ddp.module.modules()):
+        why = (
+            "became the active one after the model was wrapped. Wrap the model again, DistributedDataParallel(wrapper.module), "
+            "once the set to train is active"
+        )
+        if ledger.mixing is not None:
+            why = (
+                "is one of a mixed batch, of which it averages adapters only, if made inside adapters_for. Train one set at a time"
+            )
         raise InjectionError(
-            f"DistributedDataParallel does not average the gradients of {listing(left_out)}: the set {record.spec.name!r} became "
-            "the active one after the model was wrapped. Wrap the model again, DistributedDataParallel(wrapper.module), once the "
-            "set to train is active."
+            f"DistributedDataParallel does not average the gradients of {listing(left_out)}: the set {record.spec.name!r} {why}."
         )
 
 
