@@ -183,6 +183,14 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], 
     path.write_bytes(encode(manifest, tensors, path.suffix[1:]))
 
 
+def _absurd(sizes: dict[str, int], family: str, **options: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    def change(manifest: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
+        manifest["set"]["sites"][0].update(sizes)
+        manifest["set"].update(family=family, options=options)
+
+    return change
+
+
 def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> None:
     tensors[key] = torch.zeros(1)
     record = TensorRecord.of(tensors[key])
@@ -201,6 +209,14 @@ def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> No
         (lambda m, t: m["set"]["sites"][0].update(channels=True), resadapt.AdapterFileError, "site.channels: expected int"),
         (lambda m, t: m["set"]["sites"][0].update(bottleneck=-1), resadapt.AdapterFileError, "below 1"),
         (lambda m, t: m["set"].update(head=[3]), resadapt.AdapterFileError, "lists of names"),
+        (
+            lambda m, t: m["set"].update(blueprints={"bn": {}}),
+            resadapt.AdapterFileError,
+            "a blueprint of something that is no head",
+        ),
+        (_absurd({"bottleneck": 0}, "conv"), resadapt.AdapterFileError, "ZeroDivisionError"),
+        (_absurd({"spatial_dims": 8, "bottleneck": 1}, "conv"), resadapt.AdapterFileError, "Conv8d"),
+        (_absurd({}, "lora", alpha=10**400), resadapt.AdapterFileError, "OverflowError"),
         (lambda m, t: m["set"].update(family="lola"), resadapt.AdapterFileError, "family='lola' does not exist.*register"),
         (lambda m, t: m["set"].update(norm="train"), resadapt.AdapterFileError, "norm='train' does not exist"),
         (lambda m, t: m["set"].update(name="a.b"), resadapt.AdapterFileError, "cannot name a set"),
@@ -210,7 +226,7 @@ def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> No
         (lambda m, t: m["set"]["sites"][0].update(owner="2"), resadapt.AdapterFileError, "cannot be injected"),
         (lambda m, t: m["set"]["sites"][0].update(owner="1"), resadapt.AdapterFileError, "named more than once"),
         (lambda m, t: m["set"].update(sites=[]), resadapt.AdapterKeyError, "is unexpected"),
-        (lambda m, t: m["set"].update(sites=[], head=[]), resadapt.AdapterFileError, "there is nothing in it"),
+        (lambda m, t: m["set"].update(sites=[], head=[], blueprints={}), resadapt.AdapterFileError, "there is nothing in it"),
         (lambda m, t: m["set"].update(norms=["1"]), resadapt.AdapterFileError, "are not those of this model"),
         (lambda m, t: m["set"].update(blueprints={"3": {"type": "Linear"}}), resadapt.AdapterFileError, "cannot be built as it is"),
         (lambda m, t: m["set"].update(head=["3", "3"]), resadapt.AdapterFileError, "named more than once"),

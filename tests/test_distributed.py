@@ -69,7 +69,9 @@ DDP_MIXED = """
     def mixed(names):
         with resadapt.adapters_for(ddp, names):
             return ddp(mine())
-    mixed(["b", None])
+    trained = list(resadapt.trainable_parameters(ddp))
+    mixed(["b", None]).square().mean().backward()
+    assert same_everywhere([parameter.grad.tolist() for parameter in trained])
     raises(lambda: mixed(["b", "a"]), "does not average the gradients of")
     with torch.no_grad():
         mixed(["b", "a"])
@@ -86,7 +88,7 @@ DDP_SWITCHED = """
         ddp = nn.parallel.DistributedDataParallel(two())
         switch(ddp)
         name = next(info.name for info in resadapt.list_adapters(ddp) if info.active)
-        refusal = f"the set '{{name}}' became the active one after the model was wrapped"
+        refusal = f"the set '{{name}}' became the active one, or one of a mixed batch, after"
         raises(lambda: fit(ddp, mine()), refusal, resadapt.InjectionError)
         ddp.eval()
         with torch.no_grad():

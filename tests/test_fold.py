@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import images, picture, scramble, small_resnet
+from support import images, picture, scramble, small_net, small_resnet
 from torch import nn
 from torchvision.models import ResNet, resnet18, resnext50_32x4d
 
@@ -76,6 +76,61 @@ def test_what_cannot_be_folded_is_named() -> None:
         resadapt.fold_adapters(model, "block")
 
 
+class Tied(nn.Module):
+    """Two convolutions with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Any) -> Any:
+        return self.b(self.a(x))
+
+
+class Rectified(nn.Conv2d):
+    """Computes something else than a convolution."""
+
+    def _conv_forward(self, *args: Any) -> Any:
+        return super()._conv_forward(*args).relu()
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    model[0].register_forward_hook(lambda _module, _args, output: 2 * output)
+    return model
+
+
+def patched() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    forward = model[0].forward
+    model[0].forward = lambda x: forward(x).relu()  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (Tied, "another module has its weight too"),
+        (lambda: nn.Sequential(Rectified(3, 3, 1)), "Rectified is no convolution, Linear or norm of PyTorch's own"),
+        (hooked, "has forward hooks from before the injection"),
+        (patched, "its forward was replaced"),
+    ],
+)
+@pytest.mark.parametrize("family", ["ssf", "series"])
+def test_where_folding_would_give_something_else_it_is_refused(build: Any, message: str, family: str) -> None:
+    model = build()
+    resadapt.inject_adapters(model, next(name for name, _ in model.named_modules() if name), family=family)
+    with pytest.raises(resadapt.AdapterError, match=message):
+        resadapt.fold_adapters(model)
+
+
+def test_a_later_hook_sees_the_same_in_the_folded_model() -> None:
+    model, x = adapted(resnet18, "layer4.1.conv2", family="series"), images()
+    model.layer4[1].conv2.register_forward_hook(lambda _module, _args, output: 2 * output)
+    torch.testing.assert_close(resadapt.fold_adapters(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_set_without_adapters_folds_into_its_head_and_norms() -> None:
     model = resadapt.inject_adapters(small_resnet(), (), head={"fc": nn.Linear(512, 7)}, norm="stats")
     model.train()(images())
@@ -104,6 +159,30 @@ def test_combined_sets_are_weighted_sums(tmp_path: Any) -> None:
     alone = model.eval()(images())
     resadapt.set_active_adapters(model, "same")
     assert torch.equal(model.eval()(images()), alone)
+
+
+def test_a_variance_is_never_negative() -> None:
+    model = small_net()
+    for name, seed in (("a", 1), ("b", 2)):
+        resadapt.inject_adapters(model, (), name=name, norm="stats")
+        model.train()(images(seed=seed) * seed)
+    before = picture(model)
+    with pytest.raises(resadapt.AdapterError, match=r"'norms\.bn\.running_var' would be negative"):
+        resadapt.combine_adapters(model, {"a": 1, "b": -1}, "c")
+    assert picture(model) == before
+
+
+def test_complex_tensors_are_summed() -> None:
+    head = nn.Linear(4, 2, dtype=torch.complex64)
+    model = small_net(head=head)
+    for name in ("a", "b"):
+        resadapt.inject_adapters(model, (), name=name, head="head")
+        with torch.no_grad():
+            model.head.weight.add_(2j if name == "a" else 4j)
+    resadapt.combine_adapters(model, {"a": 0.5, "b": 0.5}, "c")
+    combined = model.head.weight
+    resadapt.set_active_adapters(model, None)
+    torch.testing.assert_close(combined - model.head.weight, torch.full((2, 4), 3j))
 
 
 @pytest.mark.parametrize(

@@ -121,13 +121,14 @@ def test_a_head_that_cannot_be_told_as_data_must_be_there(tmp_path: Path) -> Non
     [
         ({"fc": 10}, "not a torch.nn.Module"),
         ({"fcc": nn.Linear(512, 10)}, "matches no module"),
+        ("its own", "a module of the model itself"),
     ],
 )
 def test_unsuitable_heads_are_refused(head: Any, message: str) -> None:
     model = small_resnet()
     before = picture(model)
     with pytest.raises(resadapt.InjectionError, match=message):
-        resadapt.inject_adapters(model, head=head)
+        resadapt.inject_adapters(model, head={"fc": model.fc} if head == "its own" else head)
     assert picture(model) == before
 
 
@@ -181,6 +182,94 @@ def test_a_recurrent_head_is_trained_where_it_computes() -> None:
     assert all(p.grad is not None for name, p in resadapt.named_trainable_parameters(model) if name.startswith("head."))
 
 
+@pytest.mark.parametrize("there", [nn.utils.weight_norm, nn.utils.spectral_norm, None])
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm, None])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_what_computes_a_heads_weight_goes_where_it_goes(there: Any, wrap: Any) -> None:
+    model, x = small_net(), images()
+    if there:
+        there(model.head)
+    model.eval()
+    plain, before = model(x), picture(model)
+    given = nn.Linear(4, 2)
+    resadapt.inject_adapters(model, (), name="own", head={"head": wrap(given) if wrap else given})
+    train_steps(model)
+    assert all(parameter.grad is not None for parameter in resadapt.trainable_parameters(model))
+    own = model.eval()(x)
+    resadapt.set_active_adapters(model, None)
+    assert torch.equal(model(x), plain)
+    with resadapt.adapters_for(model, ["own", None]):
+        torch.testing.assert_close(model(x), torch.stack([own[0], plain[1]]))
+    assert resadapt.check_backbone(model).ok
+    assert picture(resadapt.remove_adapters(model)) == before
+
+
+@pytest.mark.parametrize("head", [nn.LazyLinear(2), nn.Sequential(nn.Linear(4, 2, device="meta"))])
+def test_a_head_without_values_is_refused(head: nn.Module) -> None:
+    with pytest.raises(resadapt.InjectionError, match="weight' has no values yet"):
+        resadapt.inject_adapters(small_net(), (), head={"head": head})
+
+
+class TwoNames(nn.Module):
+    """A head with two names, or two heads."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.h1 = nn.Linear(4, 2)
+        self.h2 = self.h1 if shared else nn.Linear(4, 2)
+
+    def forward(self, x: Any) -> Any:
+        x = self.conv(x).mean((2, 3))
+        return self.h1(x) - 2 * self.h2(x)
+
+
+def test_a_head_with_two_names_is_one_in_the_file_too(tmp_path: Path) -> None:
+    model, x, one = TwoNames(shared=True).eval(), images(), nn.Linear(4, 5)
+    weights, plain = copy.deepcopy(model.state_dict()), model(x)
+    resadapt.inject_adapters(model, (), head={"h1": one, "h2": one})
+    train_steps(model)
+    assert resadapt.save_adapters(model, tmp_path / "a").ok
+    fresh = TwoNames(shared=True)
+    fresh.load_state_dict(weights)
+    resadapt.load_adapters(fresh, tmp_path / "a")
+    assert torch.equal(fresh.eval()(x), model.eval()(x))
+    resadapt.set_active_adapters(fresh, None)
+    assert torch.equal(fresh(x), plain)
+
+
+@pytest.mark.parametrize("head", [{"h1": nn.Linear(4, 2), "h2": nn.Linear(4, 2)}, {"h?": nn.Linear(4, 2)}])
+def test_each_place_has_a_module_of_its_own(head: Any) -> None:
+    model = TwoNames(shared="h1" in head)
+    before = picture(model)
+    with pytest.raises(resadapt.InjectionError, match="Give each place one module of its own"):
+        resadapt.inject_adapters(model, (), head=head)
+    assert picture(model) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"layers": "layer4"}, {"layers": (), "head": "layer4.1.bn2"}, {"layers": (), "norm": "affine"}]
+)
+@pytest.mark.parametrize("first", ["inner", "outer"])
+def test_a_head_without_the_places_of_another_set_is_refused(arguments: dict[str, Any], first: str) -> None:
+    model = small_resnet()
+    sets = [{"name": "inner", **arguments}, {"name": "outer", "layers": (), "head": {"layer4": nn.Conv2d(256, 512, 3)}}]
+    sets.sort(key=lambda each: each["name"] != first)
+    resadapt.inject_adapters(model, **sets[0])
+    before = picture(model)
+    with pytest.raises(resadapt.InjectionError, match=r"head 'layer4' of set 'outer' has no module .*'layer4\.1.*the set 'inner'"):
+        resadapt.inject_adapters(model, **sets[1])
+    assert picture(model) == before
+
+
+def test_a_set_that_adapts_what_is_another_sets_head(tmp_path: Path) -> None:
+    model = resadapt.inject_adapters(small_resnet(), "fc", 2, family="lora", name="lora")
+    state = resadapt.adapter_state_dict(model, "lora")
+    resadapt.inject_adapters(model, "layer4", name="wide", head=WIDE)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in resadapt.adapter_state_dict(model, "lora").items())
+    assert resadapt.save_adapters(model, tmp_path / "lora", name="lora").ok
+
+
 def test_blueprints_build_the_same_module_again() -> None:
     module = nn.Sequential(
         nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2, bias=False, padding_mode="reflect"),
@@ -210,12 +299,14 @@ def test_blueprints_build_the_same_module_again() -> None:
         {"type": "Linear", "settings": {"in_features": 2, "out_features": 2}},
         {"type": "Linear", "settings": {"in_features": [[2]], "out_features": 2, "bias": True}},
         {"type": "Linear", "settings": {"in_features": -2, "out_features": 2, "bias": True}},
+        {"type": "Linear", "settings": {"in_features": 2**70, "out_features": 2, "bias": True}},
+        {"type": "GroupNorm", "settings": {**blueprint_of(nn.GroupNorm(2, 4))["settings"], "num_groups": 0}},  # type: ignore[index]
         {"type": "Sequential", "children": {"0": None}},
         {"type": "Sequential", "children": {"a.b": {"type": "Identity", "settings": {}}}},
     ],
 )
 def test_a_blueprint_is_not_trusted(told: Any) -> None:
-    with pytest.raises((ValueError, TypeError, RuntimeError, KeyError)):
+    with pytest.raises(ValueError, match=r"\w"):
         build_from(told)
 
 

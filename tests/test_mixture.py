@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import images
+from support import images, small_net
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import resadapt
+from resadapt.injection.ledger import adapter_tensors, ledger_of, own_tensors
 
 SETS: dict[str, dict[str, Any]] = {
     "pooled": {"layers": ("layer2", "layer4"), "head": "fc", "dropout": 0.0},
@@ -43,6 +44,12 @@ def _mixed_model() -> Any:
     return model
 
 
+def gradients_of(model: nn.Module, name: str) -> dict[str, Tensor | None]:
+    record = ledger_of(model).sets[name]
+    tensors = dict(adapter_tensors(model, record.spec)) | own_tensors(model, record)
+    return {key: tensor.grad for key, tensor in tensors.items()}
+
+
 def loss(row: Tensor, sample: int) -> Tensor:
     return (row * (sample + 1)).square().sum()
 
@@ -58,6 +65,7 @@ def test_equal_to_separate_forwards(names: list[str | None], training: bool) -> 
     with resadapt.adapters_for(together, names):
         rows = together(x)
     torch.autograd.backward(sum((loss(row, i) for i, row in enumerate(rows)), torch.zeros(())))
+    gradients = {name: gradients_of(together, name) for name in names if name is not None}  # before a switch drops them
     for name in dict.fromkeys(names):
         resadapt.set_active_adapters(apart, name)
         own = [i for i, each in enumerate(names) if each == name]
@@ -67,10 +75,8 @@ def test_equal_to_separate_forwards(names: list[str | None], training: bool) -> 
         if name is None:
             continue
         torch.autograd.backward(sum((loss(row, i) for i, row in zip(own, expected, strict=True)), torch.zeros(())))
-        gradients = {key: p.grad for key, p in resadapt.named_trainable_parameters(apart)}
-        resadapt.set_active_adapters(together, name)
-        for key, parameter in resadapt.named_trainable_parameters(together):
-            torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-7, atol=1e-9)
+        for key, gradient in gradients_of(apart, name).items():
+            torch.testing.assert_close(gradients[name][key], gradient, rtol=1e-7, atol=1e-9)
         statistics = resadapt.adapter_state_dict(apart, name)
         for key, tensor in resadapt.adapter_state_dict(together, name).items():
             torch.testing.assert_close(tensor, statistics[key], rtol=1e-9, atol=1e-12)
@@ -103,14 +109,21 @@ def test_everything_is_put_back_also_after_an_error() -> None:
         raise KeyError
     assert torch.equal(model(x), expected)
     assert {name for name, module in model.named_modules() if "forward" in module.__dict__} == forwards
+    resadapt.set_active_adapters(model, "pooled")
+    count = resadapt.count_parameters(model)
+    assert count.trainable == count.adapters + count.head
+    resadapt.set_active_adapters(model, "stage")
     assert [info.name for info in resadapt.list_adapters(model) if info.active] == ["stage"]
 
 
-def test_sets_stay_as_they_are_while_a_batch_is_mixed(tmp_path: Any) -> None:
+@pytest.mark.parametrize("names", [["wide", None], [None, None]])
+def test_sets_stay_as_they_are_while_a_batch_is_mixed(names: list[str | None], tmp_path: Any) -> None:
     model = mixed_model().eval()
-    with resadapt.adapters_for(model, ["wide", None]):
+    with resadapt.adapters_for(model, names):
         for call in (
             lambda: resadapt.set_active_adapters(model, "wide"),
+            lambda: resadapt.set_active_adapters(model, None),
+            lambda: resadapt.adapters_disabled(model).__enter__(),
             lambda: resadapt.inject_adapters(model, "layer3", name="new"),
             lambda: resadapt.remove_adapters(model),
             lambda: resadapt.save_adapters(model, tmp_path / "a", name="wide"),
@@ -150,6 +163,23 @@ def test_trained_sets_are_left_trainable_until_the_next_switch() -> None:
     assert model.layer4[-1].get_submodule("resadapt.pooled.up").weight.grad is not None
     resadapt.set_active_adapters(model, "norms")
     assert not model.layer4[-1].get_submodule("resadapt.pooled.up").weight.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters()), "no optimizer can apply them later"
+    resadapt.set_active_adapters(model, "wide")
+    assert model.fc.weight.grad is None
+    assert model.fc.weight.requires_grad
+
+
+@pytest.mark.parametrize("policy", ["affine", "stats"])
+def test_norms_that_are_held_in_evaluation(policy: str) -> None:
+    model = small_net(norm=nn.InstanceNorm2d(4, affine=True, track_running_stats=True))
+    resadapt.inject_adapters(model, (), name="own", norm=policy)
+    resadapt.set_active_adapters(model, None)
+    before = resadapt.adapter_state_dict(model, "own")["norms.bn.running_mean"]
+    with resadapt.adapters_for(model.train(), ["own", None]):
+        model(images())
+    moved = not torch.equal(before, resadapt.adapter_state_dict(model, "own")["norms.bn.running_mean"])
+    assert moved is (policy == "stats")
+    assert resadapt.check_backbone(model).ok
 
 
 def calls_of(function: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,23 @@ def test_contexts_around_injection(path: Path) -> None:
 def _on_cpu() -> Any:
     with torch.device("cpu"):
         return small_net()
+
+
+def test_the_work_of_switching_does_not_grow_with_the_number_of_sets() -> None:
+    model = small_net()
+    work = []
+    for number in range(12):
+        resadapt.inject_adapters(model, "c2", 2, name=f"s{number}", head="head", norm="affine")
+        resadapt.set_active_adapters(model, "s0")
+        calls: list[str] = []
+        sys.setprofile(lambda _frame, event, _arg, calls=calls: calls.append(event))
+        try:
+            resadapt.set_active_adapters(model, None)
+            resadapt.set_active_adapters(model, "s0")
+        finally:
+            sys.setprofile(None)
+        work.append(calls.count("call"))
+    assert work[1] == work[-1]
 
 
 def test_removing_checks_first_and_changes_then() -> None:

@@ -222,6 +222,38 @@ def test_compile_of_a_resnet(model: nn.Module) -> None:
     assert resadapt.check_backbone(model).ok
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_sets_of_every_form_switch_in_a_compiled_model(training: bool) -> None:
+    torch._dynamo.reset()
+    parts = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(*parts, nn.Linear(4, 3))
+    resadapt.inject_adapters(model, "3", 4, name="pooled", head="6", dropout=0.0)
+    resadapt.inject_adapters(model, "0", 2, name="wide", family="lora", head={"6": nn.Linear(4, 7)}, norm="affine")
+    deep = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    resadapt.inject_adapters(model, "1", name="deep", family="ssf", head={"6": deep}, norm="affine+stats")
+    resadapt.inject_adapters(model, (), name="other", head={"1": nn.GroupNorm(2, 4)})
+    for name in ("pooled", "wide", "deep", "other"):
+        resadapt.set_active_adapters(model, name)
+        for parameter in resadapt.trainable_parameters(model):
+            nn.init.normal_(parameter)
+    model.train(training)
+    eager, compiled = copy.deepcopy(model), torch.compile(model, fullgraph=True, backend="aot_eager")
+    for name in ("pooled", "wide", None, "deep", "other", "wide", "pooled", "deep"):
+        for each in (compiled, eager):
+            resadapt.set_active_adapters(each, name)
+        torch.testing.assert_close(compiled(X), eager(X))
+        if name and training:
+            for each in (compiled, eager):
+                each(X).square().sum().backward()
+            for ours, expected in zip(model.parameters(), eager.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-4)
+    names = ["pooled", "wide", "deep", "deep", "other", None, "wide"]
+    with resadapt.adapters_for(compiled, names), resadapt.adapters_for(eager, names):
+        for ours, expected in zip(compiled(images(7)), eager(images(7)), strict=True):
+            torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(model.state_dict(), eager.state_dict())
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(model: nn.Module, reentrant: bool) -> None:
     model.zero_grad()

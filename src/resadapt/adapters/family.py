@@ -38,8 +38,9 @@ class Adapter(nn.Module):
 
     A family's constructor is called as ``family(site, bottleneck=..., dropout=..., **options)``, with `bottleneck` and `dropout`
     only if it has parameters of these names. Options are JSON values, which travel in the adapter file; only ``init``, how an
-    adapter starts, does not. It raises ValueError at a site where the family has no meaning. Its forward returns the adapted
-    output. Non-linearities should be modules: attribution methods look for them.
+    adapter starts, does not. It raises ValueError at a site where the family has no meaning, and keeps nothing of the site's
+    module. Its forward returns the adapted output, of the same shape. Non-linearities should be modules: attribution methods look
+    for them.
 
     Attributes:
         reads: What its forward is called with: ``"output"`` of the site's module; ``"input"``: output and input; ``"weight"``:

@@ -35,8 +35,8 @@ def own_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
         torch.Size([8, 3, 5, 5])
     """
     kind = type(module).__name__
-    forward = type(module).forward.__module__
-    if not isinstance(module, _CHANNELS_FIRST + _CHANNELS_LAST) or not forward.startswith(_KNOWN):
+    forwards = [getattr(type(module), name).__module__ for name in ("forward", "_conv_forward") if hasattr(module, name)]
+    if not isinstance(module, _CHANNELS_FIRST + _CHANNELS_LAST) or not all(each.startswith(_KNOWN) for each in forwards):
         raise ValueError(f"{kind} is no convolution, Linear or norm of PyTorch's own, whose weight could take it up")
     own = {**module._parameters, **module._buffers}
     weight, bias = own.get("weight"), own.get("bias")

@@ -41,7 +41,7 @@ def blueprint_of(module: nn.Module) -> dict[str, Any] | None:
     try:
         with torch.device("meta"):
             same = _shape(build_from(described)) == _shape(module)
-    except (ValueError, TypeError, RuntimeError):
+    except ValueError:
         same = False
     return described if same else None
 
@@ -50,9 +50,12 @@ def build_from(blueprint: Any) -> nn.Module:
     """Builds a module from its description, trusting nothing in it. Under ``torch.device("meta")`` it costs no memory.
 
     Raises:
-        ValueError, TypeError, RuntimeError: It is no description, or no module can be of such sizes.
+        ValueError: It is no description, or no module can be of such sizes.
     """
-    return _build(blueprint, 0)
+    try:
+        return _build(blueprint, 0)
+    except Exception as error:  # whatever constructors make of absurd sizes
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _build(blueprint: Any, depth: int) -> nn.Module:

@@ -115,6 +115,8 @@ class SetSpec:
         own = record["head"] + record["norms"]
         if not all(isinstance(name, str) for name in own):
             raise ValueError("head and norms: expected lists of names")
+        if not set(record["blueprints"]) <= set(record["head"]):
+            raise ValueError("a blueprint of something that is no head")
         names, owners = {site.name for site in sites}, {site.owner for site in sites}
         if not (sites or own) or not len(sites) == len(names) == len(owners) or len(set(own)) != len(own):
             raise ValueError("there is nothing in it, or a site, owner, head or norm is named more than once")

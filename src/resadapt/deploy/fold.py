@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError
 from resadapt.base.names import reasons_listing
+from resadapt.base.tensors import address
 from resadapt.deploy.plain_copy import plain_copy
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.walk import backbone_tensors, find_module
@@ -53,11 +56,16 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
     site_at = {site.owner: site.name for site in record.spec.sites}
     changes: dict[str, tuple[Tensor, Tensor | None]] = {}
     refused = {}
+    uses = Counter(address(tensor) for _, tensor in backbone_tensors(copied.model))
     for owner, adapter in copied.adapters.items():
-        module = copy.deepcopy(find_module(copied.model, owner)).double()
+        module = find_module(copied.model, owner)
         try:
             with torch.no_grad():
-                changes[owner] = adapter.double().folded(module)
+                changes[owner] = adapter.double().folded(copy.deepcopy(module).double())
+            _check_alone(module, copied.later_hooks[owner])
+            for key, value in zip(("weight", "bias"), changes[owner], strict=True):
+                if value is not None and uses[address(getattr(module, key))] > 1:
+                    raise ValueError(f"another module has its {key} too")
         except ValueError as error:
             refused[site_at[owner]] = f"({type(module).__name__}): {error}"
     if refused:
@@ -75,3 +83,15 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(copied.requires_grad.get(path, tensor.requires_grad))
     return copied.model
+
+
+def _check_alone(module: nn.Module, later: Collection[int]) -> None:
+    """Refuses a module whose adapter gets something else than what the module computes with its weight and bias.
+
+    Raises:
+        ValueError: Its forward was replaced, or a hook comes between it and the adapter.
+    """
+    if "forward" in module.__dict__:
+        raise ValueError("its forward was replaced on the instance, by one that may do more")
+    if set(module._forward_hooks) - set(later):
+        raise ValueError("it has forward hooks from before the injection, which may change what the adapter gets: remove them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +10,15 @@ import torch
 from torch import nn
 
 from resadapt.adapters import FAMILIES, Adapter, Site
-from resadapt.adapters.family import takes
+from resadapt.adapters.family import options_of, takes
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import listing
 from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.injection.ledger import plain_module
 from resadapt.injection.measure import declared
 from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, named_tensors
 
-__all__ = ["adapter_shapes", "build", "family_named", "fitting_places", "weightless"]
+__all__ = ["adapter_shapes", "build", "family_named", "fitting_places", "plain_options", "weightless"]
 
 
 def family_named(name: str) -> type[Adapter]:
@@ -31,6 +33,24 @@ def family_named(name: str) -> type[Adapter]:
             f"@resadapt.register_family({name!r}) on its class."
         )
     return FAMILIES[name]
+
+
+def plain_options(family: type[Adapter], given: dict[str, Any]) -> dict[str, Any]:
+    """Returns a family's options as a file gives them back, where tuples are lists.
+
+    Raises:
+        InjectionError: One is no JSON value.
+    """
+    options = options_of(family, given)
+    for name, value in options.items():
+        try:
+            options[name] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InjectionError(
+                f"{family.__name__}: {name}={value!r:.100} is no JSON value, and options travel in the file: {error}. Use dict, "
+                "list, str, int, finite float, bool, None."
+            ) from error
+    return options
 
 
 def build(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
@@ -85,7 +105,7 @@ def fitting_places(model: nn.Module, spec: SetSpec) -> str:
         try:
             with torch.device("meta"):
                 _new(model, spec, site, {})
-        except (ValueError, TypeError, RuntimeError):
+        except Exception:  # a family's constructor may raise anything
             continue
         found.append(name)
     return f"It can adapt {listing(found)}." if found else ""
@@ -97,12 +117,16 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
     except TypeError as error:
         raise InjectionError(f"family {spec.family!r} does not take these options: {error}.") from error
     except ValueError as error:
-        kind = type(find_module(model, site.name)).__name__
+        kind = type(plain_module(model, site.name)).__name__
         raise InjectionError(
             f"family {spec.family!r} cannot adapt site {site.name!r} ({kind}): {error}. {fitting_places(model, spec)}".rstrip()
         ) from error
-    except RuntimeError as error:
-        raise InjectionError(f"Site {site.name!r} cannot have an adapter of bottleneck {site.bottleneck}: {error}") from error
+    except Exception as error:  # whatever sizes out of a file, or a family of one's own, bring about
+        raise InjectionError(
+            f"family {spec.family!r}, bottleneck {site.bottleneck}: no adapter can be made for site {site.name!r}: "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    _check_adapter(adapter, spec, plain_module(model, site.owner))
     if adapter.reads != "output" and site.owner != site.name:
         raise InjectionError(
             f"Site {site.name!r} is a Sequential: its adapter sits at its last block {site.owner!r} and would read that "
@@ -111,8 +135,26 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
     return adapter
 
 
+def _check_adapter(adapter: Adapter, spec: SetSpec, owner: nn.Module) -> None:
+    """Refuses what a family of one's own may get wrong."""
+    if "_parameters" not in adapter.__dict__:
+        raise InjectionError(
+            f"family {spec.family!r}: the constructor of {type(adapter).__name__} does not call super().__init__()."
+        )
+    if adapter.reads not in ("output", "input", "weight"):
+        raise InjectionError(f"family {spec.family!r}: reads={adapter.reads!r}, where it is 'output', 'input' or 'weight'.")
+    if adapter.reads == "weight" and not (hasattr(owner, "weight") and hasattr(owner, "bias")):
+        raise InjectionError(f"family {spec.family!r} reads a weight and a bias, and {type(owner).__name__} has none.")
+    theirs = {id(part) for part in (*nn.Module.modules(owner), *nn.Module.parameters(owner), *nn.Module.buffers(owner))}
+    if any(id(part) in theirs for part in (*adapter.modules(), *adapter.parameters(), *adapter.buffers())):
+        raise InjectionError(
+            f"family {spec.family!r} keeps a module or tensor of its site, which would travel in its file and be trained with it. "
+            "Have its constructor only look at site.module; its forward gets the weight with reads = 'weight'."
+        )
+
+
 def _new(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
     family = family_named(spec.family)
     sizes = {"bottleneck": site.bottleneck, "dropout": spec.dropout}
     arguments = {name: value for name, value in sizes.items() if takes(family, name)} | spec.options | dict(start)
-    return family(Site(site.channels, site.spatial_dims, site.channel_dim, find_module(model, site.name)), **arguments)
+    return family(Site(site.channels, site.spatial_dims, site.channel_dim, plain_module(model, site.name)), **arguments)

@@ -23,6 +23,7 @@ __all__ = [
     "gradients_back_on_failure",
     "hold_in_eval",
     "is_frozen",
+    "is_held",
     "norms_of",
     "running_as_built",
     "set_trainable",
@@ -102,7 +103,7 @@ def freeze_norm(module: nn.Module) -> None:
     """Fixes the statistics of a module, if it has any."""
     if type(module) in _FROZEN and module._buffers["running_mean"] is not None:
         module.__class__ = _FROZEN[type(module)]
-    elif _keeps_statistics(module) and hold_in_eval not in module._forward_pre_hooks.values():
+    elif _keeps_statistics(module) and not is_held(module):
         # First of all hooks: torch.nn.utils.spectral_norm updates its buffers in a pre-hook of its own.
         module.register_forward_pre_hook(hold_in_eval, prepend=True)
 
@@ -117,9 +118,14 @@ def thaw_norm(module: nn.Module) -> bool:
     return bool(held)
 
 
+def is_held(module: nn.Module) -> bool:
+    """Tells whether a module's own training flag says nothing, since it is held in evaluation."""
+    return hold_in_eval in module._forward_pre_hooks.values()
+
+
 def is_frozen(module: nn.Module) -> bool:
     """Tells whether a module's statistics are fixed."""
-    return type(module) in _STOCK or hold_in_eval in module._forward_pre_hooks.values()
+    return type(module) in _STOCK or is_held(module)
 
 
 def stock_norm(module: nn.Module) -> type[nn.Module]:

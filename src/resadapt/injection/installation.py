@@ -15,14 +15,23 @@ from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, within
 from resadapt.base.spec import SetSpec
 from resadapt.injection.building import build, family_named
-from resadapt.injection.freeze import freeze_parameters, gradients_back_on_failure, is_frozen, norms_of, set_trainable, thaw_norm
+from resadapt.injection.freeze import (
+    freeze_norm,
+    freeze_parameters,
+    gradients_back_on_failure,
+    is_frozen,
+    norms_of,
+    running_as_built,
+    set_trainable,
+    thaw_norm,
+)
 from resadapt.injection.hooks import attach, detach, unwatch, watch
 from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, find_ledger
 from resadapt.injection.owned import mark, own_copies
 from resadapt.injection.select import owner_of
 from resadapt.injection.sharding import sharded_tensors
 from resadapt.injection.slots import AdapterSlot
-from resadapt.injection.switching import activate, check_switchable, drop_gradients, on_plain
+from resadapt.injection.switching import activate, drop_gradients, on_plain
 from resadapt.injection.walk import (
     backbone_modules,
     backbone_tensors,
@@ -83,9 +92,9 @@ def install(model: nn.Module, spec: SetSpec, example: Any, heads: Mapping[str, n
         _check_untouched(model)
     else:
         _check_new(ledger, spec.name)
-        check_switchable(model, ledger)
     with on_plain(model):
         _check_set(model, spec)
+        _check_together(ledger, spec, heads)
         adapters = {site: build(model, spec, site, start) for site in spec.sites}
     record = AdapterSet(spec, example)
     if ledger is None:
@@ -98,6 +107,8 @@ def install(model: nn.Module, spec: SetSpec, example: Any, heads: Mapping[str, n
         record.parked = own_copies(model, spec.own, heads)
         for name in spec.norms:
             set_trainable(record.parked[name], spec.norm)
+            if not within(name, running_as_built(spec)):
+                freeze_norm(record.parked[name])
     before = ledger.active
     with gradients_back_on_failure(model):
         try:
@@ -110,8 +121,7 @@ def install(model: nn.Module, spec: SetSpec, example: Any, heads: Mapping[str, n
                 attach(find_module(model, site.owner)).insert(spec.name, site, adapter)
             activate(model, ledger, spec.name)
             watch(model)
-            if before is not None:
-                drop_gradients(model, ledger.sets[before])
+            drop_gradients(model, ledger, {before, *ledger.mixed})
         except BaseException:
             uninstall(model, ledger, spec.name)
             if ledger.sets:
@@ -175,6 +185,24 @@ def _check_new(ledger: Ledger, name: str) -> None:
         raise InjectionError(
             f"The model has an adapter set {name!r} already. Choose another name=, or call remove_adapters(model, {name!r}) first."
         )
+
+
+def _check_together(ledger: Ledger | None, spec: SetSpec, heads: Mapping[str, nn.Module]) -> None:
+    """Refuses a head without a module where another set has an adapter, a head or a norm: switching would lose that."""
+    for record in ledger.sets.values() if ledger else ():
+        _check_inside(spec, record.spec, heads)
+        _check_inside(record.spec, spec, record.parked)
+
+
+def _check_inside(spec: SetSpec, other: SetSpec, modules: Mapping[str, nn.Module]) -> None:
+    places = {*other.own, *(name for site in other.sites for name in (site.name, site.owner))}
+    for head in spec.head:
+        there = dict(backbone_modules(modules[head], head))
+        if gone := [place for place in places if within(place, (head,)) and place not in there]:
+            raise InjectionError(
+                f"The head {head!r} of set {spec.name!r} has no module {listing(sorted(gone))}, where the set {other.name!r} has "
+                "something of its own. Choose a head that has it, or other places for the other set."
+            )
 
 
 def _check_set(model: nn.Module, spec: SetSpec) -> None:

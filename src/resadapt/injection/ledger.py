@@ -33,6 +33,7 @@ __all__ = [
     "ledger_of",
     "own_modules",
     "own_tensors",
+    "plain_module",
     "plain_modules",
     "plain_tensors",
 ]
@@ -69,10 +70,10 @@ class Ledger:
     parked_plain: dict[str, nn.Module] = field(default_factory=dict)
     """The backbone's own modules where the active set's are in their places."""
 
-    mixing: tuple[str | None, ...] = ()
-    """The sets that the samples of a batch run with now, where they run with different ones."""
+    mixing: tuple[str, ...] | None = None
+    """The sets that the samples of a batch run with now, if they have one each."""
     mixed: set[str] = field(default_factory=set)
-    """Sets that were left trainable by a mixed batch, so that a backward pass after it reaches them."""
+    """Sets that mixed batches left trainable, so that a backward pass after them reaches these."""
 
     @property
     def active_set(self) -> AdapterSet | None:
@@ -81,8 +82,8 @@ class Ledger:
 
     @property
     def running(self) -> list[AdapterSet]:
-        """The sets that the model runs with now: the active one, or those of a mixed batch."""
-        return [self.sets[name] for name in self.mixing or (self.active,) if name is not None]
+        """The sets that a forward runs with now: the active one, in a mixed batch those of its samples."""
+        return [self.sets[name] for name in ((self.active,) if self.mixing is None else self.mixing) if name is not None]
 
     def set_named(self, name: object) -> AdapterSet:
         """Returns a set, or says which there are."""
@@ -172,6 +173,19 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
         elif not within(name, parked):
             found[name] = module
     return found
+
+
+def plain_module(model: nn.Module, name: str) -> nn.Module:
+    """Returns one module of the plain backbone, as `plain_modules`.
+
+    Raises:
+        InjectionError: There is none.
+    """
+    ledger = find_ledger(model)
+    for place, module in ledger.parked_plain.items() if ledger else ():
+        if within(name, (place,)):
+            return find_module(module, name[len(place) + 1 :])
+    return find_module(model, name)
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ def _rows(rows: list[int], tensor: Tensor) -> Tensor:
 
 
 def run_own(
-    here: nn.Module,
+    like: nn.Module,
     place: str,
     own: Mapping[str, nn.Module],
     mixture: Mixture,
@@ -78,14 +78,14 @@ def run_own(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Forward of a module of which some sets have their own: each sample goes through its set's."""
+    """Forward of a module of which some sets have their own: each sample goes through its set's, in training if `like` is."""
 
     def run(name: str | None, values: Any) -> Any:
         rows, keywords = values
         if name is None:
             return plain(*rows, **keywords)
-        if own[name].training is not here.training:
-            own[name].train(here.training)
+        if own[name].training is not like.training:
+            own[name].train(like.training)
         return own[name](*rows, **keywords)
 
     return mixture.run(place, own, run, (args, kwargs))

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import within
@@ -23,6 +27,8 @@ _HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
+_COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
+"""Forward pre-hooks of torch's own that compute a module's tensors from others: they are content, and go where it goes."""
 _IN_PLACE = frozenset({*_HOOKS, "_is_full_backward_hook", "training", "_compiled_call_impl", "forward", "_modules", _MARK})
 """What belongs to a place, not to the content that changes places: `training`, hooks, what was put over the forward."""
 
@@ -37,7 +43,7 @@ def own_copies(model: nn.Module, names: Iterable[str], given: Mapping[str, nn.Mo
     """Returns copies of the backbone's modules, or of those given for their places, in which everything can be trained.
 
     Raises:
-        InjectionError: A module cannot be copied.
+        InjectionError: A module cannot be copied, has no values yet, or is to be in two places.
     """
     sources = {name: given[name] if name in given else find_module(model, name) for name in names}
     memo: dict[int, Any] = {}  # one for all, so that what was tied stays tied
@@ -45,12 +51,16 @@ def own_copies(model: nn.Module, names: Iterable[str], given: Mapping[str, nn.Mo
         for _, module in backbone_modules(source, name):
             for key, value in module.__dict__.items():
                 if key in _HOOKS:
-                    memo[id(value)] = type(value)()
+                    memo[id(value)] = type(value)(_computing(module) if key == "_forward_pre_hooks" else ())
                 elif isinstance(value, Tensor):  # computed, as by weight_norm, and computed anew in every forward
                     memo[id(value)] = value.detach().clone()
             if slot := find_slot(module):
                 memo[id(slot)] = nn.Identity()
-        for _, tensor in backbone_tensors(source):
+        for path, tensor in backbone_tensors(source, name):
+            if is_lazy(tensor) or (name in given and tensor.is_meta):
+                raise InjectionError(
+                    f"head: {path!r} has no values yet. Run the module once, or load its weights, and then inject."
+                )
             trains = tensor.is_floating_point() or tensor.is_complex()
             own = tensor.clone()
             memo[id(tensor)] = nn.Parameter(own, trains) if isinstance(tensor, nn.Parameter) else own
@@ -64,6 +74,7 @@ def own_copies(model: nn.Module, names: Iterable[str], given: Mapping[str, nn.Mo
         for _, module in backbone_modules(copies[name]):
             module._modules.pop(SLOT, None)
             module.__dict__.pop("forward", None)
+    _check_one_to_one(model, copies)
     return copies
 
 
@@ -141,6 +152,20 @@ def _check_independent(name: str, source: nn.Module, other: nn.Module) -> None:
         raise InjectionError(f"Module {name!r} cannot be copied: its own __deepcopy__ returns something that shares its parts.")
 
 
+def _check_one_to_one(model: nn.Module, copies: Mapping[str, nn.Module]) -> None:
+    """Refuses one module for two places, and two for one place that has two names: neither can change places."""
+    to: dict[int, nn.Module] = {}
+    for name, copied in copies.items():
+        there = dict(backbone_modules(find_module(model, name), name))
+        for path, module in backbone_modules(copied, name):
+            for one, other in ((there.get(path), module), (module, there.get(path))):
+                if one is not None and other is not None and to.setdefault(id(one), other) is not other:
+                    raise InjectionError(
+                        f"head: {path!r} cannot have a module that stands for another place too, or another one than its other "
+                        "name. Give each place one module of its own."
+                    )
+
+
 def follow(parked: nn.Module, live: nn.Module) -> None:
     """Converts a parked module as the model was converted meanwhile."""
     there = dict(backbone_tensors(live))
@@ -152,6 +177,16 @@ def follow(parked: nn.Module, live: nn.Module) -> None:
         dtype = like.dtype if tensor.is_floating_point() and like.is_floating_point() else tensor.dtype
         if (tensor.device, tensor.dtype) != (like.device, dtype):
             tensor.data = tensor.data.to(like.device, dtype)
+
+
+def _computing(module: nn.Module) -> dict[int, Any]:
+    return {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _COMPUTING)}
+
+
+def _put_hooks(module: nn.Module, old: Collection[int], new: Mapping[int, Any]) -> None:
+    others = {key: hook for key, hook in module._forward_pre_hooks.items() if key not in old}
+    module._forward_pre_hooks.clear()
+    module._forward_pre_hooks.update({**new, **others})  # the user's come after them
 
 
 def _swap(one: nn.Module, other: nn.Module, done: set[int]) -> None:
@@ -167,6 +202,10 @@ def _swap(one: nn.Module, other: nn.Module, done: set[int]) -> None:
     one.__dict__.update(theirs)
     other.__dict__.update(mine)
     one.__class__, other.__class__ = other.__class__, one.__class__
+    here, there = _computing(one), _computing(other)
+    if here.keys() != there.keys():
+        _put_hooks(one, here, there)
+        _put_hooks(other, there, here)
     slot = one._modules.pop(SLOT, None)
     left, right = dict(one._modules), dict(other._modules)
     common = {key for key in left.keys() & right.keys() if left[key] is not None and right[key] is not None}

@@ -67,6 +67,10 @@ def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
             module = head[pattern]
             if not isinstance(module, nn.Module):
                 raise InjectionError(f"head: {pattern!r} is given {module!r}, not a torch.nn.Module.")
+            if any(module is own for own in modules.values()):  # whose content is another one while a set is active
+                raise InjectionError(
+                    f"head: {pattern!r} is given a module of the model itself. Give its name alone, or a copy.deepcopy of it."
+                )
             found = match(modules, pattern, "head")
             given |= dict.fromkeys(found, module)
             asked.update(found)

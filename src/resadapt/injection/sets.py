@@ -8,21 +8,21 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from resadapt.adapters.family import default_of, options_of, takes
+from resadapt.adapters.family import default_of, takes
 from resadapt.base.arguments import check_flag
 from resadapt.base.blueprint import blueprint_of
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.inputs import describe
 from resadapt.base.names import listing
 from resadapt.base.spec import SetSpec
-from resadapt.injection.building import family_named
+from resadapt.injection.building import family_named, plain_options
 from resadapt.injection.freeze import norms_of
 from resadapt.injection.installation import check_model, install, uninstall
 from resadapt.injection.ledger import Ledger, ledger_of
 from resadapt.injection.owned import settle
 from resadapt.injection.patterns import select_head
 from resadapt.injection.select import select_sites
-from resadapt.injection.switching import activate, activated, check_switchable, drop_gradients, mixed, on_plain
+from resadapt.injection.switching import activated, check_switchable, mixed, on_plain, switch
 from resadapt.injection.walk import unwrap
 
 __all__ = [
@@ -108,7 +108,7 @@ def inject_adapters(
         spec = SetSpec(
             name=name,
             family=family,
-            options=options_of(kind, family_options),
+            options=plain_options(kind, family_options),
             dropout=float(default_of(kind, "dropout", 0.0) if dropout is None else dropout),
             norm=norm,
             sites=select_sites(model, kind, layers, bottleneck, example_input, channel_dim),
@@ -167,7 +167,7 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
 def set_active_adapters(model: nn.Module, name: str | None) -> None:
     """Switches between named sets, their heads included; the backbone stays frozen throughout.
 
-    Gradients of the set that is left are dropped, so that an optimizer over all parameters cannot apply them later.
+    Gradients of the sets that are left are dropped, so that an optimizer over all parameters cannot apply them later.
 
     Args:
         model: An injected model.
@@ -186,10 +186,7 @@ def set_active_adapters(model: nn.Module, name: str | None) -> None:
         ['day']
     """
     ledger = ledger_of(model)
-    left = ledger.active_set
-    activate(unwrap(model), ledger, None if name is None else ledger.set_named(name).spec.name)
-    if left is not None and left is not ledger.active_set:
-        drop_gradients(unwrap(model), left)
+    switch(unwrap(model), ledger, None if name is None else ledger.set_named(name).spec.name)
 
 
 @contextmanager

@@ -73,7 +73,10 @@ class AdapterSlot(nn.Module):
             raise InjectionError(
                 f"Site {site.name!r} was given its input by keyword, where its adapter cannot see it. Pass it as first argument."
             )
-        return apply(adapter, owner, args, output)
+        adapted = apply(adapter, owner, args, output)
+        if not isinstance(output, fx.Proxy):
+            _check_adapted(adapted, output, site)
+        return adapted
 
     @override
     def forward(self, *args: object) -> None:
@@ -83,6 +86,16 @@ class AdapterSlot(nn.Module):
             f"The module at site {names} runs over its own children and met the adapter among them. Choose a module inside it; "
             "if it was injected into already, call remove_adapters(model) first."
         )
+
+
+def _check_adapted(adapted: object, output: Tensor, site: SiteSpec) -> None:
+    if torch.jit.is_tracing() or (isinstance(adapted, Tensor) and adapted.shape == output.shape):  # type: ignore[attr-defined, no-untyped-call]
+        return
+    what = f"shape {list(adapted.shape)}" if isinstance(adapted, Tensor) else type(adapted).__name__
+    raise InjectionError(
+        f"The adapter at site {site.name!r} returned {what} where its site returned shape {list(output.shape)}: the forward of a "
+        "family returns the adapted output, of the same shape."
+    )
 
 
 def _check_output(output: object, site: SiteSpec) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -10,14 +10,14 @@ from torch import nn
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import listing
-from resadapt.injection.freeze import freeze_norms, running_as_built
+from resadapt.injection.freeze import freeze_norms, is_held, running_as_built
 from resadapt.injection.ledger import AdapterSet, Ledger, adapter_tensors, find_ledger, own_tensors
 from resadapt.injection.mixture import Mixture, run_own
 from resadapt.injection.owned import check_places, exchange, follow, replaced
-from resadapt.injection.sharding import sharded_tensors
-from resadapt.injection.walk import find_module, slots_of
+from resadapt.injection.sharding import are_sharded
+from resadapt.injection.walk import backbone_modules, find_module, slots_of
 
-__all__ = ["activate", "activated", "check_intact", "check_switchable", "drop_gradients", "mixed", "on_plain"]
+__all__ = ["activate", "activated", "check_intact", "check_switchable", "drop_gradients", "mixed", "on_plain", "switch"]
 
 _NOTHING = object()
 
@@ -28,12 +28,12 @@ def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
     Raises:
         InjectionError: Something of the sets is no longer in its place; nothing was changed.
     """
-    if name == ledger.active:
+    if name == ledger.active and ledger.mixing is None:
         return
-    check_switchable(model, ledger, {ledger.active, name} - {None})
+    concerned = [ledger.sets[each] for each in ledger.sets.keys() & {name, ledger.active, *ledger.mixed}]
+    check_switchable(model, ledger, concerned)
     for left in ledger.mixed & ledger.sets.keys():
         _park_flags(model, ledger.sets[left])
-    ledger.mixed = set()
     if old := ledger.active_set:
         old.parked = exchange(model, ledger.parked_plain)
         ledger.parked_plain = {}
@@ -47,6 +47,17 @@ def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
     for slot in slots_of(model):
         slot.activate(name)
     freeze_norms(model, running_as_built(new.spec) if new else ())
+
+
+def switch(model: nn.Module, ledger: Ledger, name: str | None) -> None:
+    """Makes a set the active one for good: the gradients of those left go, so that no optimizer can apply them later.
+
+    Raises:
+        InjectionError: As `activate`.
+    """
+    left = {ledger.active, *ledger.mixed}
+    activate(model, ledger, name)
+    drop_gradients(model, ledger, left)
 
 
 @contextmanager
@@ -63,7 +74,11 @@ def activated(model: nn.Module, ledger: Ledger, name: str | None) -> Iterator[No
 
 @contextmanager
 def on_plain(model: nn.Module) -> Iterator[None]:
-    """Runs the body on the plain backbone, whether anything was injected or not."""
+    """Runs the body on the plain backbone, whether anything was injected or not.
+
+    Raises:
+        InjectionError: As `check_switchable`, of all sets: the body is to put another one beside them.
+    """
     ledger = find_ledger(model)
     if ledger:
         check_switchable(model, ledger)
@@ -74,28 +89,32 @@ def on_plain(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def mixed(model: nn.Module, ledger: Ledger, names: Sequence[str | None]) -> Iterator[None]:
     """Runs the body with a set for each sample, all of them trainable; they stay so until the active set is changed."""
-    check_switchable(model, ledger)
-    records = [ledger.sets[name] for name in dict.fromkeys(names) if name is not None]
-    with activated(model, ledger, None), ExitStack() as stack:
-        mixture = Mixture(names)
-        own: dict[str, dict[str, nn.Module]] = {}
-        for record in records:
-            _restore_flags(model, record)
-            for place, module in record.parked.items():
-                follow(module, find_module(model, place))
-                own.setdefault(place, {})[record.spec.name] = module
-        for slot in slots_of(model):
-            slot.mixture = mixture
-            stack.callback(setattr, slot, "mixture", None)
-        for place, modules in own.items():
-            here = find_module(model, place)
-            before = here.__dict__.get("forward", _NOTHING)
-            here.__dict__["forward"] = partial(run_own, here, place, modules, mixture, here.forward)
-            stack.callback(_put_forward_back, here, before)
-        ledger.mixing = tuple(record.spec.name for record in records) or (None,)
-        stack.callback(setattr, ledger, "mixing", ())
-        yield
-    ledger.mixed |= {record.spec.name for record in records} - {ledger.active}
+    mixing = tuple(name for name in dict.fromkeys(names) if name is not None)
+    records = [ledger.sets[name] for name in mixing]
+    check_switchable(model, ledger, records)
+    try:
+        with activated(model, ledger, None), ExitStack() as stack:
+            mixture = Mixture(names)
+            own: dict[str, dict[str, nn.Module]] = {}
+            for record in records:
+                _restore_flags(model, record)
+                for place, module in record.parked.items():
+                    follow(module, find_module(model, place))
+                    own.setdefault(place, {})[record.spec.name] = module
+            for slot in slots_of(model):
+                slot.mixture = mixture
+                stack.callback(setattr, slot, "mixture", None)
+            for place, modules in own.items():
+                here = find_module(model, place)
+                before = here.__dict__.get("forward", _NOTHING)
+                like = model if is_held(here) else here
+                here.__dict__["forward"] = partial(run_own, like, place, modules, mixture, here.forward)
+                stack.callback(_put_forward_back, here, before)
+            ledger.mixing = mixing
+            stack.callback(setattr, ledger, "mixing", None)
+            yield
+    finally:
+        ledger.mixed |= {*mixing} - {ledger.active}
 
 
 def _put_forward_back(module: nn.Module, before: object) -> None:
@@ -105,13 +124,13 @@ def _put_forward_back(module: nn.Module, before: object) -> None:
         module.__dict__["forward"] = before
 
 
-def check_intact(model: nn.Module, ledger: Ledger, names: Collection[str | None] | None = None) -> None:
+def check_intact(model: nn.Module, ledger: Ledger, records: Iterable[AdapterSet] | None = None) -> None:
     """Checks that everything of some sets, or of all, is where it was put.
 
     Raises:
         InjectionError: An adapter or head is no longer in its place.
     """
-    for record in [ledger.sets[name] for name in ledger.sets if names is None or name in names]:
+    for record in ledger.sets.values() if records is None else records:
         list(adapter_tensors(model, record.spec))
         if gone := replaced(model, record.spec.own):
             raise InjectionError(
@@ -122,30 +141,33 @@ def check_intact(model: nn.Module, ledger: Ledger, names: Collection[str | None]
     check_places(model, ledger.parked_plain)
 
 
-def check_switchable(model: nn.Module, ledger: Ledger, names: Collection[str | None] | None = None) -> None:
+def check_switchable(model: nn.Module, ledger: Ledger, records: Iterable[AdapterSet] | None = None) -> None:
     """Checks that some sets, or all, can be switched and removed, so that what follows cannot fail half-way.
 
     Raises:
         InjectionError: An adapter or head is no longer in its place, the model is sharded, or a batch is being mixed.
     """
-    if ledger.mixing:
+    if ledger.mixing is not None:
         raise InjectionError("Inside adapters_for sets cannot be switched, injected, removed or saved. Leave it first.")
-    check_intact(model, ledger, names)
-    if sharded_tensors(model):
+    check_intact(model, ledger, records)
+    if are_sharded(module for _, module in backbone_modules(model)):
         raise InjectionError(
             "The model is sharded (fully_shard), which ties its parameters to their places. Switch or remove sets before sharding."
         )
 
 
-def drop_gradients(model: nn.Module, record: AdapterSet) -> None:
-    """Drops the gradients of a set that is no longer active, so that no optimizer can apply them later."""
-    for tensor in (*dict(adapter_tensors(model, record.spec)).values(), *own_tensors(model, record).values()):
-        tensor.grad = None
+def drop_gradients(model: nn.Module, ledger: Ledger, names: Collection[str | None]) -> None:
+    """Drops the gradients of those of some sets that are not active, so that no optimizer can apply them later."""
+    ledger.mixed -= {*names}
+    for name in ledger.sets.keys() & {*names} - {ledger.active}:
+        record = ledger.sets[name]
+        for tensor in (*dict(adapter_tensors(model, record.spec)).values(), *own_tensors(model, record).values()):
+            tensor.grad = None
 
 
 def _park_flags(model: nn.Module, record: AdapterSet) -> None:
     for path, tensor in adapter_tensors(model, record.spec):
-        record.parked_requires_grad[path] = tensor.requires_grad
+        record.parked_requires_grad.setdefault(path, tensor.requires_grad)  # it may be parked already
         tensor.requires_grad_(False)
 
 

@@ -52,7 +52,7 @@ def begin_forward(root: nn.Module, args: Any) -> None:
     ledger = root.__dict__.get(LEDGER)
     if root.training and isinstance(ledger, Ledger):
         for record in ledger.running:
-            _check_own(root, record)
+            _check_head(root, record)
             _check_averaged(root, record)
 
 
@@ -142,7 +142,7 @@ def _is_running(root: int) -> bool:
     return False
 
 
-def _check_own(root: nn.Module, record: AdapterSet) -> None:
+def _check_head(root: nn.Module, record: AdapterSet) -> None:
     if gone := replaced(root, record.spec.own):
         raise InjectionError(
             f"The modules {listing(gone)} were replaced after the injection, so the set {record.spec.name!r} does not have them. "
@@ -161,8 +161,8 @@ def _check_averaged(root: nn.Module, record: AdapterSet) -> None:
     if left_out and any(module is root for module in ddp.module.modules()):
         raise InjectionError(
             f"DistributedDataParallel does not average the gradients of {listing(left_out)}: the set {record.spec.name!r} became "
-            "the active one after the model was wrapped. Wrap the model again, DistributedDataParallel(wrapper.module), once the "
-            "set to train is active."
+            "the active one, or one of a mixed batch, after the model was wrapped. Wrap the model again, "
+            "DistributedDataParallel(wrapper.module), once the set to train is active; it can be only one."
         )
 
 

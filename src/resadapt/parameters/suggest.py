@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resadapt.adapters.family import apply, options_of, takes
+from resadapt.adapters.family import apply, takes
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.nested import map_tensors
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.undisturbed import call, undisturbed
-from resadapt.injection.building import family_named, weightless
+from resadapt.injection.building import family_named, plain_options, weightless
 from resadapt.injection.select import select_sites
 from resadapt.injection.switching import on_plain
 from resadapt.injection.walk import find_module, unwrap
@@ -106,7 +106,7 @@ def suggest_layers(
         sites = select_sites(inner, kind, layers, 1 if takes(kind, "bottleneck") else 64, example_input, channel_dim)
         if not sites:
             raise AdapterError("layers is empty: name the sites to choose from.")
-        spec = SetSpec("suggested", family, options_of(kind, family_options), 0.0, "frozen", sites, ())
+        spec = SetSpec("suggested", family, plain_options(kind, family_options), 0.0, "frozen", sites, ())
         calls = _calls(inner, spec, example_input) if example_input is not None else {}
         if flops is not None and not calls:
             raise AdapterError("flops= needs an example_input=, on which operations are counted.")

@@ -40,7 +40,7 @@ def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> 
     Raises:
         InjectionError: Nothing was injected, or there is a set of the new name already.
         AdapterKeyError: There is no such set, or the sets have different forms.
-        AdapterError: A weight is no finite number.
+        AdapterError: A weight is no finite number, or a variance would be negative.
 
     References:
         Model soups: Wortsman et al. 2022, arXiv:2203.05482.
@@ -70,6 +70,10 @@ def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> 
             raise AdapterKeyError(f"The sets {first!r} and {other!r} differ in {listing(differing)}, so there is no sum of them.")
     tensors = {each: adapter_state_dict(model, each) for each in weights}
     total = {key: _sum([(weight, tensors[each][key]) for each, weight in weights.items()]) for key in tensors[first]}
+    if lost := [key for key, tensor in total.items() if key.endswith(".running_var") and (tensor < 0).any()]:
+        raise AdapterError(
+            f"weights: with these {listing(lost)} would be negative, and no variance is. Choose weights of one sign."
+        )
     heads = {path: record.parked[path] if path in record.parked else find_module(inner, path) for path in record.spec.head}
     with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
         install(inner, replace(record.spec, name=name), record.example, heads)
@@ -79,9 +83,9 @@ def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> 
 
 def _sum(terms: list[tuple[float, Tensor]]) -> Tensor:
     first = terms[0][1]
-    if not first.is_floating_point():
+    if not first.is_floating_point() and not first.is_complex():
         return first
-    total = torch.zeros_like(first, dtype=torch.float64)
+    total = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float64))
     for weight, tensor in terms:
-        total += weight * tensor.double()
+        total += weight * tensor.to(total.dtype)
     return total.to(first.dtype)

@@ -18,7 +18,7 @@ from resadapt.injection.building import adapter_shapes
 from resadapt.injection.freeze import gradients_back_on_failure
 from resadapt.injection.installation import check_model, install, uninstall
 from resadapt.injection.ledger import backbone_differences, find_ledger, ledger_of, plain_modules
-from resadapt.injection.switching import activate, drop_gradients
+from resadapt.injection.switching import activate, switch
 from resadapt.injection.walk import backbone_modules, unwrap
 from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, persistent_tensors
 
@@ -97,11 +97,8 @@ def load_file_content(model: nn.Module, info: AdapterInfo, tensors: Mapping[str,
         )
     live = live_tensors(model, ledger.sets[name])
     fitting(live, state, name)  # before anything changes
-    left = ledger.active_set
-    activate(model, ledger, name)
+    switch(model, ledger, name)
     load_adapter_state_dict(model, state, name)
-    if left is not None and left is not ledger.active_set:
-        drop_gradients(model, left)
 
 
 def _inject_from_file(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor], name: str) -> None:
@@ -126,6 +123,7 @@ def _inject_from_file(model: nn.Module, info: AdapterInfo, state: Mapping[str, T
 def _heads(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     """Returns a module for each place of a file's head: the model's own where it is of that form, else built as the file tells."""
     plain, heads = plain_modules(model), {}
+    built: dict[int, nn.Module] = {}  # one for all names of a place
     spec = info.set
     for name in spec.head:
         if name not in plain:
@@ -141,8 +139,8 @@ def _heads(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> 
                 form = persistent_tensors(backbone_modules(build_from(blueprint), name), spec)
             if {key: tensor.shape for key, tensor in form.items()} != {key: tensor.shape for key, tensor in stored.items()}:
                 raise ValueError("its tensors are others")
-            heads[name] = build_from(blueprint)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            heads[name] = built.setdefault(id(plain[name]), build_from(blueprint))
+        except ValueError as error:
             raise AdapterFileError(f"{info.path}: the head {name!r} cannot be built as it is described: {error}.") from error
     return heads
 

@@ -13,7 +13,7 @@ from resadapt.base.names import listing, reasons_listing, within
 from resadapt.base.spec import SetSpec
 from resadapt.base.tensors import address, dtype_name, is_dense, is_sharded, same_bits, whole
 from resadapt.injection.building import adapter_shapes
-from resadapt.injection.ledger import AdapterSet, adapter_tensors, ledger_of, own_modules
+from resadapt.injection.ledger import AdapterSet, adapter_of, adapter_tensors, ledger_of, own_modules
 from resadapt.injection.sharding import reshard
 from resadapt.injection.walk import named_tensors, unwrap
 
@@ -72,16 +72,22 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], 
 
 
 def refuse_unsaved_state(model: nn.Module, record: AdapterSet) -> None:
-    """Refuses a head with state that an adapter file cannot carry.
+    """Refuses a head or an adapter with state that an adapter file cannot carry.
 
     Raises:
-        AdapterFileError: A module of the head keeps extra state, or packed weights of a quantized layer.
+        AdapterFileError: A module keeps extra state, or packed weights of a quantized layer.
     """
-    for path, module in own_modules(model, record):
+    heads = [(f"The head's module {path!r}", module) for path, module in own_modules(model, record)]
+    adapters = [
+        (f"The adapter at {site.name!r}", module)
+        for site in record.spec.sites
+        for module in adapter_of(model, record.spec, site).modules()
+    ]
+    for what, module in heads + adapters:
         if kept := other_state(module):
             raise AdapterFileError(
-                f"The head's module {path!r} ({type(module).__name__}) keeps {listing(kept)} besides its parameters and "
-                "buffers, which an adapter file does not carry. Keep that in a buffer, or take the module out of head."
+                f"{what} ({type(module).__name__}) keeps {listing(kept)} besides its parameters and buffers, which an adapter "
+                "file does not carry. Keep that in a buffer, or take the module out of the set."
             )
 
 
