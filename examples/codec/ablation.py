@@ -50,6 +50,7 @@ class Job:
         runs: Folder of all runs; the Stage 1 runs are in it.
         dataset: As the training scripts take it.
         device: Where to compute.
+        table: Of which its folder is a part.
     """
 
     variant: Variant
@@ -57,11 +58,12 @@ class Job:
     runs: Path
     dataset: Path
     device: str
+    table: str = "ablation"
 
     @property
     def folder(self) -> Path:
         """Of this variant and seed."""
-        return self.runs / "ablation" / self.variant.name / f"seed{self.seed}"
+        return self.runs / self.table / self.variant.name / f"seed{self.seed}"
 
     @property
     def stage1(self) -> Path:
@@ -89,6 +91,12 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--final", action="store_true", help=f"then the chosen ones and their rivals with seeds {FINAL_SEEDS}, on the test pictures"
     )
+    add_engine_options(parser)
+    return parser.parse_args(argv)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Where and how many at once: read by `work_all`."""
     parser.add_argument(
         "--engine", choices=("here", "local", "slurm"), default="here",
         help="where the runs go: one after another, or through submitit (default: %(default)s)",
@@ -96,7 +104,6 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=accept.whole, default=1, help="with --engine here, runs at once, of one thread each (default: 1)"
     )
-    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = (options.runs_dir, options.dataset_dir, str(options.device))
     jobs = [Job(variant, seed, *common) for variant in VARIANTS if variant.name in options.only for seed in options.seeds]
     _scored(common)  # What was scored earlier is checked before anything is trained.
-    _work(jobs, "val", options)
+    work_all(jobs, "val", options)
     result: dict[str, Any] = {"validation": {}, "test": {}, "differences": {}, "verdicts": []}
     for variant, each in _scored(common):
         result["validation"][variant.name] = summary(variant.described, each)
@@ -115,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         finalists = {
             name: [Job(variant, seed, *common) for seed in FINAL_SEEDS] for variant in VARIANTS if (name := variant.name) in names
         }
-        _work([job for jobs in finalists.values() for job in jobs], "test", options)
+        work_all([job for jobs in finalists.values() for job in jobs], "test", options)
         result["test"] = {
             name: summary(jobs[0].variant.described, [scores(job, "test") for job in jobs]) for name, jobs in finalists.items()
         }
@@ -173,7 +180,7 @@ def work(job: Job, split: str) -> None:
     scores(job, split)
 
 
-def _work(jobs: list[Job], split: str, options: argparse.Namespace) -> None:
+def work_all(jobs: list[Job], split: str, options: argparse.Namespace) -> None:
     """Do what is not done yet: here, in a few processes, or through submitit."""
     jobs = [job for job in jobs if not (job.folder / f"{split}.json").exists()]
     if options.engine != "here":

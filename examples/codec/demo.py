@@ -83,7 +83,7 @@ def _write_dataset(folder: Path) -> str:
     said = []
     blocks = cut_blocks()
     for name, most in (("train", TRAIN_BLOCKS), ("val", VAL_BLOCKS)):
-        part = blocks[name].take(torch.randperm(len(blocks[name]), generator=torch.Generator().manual_seed(0))[:most])
+        part = blocks[name].part(most)
         write_study_file(part, folder / f"{name}.pt")
         said.append(f"{name} {len(part)} of {len(blocks[name])} blocks ({len(part.of(STAGE2))} of them divided, for Stage 2)")
     return f"Data: {', '.join(said)}"

@@ -64,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbones = {path.parent.name: load_stage1(path).backbone for path in options.stage1_models}
     if len(backbones) < len(options.stage1_models):
         parser.error("--stage1-models: two files in folders of one name, which could not be told apart in the table")
-    train, val = (each.data(STAGE2, every_class=True) for each in load_dataset(options.dataset_dir))
+    blocks, val_blocks = load_dataset(options.dataset_dir)
+    train = blocks.of(STAGE2).part(options.blocks, options.seed).data(STAGE2, every_class=True)
+    val = val_blocks.data(STAGE2, every_class=True)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[: options.blocks]
-    train = TensorDataset(*(each[chosen] for each in train.tensors))
     file = options.output_dir / "diagnosis.json"
     result: dict[str, Any] = {
         "blocks": {"train": len(train), "val": len(val)},

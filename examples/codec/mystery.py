@@ -62,12 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.epochs < UNFROZEN_AT:
         parser.error(f"--epochs is {options.epochs}, expected at least {UNFROZEN_AT}, where the backbone is unfrozen")
-    train, val = (each.coded_at(options.base_q_idx).data(STAGE2) for each in load_dataset(options.dataset_dir))
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[: options.blocks]
-    part = TensorDataset(*(each[chosen] for each in train.tensors))
+    blocks, val_blocks = (each.coded_at(options.base_q_idx) for each in load_dataset(options.dataset_dir))
+    train, val = blocks.of(STAGE2).part(options.blocks, options.seed).data(STAGE2), val_blocks.data(STAGE2)
     load_stage1(options.stage1_model)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    study = Reproduction(options.stage1_model, part, val, options.output_dir, options.epochs, options.batch_size, options.seed)
+    study = Reproduction(options.stage1_model, train, val, options.output_dir, options.epochs, options.batch_size, options.seed)
     curves = {
         "norms move": study.by_hand(unfrozen_at=None),
         "unfrozen": study.by_hand(unfrozen_at=UNFROZEN_AT),
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     cases = study.cases(curves)
     result = {
-        "blocks": {"train": len(chosen), "val": len(val)},
+        "blocks": {"train": len(train), "val": len(val)},
         "seed": options.seed,
         "tolerance_of_the_study": TOLERANCE,
         "cases": cases,

@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train Stage 2 and write its file, history, metrics and pictures."""
     options = parse_options(argv)
     train, val = (blocks.coded_at(options.base_q_idx) for blocks in load_dataset(options.dataset_dir))
+    if options.blocks is not None:
+        train = train.of(STAGE2).part(options.blocks)
     train_specialist(STAGE2, train.data(STAGE2, every_class=True), val.data(STAGE2), options, options.seed, options.output_dir)
 
 

@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage2 = Answers(open_cascade(options.stage1_model, {STAGE2: [options.stage2_model]})[0], STAGE2).to(options.device)
         divided = blocks.of(STAGE2)
         routed = predict_logits(stage2, divided.inputs(), options.device).argmax(dim=1)
+    own = blocks if options.blocks is None else blocks.of(task).part(options.blocks)
     for seed in options.seeds:
-        train = blocks.data(task, every_class=True)
+        train = own.data(task, every_class=True)
         if routed is not None:
             strangers = divided.take((routed == STAGE2.classes.index(task.key.upper())) & (divided.labels(task) < 0))
             train = with_misrouted(train, strangers.inputs(), len(task.classes), options.noise_injection, seed)

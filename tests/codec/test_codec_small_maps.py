@@ -18,21 +18,30 @@ from hypothesis import strategies as st
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     bias=st.booleans(),
+    groups=st.sampled_from([1, 2, 4]),
 )
 @settings(max_examples=200, deadline=None)
-def test_equal_to_torch_whatever_the_geometry(size, kernel, stride, padding, bias) -> None:  # type: ignore[no-untyped-def]
+def test_equal_to_torch_whatever_the_geometry(size, kernel, stride, padding, bias, groups) -> None:  # type: ignore[no-untyped-def]
     if any(s + 2 * p < k for s, k, p in zip(size, kernel, padding, strict=True)):
         return  # torch refuses a window that is larger than the padded map
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 3, *kernel, generator=generator, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 4, *size, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 4 // groups, *kernel, generator=generator, dtype=torch.float64, requires_grad=True)
     b = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True) if bias else None
-    ours, theirs = convolve(x, weight, b, stride, padding), F.conv2d(x, weight, b, stride, padding)
+    ours, theirs = (f(x, weight, b, stride, padding, 1, groups) for f in (convolve, F.conv2d))
     torch.testing.assert_close(ours, theirs)
     along = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
     wanted = [x, weight] if b is None else [x, weight, b]
     for found, expected in zip(torch.autograd.grad(ours, wanted, along), torch.autograd.grad(theirs, wanted, along), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(padding: str) -> None:
+    layer = torch.nn.Conv2d(4, 4, 3, padding=padding, groups=4)
+    for size in (3, 2) if padding == "same" else (3,):
+        x = torch.randn(2, 4, size, size)
+        torch.testing.assert_close(convolve(x, layer.weight, layer.bias, (1, 1), padding, (1, 1), 4), layer(x))
 
 
 @pytest.mark.parametrize("arguments", [{"groups": 3}, {"dilation": 2}, {"padding": "same"}, {"padding": 1, "stride": 1}])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -36,6 +38,17 @@ def rate(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"is {text}, expected a number, 0 or more")
     return value
+
+
+def option(text: str) -> tuple[str, Any]:
+    """A name and a value of Python, as in ``dora=True``; what is no literal is taken as a string."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"is {text}, expected NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def device(text: str) -> torch.device:

@@ -94,6 +94,16 @@ def weightless(model: nn.Module, spec: SetSpec, site: SiteSpec) -> Adapter:
         return _checked(model, spec, site, {})
 
 
+def buildable(model: nn.Module, spec: SetSpec, site: SiteSpec) -> bool:
+    """Returns whether a set's family has an adapter for a site, of the site's width."""
+    try:
+        with torch.device("meta"):
+            _new(model, spec, site, {})
+    except Exception:  # a family's constructor may raise anything
+        return False
+    return True
+
+
 def fitting_places(model: nn.Module, spec: SetSpec) -> str:
     """Says what in a model a set's family can adapt, as far as modules tell their shapes; empty if nowhere."""
     found = []
@@ -101,13 +111,8 @@ def fitting_places(model: nn.Module, spec: SetSpec) -> str:
     for name, module in backbone_modules(model):
         if not name or isinstance(module, nn.Sequential) or (shape := declared(module)) is None:
             continue
-        site = SiteSpec(name, name, shape.channels, shape.spatial_dims, bottleneck, shape.channel_dim)
-        try:
-            with torch.device("meta"):
-                _new(model, spec, site, {})
-        except Exception:  # a family's constructor may raise anything
-            continue
-        found.append(name)
+        if buildable(model, spec, SiteSpec(name, name, shape.channels, shape.spatial_dims, bottleneck, shape.channel_dim)):
+            found.append(name)
     return f"It can adapt {listing(found)}." if found else ""
 
 

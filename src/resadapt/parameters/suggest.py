@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resadapt.adapters.family import apply, takes
-from resadapt.base.errors import AdapterError, InjectionError
+from resadapt.base.errors import AdapterError
 from resadapt.base.nested import map_tensors
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.undisturbed import call, undisturbed
-from resadapt.injection.building import family_named, plain_options, weightless
+from resadapt.injection.building import buildable, family_named, plain_options, weightless
 from resadapt.injection.select import select_sites
 from resadapt.injection.switching import on_plain
 from resadapt.injection.walk import find_module, unwrap
@@ -68,7 +69,7 @@ def suggest_layers(
     """Chooses sites and widths of adapters for a budget.
 
     All sites that `layers` names get adapters whose widths are one and the same fraction of their channels, at least 1, the
-    largest fraction that fits. If that is too much even with widths of 1, or the family has no width, only the last sites are
+    largest fraction that fits; where a family does not take a width, a smaller one that divides the channels. If that is too much even with widths of 1, or the family has no width, only the last sites are
     taken, as many as fit: those that are nearest to the output, so that the backward pass is the shortest.
 
     Args:
@@ -118,7 +119,7 @@ def suggest_layers(
                 costs[site] = _cost(inner, spec, site, calls.get(site.name))
             return sum(costs[s][0] for s in chosen) <= most and sum(costs[s][1] for s in chosen) <= most_flops
 
-        chosen, rule = _widest(sites, fits, lambda site: _builds(inner, spec, site)), _ONE_FRACTION
+        chosen, rule = _widest(sites, fits, cache(lambda site: buildable(inner, spec, site))), _ONE_FRACTION
         if not takes(kind, "bottleneck") or not fits(chosen):
             rule = _LAST_SITES
             while chosen and not fits(chosen):
@@ -144,26 +145,19 @@ def _widest(
         found = []
         for site in sites:
             width = max(1, int(fraction * site.channels))
-            while width > 1 and not builds(replace(site, bottleneck=width)):  # a family may not take every width
-                width -= 1
-            found.append(replace(site, bottleneck=width))
+            # A family may not take every width. Trying all that are smaller would take minutes on wide layers.
+            smaller = [w for w in range(min(width, site.channels), 0, -1) if site.channels % w == 0]
+            tried = (replace(site, bottleneck=w) for w in (width, *smaller))
+            found.append(next(filter(builds, tried), replace(site, bottleneck=1)))
         return found
 
     low, high = 0.0, 1.0
-    while fits(with_fraction(high)) and high < 64:
+    while high < 64 and fits(with_fraction(high)) and with_fraction(high) != with_fraction(low):
         low, high = high, 2 * high
     for _ in range(24):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(with_fraction(middle)) else (low, middle)
     return with_fraction(low)
-
-
-def _builds(model: nn.Module, spec: SetSpec, site: SiteSpec) -> bool:
-    try:
-        weightless(model, spec, site)
-    except InjectionError:
-        return False
-    return True
 
 
 def _cost(model: nn.Module, spec: SetSpec, site: SiteSpec, called: tuple[Any, Any] | None) -> tuple[int, int]:

@@ -88,6 +88,10 @@ class BlockSet:
         """The blocks of which a task asks."""
         return self.take(self.labels(task) >= 0)
 
+    def part(self, most: int | None, seed: int = 0) -> BlockSet:
+        """At most so many of the blocks, all without a limit, in a random order."""
+        return self.take(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:most])
+
     def inputs(self) -> Tensor:
         """What models are given, [N, 2, 16, 16]: luma, and the quantizer as a plane."""
         return with_quantizer(self.samples, self.qps)

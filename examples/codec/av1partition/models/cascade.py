@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from av1partition.data.blocks import BLOCK
 from av1partition.data.inputs import CODE_SIZE, luma, quantizer_code
 from av1partition.data.tasks import KINDS, SPECIALISTS, STAGE1, Task
 from av1partition.models.backbones import FEATURES, AttentionResNet18
-from resadapt import inject_adapters
+from resadapt import inject_adapters, suggest_layers
 
 SITES = {"plain": ("layer1", "layer2", "layer3", "layer4"), "attention": ("se1", "se2", "se3", "spatial_attn")}
 HIDDEN = 128
@@ -183,6 +184,8 @@ def adapt(
     name: str | None = None,
     family: str = "pooled",
     norm: str = "frozen",
+    budget: int | None = None,
+    **options: Any,
 ) -> Cascade:
     """Put an adapter set for a task into a cascade, and make it the active one.
 
@@ -196,6 +199,8 @@ def adapt(
         name: Of the set; None: the task's key.
         family: Kind of adapter; the study's is "pooled".
         norm: What the set has of its own of the backbone's norms.
+        budget: Most parameters of all adapters; the widths are chosen for it, and `bottleneck` does not count.
+        **options: Of the family.
 
     Returns:
         The cascade.
@@ -205,7 +210,9 @@ def adapt(
     head = head_name(task, quantizer)
     # The example input tells the channels of the attention modules, which are not torchvision's.
     example = torch.zeros(1, 2, BLOCK, BLOCK)
-    sites = tuple(f"{BACKBONE}.{layer}" for layer in layers)
+    sites: Any = tuple(f"{BACKBONE}.{layer}" for layer in layers)
+    if budget is not None:
+        sites = suggest_layers(cascade, budget, family=family, layers=sites, example_input=example, **options)
     inject_adapters(
         cascade,
         sites,
@@ -216,6 +223,7 @@ def adapt(
         norm=norm,
         dropout=dropout,
         example_input=example,
+        **options,
     )
     cascade.get_submodule(head).load_state_dict(new_head(task, quantizer).state_dict())
     return cascade

@@ -38,14 +38,21 @@ def convolve(
         >>> torch.allclose(convolve(x, weight, None, (1, 1), (1, 1)), F.conv2d(x, weight, padding=1), atol=1e-5)
         True
     """
-    usual = isinstance(stride, tuple) and isinstance(padding, tuple) and dilation in (1, (1, 1)) and groups == 1 and x.ndim == 4
+    if padding == "same" and stride in (1, (1, 1)) and all(size % 2 for size in weight.shape[2:]):
+        padding = tuple(size // 2 for size in weight.shape[2:])
+    usual = isinstance(stride, tuple) and isinstance(padding, tuple) and dilation in (1, (1, 1)) and x.ndim == 4
     rows = _starts(x.shape[2], weight.shape[2], stride[0], padding[0]) if usual else None
     columns = _starts(x.shape[3], weight.shape[3], stride[1], padding[1]) if usual else None
     if rows is None or columns is None:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     height, width = x.shape[2:]
-    flat = x.flatten(1)
-    out = [F.linear(flat, weight[:, :, i : i + height, j : j + width].flatten(1), bias) for i in rows for j in columns]
+    windows = [weight[:, :, i : i + height, j : j + width].flatten(1) for i in rows for j in columns]
+    if groups == 1:
+        out = [F.linear(x.flatten(1), window, bias) for window in windows]
+    else:
+        grouped = x.reshape(len(x), groups, -1)
+        out = [torch.einsum("ngi,goi->ngo", grouped, window.reshape(groups, -1, window.shape[1])).flatten(1) for window in windows]
+        out = out if bias is None else [each + bias for each in out]
     return torch.stack(out, dim=2).reshape(len(x), len(weight), len(rows), len(columns))
 
 

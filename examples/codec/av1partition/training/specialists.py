@@ -47,9 +47,20 @@ def add_specialist_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter-dropout", type=float, help="default: the family's own, 0.1 for pooled")
     norms = ("frozen", "affine", "stats", "affine+stats")
     parser.add_argument("--adapter-norm", default="frozen", choices=norms, help="norms of the set's own (default: %(default)s)")
-    parser.add_argument("--adapter-layers", nargs="+", help="modules of the backbone, globs too (default: behind its four stages)")
+    parser.add_argument(
+        "--adapter-layers",
+        nargs="*",
+        help="modules of the backbone, globs too; without any: norms alone (default: its four stages)",
+    )
+    parser.add_argument(
+        "--adapter-budget", type=accept.whole, metavar="N", help="most parameters of all adapters, whose widths follow"
+    )
+    parser.add_argument(
+        "--adapter-options", type=accept.option, nargs="+", default=[], metavar="NAME=VALUE", help="of the family, as dora=True"
+    )
     parser.add_argument("--quantizer", action="store_true", help="the head sees the quantizer, and has a hidden layer")
     parser.add_argument("--base-q-idx", type=int, metavar="Q", help="train and validate on the blocks of this quantizer only")
+    parser.add_argument("--blocks", type=accept.whole, metavar="N", help="most blocks to train on, the same for every seed")
     parser.add_argument("--augment", action="store_true", help="turn each training block by one of the eight symmetries at random")
     parser.add_argument("--lr-adapter", type=accept.rate, default=1e-4, help="default: %(default)s")
     parser.add_argument("--lr-head", type=accept.rate, default=5e-4, help="default: %(default)s")
@@ -107,7 +118,8 @@ def train_specialist(
     if what != "network":
         size, dropout = options.adapter_bottleneck, options.adapter_dropout
         layers = options.adapter_layers if what == "adapters" else ()
-        kind = {"family": options.adapter_family, "norm": options.adapter_norm} if what == "adapters" else {}
+        kind = {"family": options.adapter_family, "norm": options.adapter_norm, "budget": options.adapter_budget}
+        kind = {**kind, **dict(options.adapter_options)} if what == "adapters" else {}
         adapt(cascade, task, size, dropout, layers=layers, quantizer=options.quantizer, **kind).to(device)
         rates["lr_adapter"] = options.lr_adapter
         model: nn.Module = Answers(cascade, task)
@@ -161,6 +173,7 @@ def _config(options: argparse.Namespace, task: Task, seed: int, *data: TensorDat
     indifferent = ("dataset_dir", "stage1_model", "stage2_model", "output_dir", "num_workers", "device", "seed", "seeds", "kind")
     config: Config = {name: value for name, value in vars(options).items() if name not in indifferent}
     config["adapter_layers"] = " ".join(options.adapter_layers or ())
+    config["adapter_options"] = repr(sorted(options.adapter_options))
     config["task"], config["seed"], config["device"] = task.key, seed, options.device.type
     config["stage1_model"] = hashlib.sha256(options.stage1_model.read_bytes()).hexdigest()
     config["data"] = digest_of_data(*data)

@@ -47,7 +47,7 @@ _HEAD = "--epochs 20"
 _ADAPTERS = "--epochs 4 --use-adapters"
 # The loss weighs classes by effective numbers of blocks, which from some ten thousand on are all but the same: with beta 0.9999
 # the rare class weighs hardly more than the others. With this one the weights are those of the trees, by inverse frequency.
-_BALANCED = "--beta 0.999999"
+BALANCED = "--beta 0.999999"
 _WIDE = "--batch-size 256 --weight-decay 0.01 --quantizer"
 
 VARIANTS = (
@@ -76,12 +76,12 @@ VARIANTS = (
             quantizers=QUANTIZERS),
     Variant("per-q-16", "a set for each quantizer, b=16: as many parameters", "quantizer", "stage1_study",
             f"{_ADAPTERS} --adapter-bottleneck 16", quantizers=QUANTIZERS),
-    Variant("frozen-balanced", "frozen head, all classes weigh the same", "balanced", "stage1_study", f"{_HEAD} {_BALANCED}"),
-    Variant("v1-balanced", "v1, all classes weigh the same", "balanced", "stage1_study", f"{_ADAPTERS} {_BALANCED}"),
+    Variant("frozen-balanced", "frozen head, all classes weigh the same", "balanced", "stage1_study", f"{_HEAD} {BALANCED}"),
+    Variant("v1-balanced", "v1, all classes weigh the same", "balanced", "stage1_study", f"{_ADAPTERS} {BALANCED}"),
     Variant("frozen-q-balanced", "frozen head that sees the quantizer, all classes weigh the same", "balanced", "stage1_study",
-            f"{_HEAD} --quantizer {_BALANCED}"),
+            f"{_HEAD} --quantizer {BALANCED}"),
     Variant("v1-q-balanced", "v1 with a head that sees the quantizer, all classes weigh the same", "balanced", "stage1_study",
-            f"{_ADAPTERS} --quantizer {_BALANCED}"),
+            f"{_ADAPTERS} --quantizer {BALANCED}"),
     Variant("kinds-frozen", "backbone that learned all kinds: frozen head", "beyond", "stage1_kinds",
             f"{_HEAD} {_WIDE} --lr-head 1e-3"),
     Variant("kinds-v2", "the same: layer3-4, b=64", "beyond", "stage1_kinds",
