@@ -97,17 +97,12 @@ def _big(case: Case) -> bool:
     return "101" in case.build.__name__ or "152" in case.build.__name__
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            marks=pytest.mark.slow if _big(case) else (),
-            id=f"{case.build.__module__.rsplit('.', 1)[-1]}-{case.build.__name__}",
-        )
-        for case in CASES
-    ],
-)
+def _named(case: Case) -> Any:
+    marks = pytest.mark.slow if _big(case) else ()
+    return pytest.param(case, marks=marks, id=f"{case.build.__module__.rsplit('.', 1)[-1]}-{case.build.__name__}")
+
+
+@pytest.mark.parametrize("case", [_named(case) for case in CASES])
 def test_the_whole_way(case: Case, tmp_path: Path) -> None:
     model = case.model()
     before, names = picture(model), list(model.state_dict())
@@ -139,6 +134,35 @@ def test_the_whole_way(case: Case, tmp_path: Path) -> None:
 
     resadapt.remove_adapters(model)
     assert picture(model) == before
+
+
+# The deeper ones have no other layers, and masks and keypoints are looked for behind the same backbone, for a long time.
+@pytest.mark.parametrize(
+    "case", [_named(case) for case in CASES if not _big(case) and not case.build.__name__.startswith(("mask", "keypoint"))]
+)
+def test_every_family_in_the_last_stage(case: Case) -> None:
+    """At all convolutions, strided, grouped, dilated and 3-D ones among them, norms and blocks; a set each."""
+    model = case.model().eval()
+    blocks = dict(model.get_submodule(case.layers[-1]).named_children())
+    inside = {f"{case.layers[-1]}.{name}": part for name, part in model.get_submodule(case.layers[-1]).named_modules() if name}
+    convolutions = [name for name, part in inside.items() if isinstance(part, nn.modules.conv._ConvNd)]
+    norms = [name for name, part in inside.items() if "Norm" in type(part).__name__]
+    behind = [f"{case.layers[-1]}.{name}" for name in blocks]
+    places = {"lora": convolutions, "parallel": convolutions, "conv": convolutions, "series": behind, "bottleneck": behind}
+    places |= {"mona": behind, "ssf": norms}
+    torch.manual_seed(0)
+    plain = outputs_of(model, (case.inputs,))
+    for family, sites in places.items():
+        width = {"bottleneck": 1} if family not in ("parallel", "series", "ssf") else {}
+        resadapt.inject_adapters(model, sites, family=family, name=family, init="identity", **width)
+        assert same(outputs_of(model, (case.inputs,)), plain), family
+        with torch.no_grad():
+            for parameter in resadapt.trainable_parameters(model):
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        adapted = outputs_of(model, (case.inputs,))
+        assert not same(adapted, plain), f"{family} is in the path of the data"
+        with resadapt.adapters_disabled(model):
+            assert same(outputs_of(model, (case.inputs,)), plain)
 
 
 def test_other_feature_maps() -> None:

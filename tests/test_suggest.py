@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from support import images, picture, small_resnet
 from torch.utils.flop_counter import FlopCounterMode
 
 import resadapt
+import resadapt.adapters.conv
 
 MODEL = small_resnet()
 
@@ -92,3 +94,22 @@ def test_families_are_listed_with_all_that_is_known_of_them() -> None:
         assert info.formula
     assert not families["pooled"].foldable
     assert families["ssf"].foldable
+
+
+def test_a_family_that_does_not_take_every_width_is_asked_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once all widths below 64 times the channels were built, one by one: minutes."""
+    built = []
+    inside = resadapt.adapters.conv.ConvAdapter.__init__
+
+    @functools.wraps(inside)
+    def counted(self: Any, *args: Any, **options: Any) -> None:
+        built.append(args)
+        inside(self, *args, **options)
+
+    monkeypatch.setattr(resadapt.adapters.conv.ConvAdapter, "__init__", counted)
+    options = {"family": "conv", "layers": "layer*.*", "scheme": "residual-sequential"}
+    layers = resadapt.suggest_layers(MODEL, 2_000_000, **options)
+    assert [layers[f"layer{n}.0"] for n in (1, 2, 3, 4)] == [64, 128, 256, 512], "as wide as the family allows"
+    assert len(built) < 500
+    layers = resadapt.suggest_layers(MODEL, 110_000, **options)
+    assert all(512 % width == 0 for width in layers.values())
