@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import ablation
+import families
 import pytest
 import torch
 from av1partition.data.blocks import BlockSet, DatasetError
@@ -155,6 +157,35 @@ def test_the_whole_comparison(study: Path, monkeypatch: pytest.MonkeyPatch, caps
     }  # fmt: skip
     assert "v1 against frozen on the test blocks" in capsys.readouterr().out
     assert (study / "ablation" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_families_at_the_best_of_three_rates(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = {method.name: method for method in families.methods()}
+    assert len(every) == len(list(families.methods()))
+    short = [replace(every[name], flags=every[name].flags.replace("--epochs 20", "--epochs 1").replace("--epochs 4", "--epochs 1"))
+             for name in ("frozen", "fine-tuning", "stats", "dora-1")]  # fmt: skip
+    monkeypatch.setattr(families, "methods", lambda: iter(short))
+    monkeypatch.setattr(families, "SEEDS", (0, 1))
+    families.main(arguments(study))
+    result = json.loads((study / "families" / "families.json").read_text())
+    assert list(result) == [method.name for method in short]
+    for name, row in result.items():
+        assert row["rates"][row["rate"]] == max(row["rates"].values()) == row["val"]["values"][0]
+        made = json.loads((study / "families" / name / row["rate"] / "seed1" / "metrics.json").read_text())
+        assert made["macro_f1"] == row["val"]["values"][1]
+        assert made["parameters"]["trainable"] == row["parameters"]
+    assert 0.8 < (result["dora-1"]["parameters"] - 1539) / (families.BACKBONE // 100) <= 1
+    assert result["fine-tuning"]["parameters"] == families.BACKBONE + 1539
+    table = families.table(result)
+    assert table in capsys.readouterr().out
+    ratio = result["dora-1"]["test"]["mean"] / result["fine-tuning"]["test"]["mean"]
+    (line,) = (line for line in table.splitlines() if line.startswith("| dora"))
+    assert line.endswith(f"| {ratio:.1%} |")
+    stamps = {path: path.stat().st_mtime_ns for path in study.glob("families/**/*.json") if path.parent.name != "families"}
+    families.main(arguments(study))
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "what is finished is not done again"
 
 
 def test_two_processes_train_what_one_does(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

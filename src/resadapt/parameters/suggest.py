@@ -69,8 +69,9 @@ def suggest_layers(
     """Chooses sites and widths of adapters for a budget.
 
     All sites that `layers` names get adapters whose widths are one and the same fraction of their channels, at least 1, the
-    largest fraction that fits; where a family does not take a width, a smaller one that divides the channels. If that is too much even with widths of 1, or the family has no width, only the last sites are
-    taken, as many as fit: those that are nearest to the output, so that the backward pass is the shortest.
+    largest fraction that fits; where a family does not take a width, the next smaller one that divides the channels. If that is
+    too much even with widths of 1, or the family has no width, only the last sites are taken, as many as fit: those that are
+    nearest to the output, so that the backward pass is the shortest.
 
     Args:
         model: A model; it stays as it is.

@@ -78,8 +78,9 @@ def check_specialist_options(parser: argparse.ArgumentParser, options: argparse.
     """Refuse options that contradict each other, before any data is read."""
     if not 0 <= options.beta < 1:
         parser.error(f"--beta is {options.beta}, expected 0 <= beta < 1")
-    if options.adapter_layers and not options.use_adapters:
-        parser.error("--adapter-layers goes with --use-adapters")
+    for name in ("layers", "budget", "options"):
+        if getattr(options, f"adapter_{name}") and not options.use_adapters:
+            parser.error(f"--adapter-{name} goes with --use-adapters")
     if options.augment and _what(options) == "head":
         parser.error("--augment does not go with the frozen baseline, whose features are computed once")
 
