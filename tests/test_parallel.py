@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,3 +184,22 @@ def test_the_adapter_can_be_scripted(layer: str) -> None:
     adapter = strengthened(ParallelAdapter(site_of(module)))
     x = torch.randn(1, 8, 5, 5)
     torch.testing.assert_close(torch.jit.script(adapter)(module(x), x), apply(adapter, module, (x,), module(x)))
+
+
+def test_a_stem_of_few_channels_in_channels_last_leaves_memory_alone() -> None:
+    """The gradient of such a convolution with a stride, in torch 2.14, writes outside its tensors."""
+    script = """
+import torch
+torch.set_num_threads(1)
+from torchvision.models import resnet18
+from resadapt import inject_adapters
+model = inject_adapters(resnet18(), "conv1", family="parallel").to(memory_format=torch.channels_last).conv1
+x = torch.randn(70, 3, 16, 16).to(memory_format=torch.channels_last)
+for _ in range(200):
+    y = model(x)
+    y.backward(torch.randn_like(y))
+    others = [torch.randn(1000) for _ in range(20)]
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "alive\n", (done.returncode, done.stderr)

@@ -54,6 +54,7 @@ def methods() -> Iterator[Variant]:
                 ("dora", "dora at 3x3", f"--adapter-family lora --adapter-options dora=True {CONVOLUTIONS}"),
                 ("lora-norms", "lora at 3x3, own norms", f"--adapter-family lora {CONVOLUTIONS} --adapter-norm affine+stats"),
             )
+            if percent == 4 or name not in ("dora", "lora-norms")
         ),
     ):
         yield Variant(name, about, "adapter", "stage1_study", f"{SHORT} --use-adapters {flags}")

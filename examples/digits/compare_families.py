@@ -68,20 +68,19 @@ ENTRIES = (
     Entry("norms: affine and statistics", norm="affine+stats"),
     Entry("ssf at norms", NORMS, "ssf"),
     Entry("series behind blocks 0-4", "blocks.[0-4].*", "series"),
-    Entry("series behind blocks 0-5.2", ("blocks.[0-4].*", "blocks.5.[012]"), "series"),
     *(
         Entry(f"{about}, {budget:.0%}", layers, family, budget, norm, options)
-        for budget in BUDGETS
+        for budget in reversed(BUDGETS)
         for about, layers, family, norm, options in (
             ("pooled behind blocks", BLOCKS, "pooled", "frozen", {}),
             ("bottleneck behind blocks", BLOCKS, "bottleneck", "frozen", {}),
             ("mona behind blocks", BLOCKS, "mona", "frozen", {}),
             ("conv behind 1x1 convolutions", POINTWISE, "conv", "frozen", {"scheme": "conv-sequential"}),
             ("lora at 1x1 convolutions", POINTWISE, "lora", "frozen", {}),
-            ("dora at 1x1 convolutions", POINTWISE, "lora", "frozen", {"dora": True}),
             ("lora, and own norms", POINTWISE, "lora", "affine+stats", {}),
             ("bottleneck, and own norms", BLOCKS, "bottleneck", "affine+stats", {}),
         )
+        if budget == max(BUDGETS) or family in ("pooled", "lora", "bottleneck")
     ),
 )
 

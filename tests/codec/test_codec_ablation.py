@@ -165,7 +165,7 @@ def test_families_at_the_best_of_three_rates(
     every = {method.name: method for method in families.methods()}
     assert len(every) == len(list(families.methods()))
     short = [replace(every[name], flags=every[name].flags.replace("--epochs 20", "--epochs 1").replace("--epochs 4", "--epochs 1"))
-             for name in ("frozen", "fine-tuning", "stats", "dora-1")]  # fmt: skip
+             for name in ("frozen", "fine-tuning", "stats", "dora-4")]  # fmt: skip
     monkeypatch.setattr(families, "methods", lambda: iter(short))
     monkeypatch.setattr(families, "SEEDS", (0, 1))
     families.main(arguments(study))
@@ -176,11 +176,11 @@ def test_families_at_the_best_of_three_rates(
         made = json.loads((study / "families" / name / row["rate"] / "seed1" / "metrics.json").read_text())
         assert made["macro_f1"] == row["val"]["values"][1]
         assert made["parameters"]["trainable"] == row["parameters"]
-    assert 0.8 < (result["dora-1"]["parameters"] - 1539) / (families.BACKBONE // 100) <= 1
+    assert 0.8 < (result["dora-4"]["parameters"] - 1539) / (families.BACKBONE * 4 // 100) <= 1
     assert result["fine-tuning"]["parameters"] == families.BACKBONE + 1539
     table = families.table(result)
     assert table in capsys.readouterr().out
-    ratio = result["dora-1"]["test"]["mean"] / result["fine-tuning"]["test"]["mean"]
+    ratio = result["dora-4"]["test"]["mean"] / result["fine-tuning"]["test"]["mean"]
     (line,) = (line for line in table.splitlines() if line.startswith("| dora"))
     assert line.endswith(f"| {ratio:.1%} |")
     stamps = {path: path.stat().st_mtime_ns for path in study.glob("families/**/*.json") if path.parent.name != "families"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,13 +34,21 @@ CPU = torch.device("cpu")
         ("fine", ["layer2.1", "layer4"], "layer1"),
         ("attention", None, "se1"),
         ("plain", ["layer4"], "layer4"),
+        ("plain", {"layers": ["layer4"], "norm": "affine"}, "conv1"),
+        ("fine", {"layers": (), "norm": "affine+stats"}, "conv1"),
+        ("plain", {"layers": ["bn1", "layer2.0.bn1"], "family": "ssf"}, "bn1"),
+        ("plain", {"layers": ["layer3.0.conv1"], "family": "lora", "bottleneck": 2}, "layer2"),
     ],
 )
 def test_behind_the_front_is_the_whole(
-    kind: BackboneKind, layers: Sequence[str] | None, end: str, stage1_file: Callable[[BackboneKind], Path]
+    kind: BackboneKind,
+    layers: Sequence[str] | dict[str, Any] | None,
+    end: str,
+    stage1_file: Callable[[BackboneKind], Path],
 ) -> None:
     torch.manual_seed(0)
-    cascade = adapt(Cascade(load_stage1(stage1_file(kind))), STAGE2, layers=layers, quantizer=True)
+    options = layers if isinstance(layers, dict) else {"layers": layers}
+    cascade = adapt(Cascade(load_stage1(stage1_file(kind))), STAGE2, quantizer=True, **options)
     inputs = with_quantizer(torch.rand(70, 1, 16, 16), torch.randint(0, 256, (70,)))
     labels = torch.randint(0, 3, (70,))
     assert shared_end(cascade) == end
@@ -53,6 +62,9 @@ def test_behind_the_front_is_the_whole(
                 module.p = 0.0
     trained = [p for p in cascade.parameters() if p.requires_grad]
     assert trained
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.01 * torch.randn_like(parameter))  # away from starts whose gradient is zero
     results = []
     for each, x in ((model, data.tensors[0]), (Answers(cascade, STAGE2), inputs)):
         each.train()
@@ -65,6 +77,16 @@ def test_behind_the_front_is_the_whole(
         assert ours.any()
         assert torch.equal(ours, theirs)
     assert len(list(model.parameters())) == len(list(cascade.parameters())), "nothing is registered twice"
+
+
+def test_nothing_is_shared_where_the_first_part_is_adapted(stage1_file: Callable[[BackboneKind], Path]) -> None:
+    torch.manual_seed(0)
+    cascade = adapt(Cascade(load_stage1(stage1_file("plain"))), STAGE2, layers=["conv1"], family="parallel")
+    nn.init.normal_(cascade.backbone.get_submodule("conv1.resadapt.stage2.alpha").weight)  # type: ignore[arg-type]
+    assert shared_end(cascade) == ""
+    inputs = with_quantizer(torch.rand(70, 1, 16, 16), torch.randint(0, 256, (70,)))
+    model, (data,) = behind_front(cascade, STAGE2, [TensorDataset(inputs, torch.zeros(70))], CPU)
+    assert torch.equal(predict_logits(model, data.tensors[0], CPU), predict_logits(Answers(cascade, STAGE2), inputs, CPU))
 
 
 def test_several_sets_share_what_none_of_them_changes(stage1_file: Callable[[BackboneKind], Path]) -> None:

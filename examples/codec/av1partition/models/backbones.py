@@ -143,16 +143,18 @@ def parts(backbone: nn.Module) -> tuple[str, ...]:
 
 
 def front(backbone: nn.Module, x: Tensor, end: str) -> Tensor:
-    """A backbone up to one of its parts and with it: [N, 1, H, W] to that part's feature maps."""
-    names = parts(backbone)
-    return _through(backbone, names[: names.index(end) + 1], x)
+    """A backbone up to one of its parts and with it: [N, 1, H, W] to that part's feature maps; "" is before the first."""
+    return _through(backbone, parts(backbone)[: _until(backbone, end)], x)
 
 
 def rest(backbone: nn.Module, h: Tensor, end: str) -> Tensor:
     """A backbone behind one of its parts, to the output of ``fc``."""
-    names = parts(backbone)
-    h = _through(backbone, names[names.index(end) + 1 :], h)
+    h = _through(backbone, parts(backbone)[_until(backbone, end) :], h)
     return _through(backbone, ("fc",), torch.flatten(_through(backbone, ("avgpool",), h), 1))
+
+
+def _until(backbone: nn.Module, end: str) -> int:
+    return parts(backbone).index(end) + 1 if end else 0
 
 
 def _through(backbone: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:

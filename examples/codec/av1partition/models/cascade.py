@@ -177,7 +177,7 @@ def adapt(
     cascade: Cascade,
     task: Task,
     bottleneck: int = 64,
-    dropout: float | None = 0.1,
+    dropout: float | None = None,
     *,
     layers: Sequence[str] | None = None,
     quantizer: bool = False,

@@ -9,16 +9,21 @@ from av1partition.data.inputs import luma
 from av1partition.data.tasks import Task
 from av1partition.models.backbones import front, parts, rest
 from av1partition.models.cascade import BACKBONE, Cascade
-from resadapt import AdapterSetInfo, list_adapters
+from resadapt import AdapterSetInfo, list_adapters, list_families
 
 
 def shared_end(cascade: Cascade) -> str:
-    """The last part of the backbone before which no set changes anything, and whose inside none does."""
-    names = parts(cascade.backbone)
+    """The last part of the backbone before which no set changes anything, and whose inside none does; "" where there is none."""
+    names = ("", *parts(cascade.backbone))
     ends = [len(names) - 1]
-    for site in (site for info in list_adapters(cascade) for site in info.sites):
-        part, _, inside = site.name.removeprefix(f"{BACKBONE}.").partition(".")
-        ends.append(names.index(part) - bool(inside))
+    for info in list_adapters(cascade):
+        if info.norm != "frozen":
+            ends.append(names.index("bn1") - 1)  # All norms of the backbone are the set's own, and this is the first.
+        reads = next(family.reads for family in list_families() if family.name == info.family)
+        for site in info.sites:
+            part, _, inside = site.name.removeprefix(f"{BACKBONE}.").partition(".")
+            # An adapter at the end itself is given the end's output, and nothing else.
+            ends.append(names.index(part) - bool(inside or reads != "output"))
     return names[min(ends)]
 
 
