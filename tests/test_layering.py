@@ -50,6 +50,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     },
     {
         "parameters": (("trainable",), ("suggest", "summary")),
+        "lean": (("functions",), ("layers",), ("optimize",)),
         "deploy": (("plain_copy",), ("inference_copy", "fold")),
         "proof": (
             ("report", "ranks", "probe", "drift", "state"),

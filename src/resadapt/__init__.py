@@ -20,6 +20,7 @@ from resadapt.deploy.inference_copy import inference_copy
 from resadapt.files.adapter_file import AdapterInfo, ProbeRecord, read_adapter_info
 from resadapt.injection.set_info import AdapterSetInfo, list_adapters
 from resadapt.injection.sets import adapters_disabled, adapters_for, inject_adapters, remove_adapters, set_active_adapters
+from resadapt.lean.optimize import optimize_backbone, restore_backbone
 from resadapt.parameters.suggest import SuggestedLayers, suggest_layers
 from resadapt.parameters.summary import ModelSummary, summary
 from resadapt.parameters.trainable import (
@@ -78,10 +79,12 @@ __all__ = [
     "load_adapter_state_dict",
     "load_adapters",
     "named_trainable_parameters",
+    "optimize_backbone",
     "parameter_groups",
     "read_adapter_info",
     "register_family",
     "remove_adapters",
+    "restore_backbone",
     "save_adapters",
     "set_active_adapters",
     "suggest_layers",

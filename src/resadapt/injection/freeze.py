@@ -17,6 +17,8 @@ from resadapt.injection.walk import backbone_modules, is_leaf
 
 __all__ = [
     "NORM_POLICIES",
+    "FrozenStatistics",
+    "Overlay",
     "freeze_norm",
     "freeze_norms",
     "freeze_parameters",
@@ -27,12 +29,15 @@ __all__ = [
     "norms_of",
     "running_as_built",
     "set_trainable",
-    "stock_norm",
     "thaw_norm",
 ]
 
 
-class _FrozenStatistics(nn.modules.batchnorm._BatchNorm):
+class Overlay:
+    """Marks the classes that this library puts over a layer's own for a while."""
+
+
+class FrozenStatistics(Overlay, nn.modules.batchnorm._BatchNorm):
     """Normalises with the running statistics, in training too, and never updates them."""
 
     @override
@@ -47,19 +52,19 @@ class _FrozenStatistics(nn.modules.batchnorm._BatchNorm):
         """Keeps the statistics: `torch.optim.swa_utils.update_bn`, for one, would start them anew."""
 
 
-class FrozenBatchNorm1d(_FrozenStatistics, nn.BatchNorm1d):
+class FrozenBatchNorm1d(FrozenStatistics, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` whose statistics cannot move."""
 
 
-class FrozenBatchNorm2d(_FrozenStatistics, nn.BatchNorm2d):
+class FrozenBatchNorm2d(FrozenStatistics, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` whose statistics cannot move."""
 
 
-class FrozenBatchNorm3d(_FrozenStatistics, nn.BatchNorm3d):
+class FrozenBatchNorm3d(FrozenStatistics, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` whose statistics cannot move."""
 
 
-class FrozenSyncBatchNorm(_FrozenStatistics, nn.SyncBatchNorm):
+class FrozenSyncBatchNorm(FrozenStatistics, nn.SyncBatchNorm):
     """`torch.nn.SyncBatchNorm` whose statistics cannot move."""
 
 
@@ -70,7 +75,6 @@ _FROZEN: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: FrozenSyncBatchNorm,
 }
 _AFFINE = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_STOCK = {frozen: stock for stock, frozen in _FROZEN.items()}
 
 
 def hold_in_eval(module: nn.Module, args: Any) -> None:
@@ -110,8 +114,8 @@ def freeze_norm(module: nn.Module) -> None:
 
 def thaw_norm(module: nn.Module) -> bool:
     """Lets a module run as it was built; tells whether its training flag was held."""
-    if type(module) in _STOCK:
-        module.__class__ = _STOCK[type(module)]
+    if isinstance(module, Overlay):
+        module.__class__ = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("resadapt."))
     held = [key for key, hook in module._forward_pre_hooks.items() if hook is hold_in_eval]
     for key in held:
         del module._forward_pre_hooks[key]
@@ -125,12 +129,7 @@ def is_held(module: nn.Module) -> bool:
 
 def is_frozen(module: nn.Module) -> bool:
     """Tells whether a module's statistics are fixed."""
-    return type(module) in _STOCK or is_held(module)
-
-
-def stock_norm(module: nn.Module) -> type[nn.Module]:
-    """Returns the class that a module has when it is not frozen."""
-    return _STOCK.get(type(module), type(module))
+    return isinstance(module, FrozenStatistics) or is_held(module)
 
 
 NORM_POLICIES = ("frozen", "affine", "stats", "affine+stats")
@@ -183,4 +182,4 @@ def _keeps_statistics(module: nn.Module) -> bool:
     # Norms and leaves only: a whole network may own a buffer too (its input's mean, say), and must keep its training behaviour.
     owns_buffers = any(buffer is not None for buffer in module._buffers.values())
     norm = isinstance(module, nn.modules.batchnorm._NormBase)
-    return owns_buffers and type(module) not in _STOCK and (norm or is_leaf(module))
+    return owns_buffers and not isinstance(module, FrozenStatistics) and (norm or is_leaf(module))

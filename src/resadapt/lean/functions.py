@@ -1,0 +1,172 @@
+"""What a frozen layer's backward pass needs, and no more: autograd functions that give the gradient of their input only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from typing_extensions import override
+
+__all__ = ["FrozenConvolution", "FrozenNorm", "PackedReLU", "can_be_lean", "packed", "unpacked"]
+
+_PACK, _SPREAD, _BIT_OF_BYTE = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def can_be_lean(x: object, *constants: Tensor | None) -> bool:
+    """Tells whether a layer is called in ordinary training, with constants, and an input of which a gradient is wanted."""
+    return (
+        type(x) is Tensor
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and not any(constant is not None and constant.requires_grad for constant in constants)
+        and not torch.compiler.is_compiling()  # compilers, tracers and torch.func take stock layers apart themselves
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+class FrozenConvolution(Function):
+    """A convolution whose weight is a constant: it saves that weight, which it shares, and nothing of its input."""
+
+    @override
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        """Computes what the stock convolution does, by the same kernels."""
+        return _CONVOLUTIONS[x.ndim - 2](x, weight, bias, stride, padding, dilation, groups)
+
+    @override
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Saves the weight."""
+        x, weight, _, *ctx.geometry = inputs
+        ctx.size = x.shape
+        ctx.save_for_backward(weight)
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradient of the input."""
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        like_input = grad.new_empty(1).expand(ctx.size)  # only its sizes count
+        result = torch.ops.aten.convolution_backward(
+            grad,
+            like_input,
+            weight.to(grad.dtype),
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            (True, False, False),
+        )
+        return result[0], *[None] * 6
+
+
+class FrozenNorm(Function):
+    """A BatchNorm with fixed statistics and a constant affine: a scale for each channel, computed from what it shares."""
+
+    @override
+    @staticmethod
+    def forward(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """Computes what the stock norm does, by the same kernel."""
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @override
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Saves the variance and the weight, which are the module's own."""
+        _, _, var, weight, _, ctx.eps = inputs
+        ctx.save_for_backward(var, weight)
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradient of the input."""
+        var, weight = ctx.saved_tensors
+        scale = torch.rsqrt(var + ctx.eps)
+        if weight is not None:
+            scale = scale * weight
+        return grad * scale.to(grad.dtype).reshape(-1, *[1] * (grad.ndim - 2)), *[None] * 5
+
+
+class PackedReLU(Function):
+    """A ReLU that saves one bit an element: whether the gradient passes."""
+
+    @override
+    @staticmethod
+    def forward(x: Tensor, inplace: bool) -> Tensor:
+        """Computes the positive part."""
+        return x.relu_() if inplace else x.relu()
+
+    @override
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Saves the bits, in the order in which the output lies in memory."""
+        x, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.form = output.shape, output.stride()
+        ctx.dense = _is_dense(output)
+        ctx.save_for_backward(packed(output if not ctx.dense else output.as_strided((output.numel(),), (1,))))
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradient where the output is positive, or not a number, as PyTorch does."""
+        (bits,) = ctx.saved_tensors
+        shape, stride = ctx.form
+        flat = unpacked(bits, shape.numel())
+        mask = flat.as_strided(shape, stride) if ctx.dense else flat.reshape(shape)
+        return torch.where(mask, grad, 0.0), None
+
+
+def packed(x: Tensor) -> Tensor:
+    """Returns a bit for each element, whether it is greater than zero or not a number: uint8, an eighth as many, rounded up.
+
+    Example:
+        >>> packed(torch.tensor([1.0, -1.0, 0.0, 2.0, float("nan")])).tolist()
+        [25]
+    """
+    words = torch.zeros((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
+    words.view(torch.uint8)[: x.numel()] = (x.reshape(-1) <= 0).logical_not_()
+    # Eight bytes of 0 or 1 times this number: their bits, next to each other, are the product's last byte.
+    return words.mul_(_PACK).view(torch.uint8)[7::8].contiguous()
+
+
+def unpacked(bits: Tensor, count: int) -> Tensor:
+    """Returns what `packed` was given, as a flat mask.
+
+    Example:
+        >>> unpacked(torch.tensor([25], dtype=torch.uint8), 5).tolist()
+        [True, False, False, True, True]
+    """
+    words = torch.empty(len(bits), dtype=torch.int64, device=bits.device).copy_(bits)
+    return words.mul_(_SPREAD).bitwise_and_(_BIT_OF_BYTE).view(torch.uint8)[:count].ne(0)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Tells whether the elements of a tensor fill a piece of memory without gaps, in whatever order."""
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return x.numel() > 0

@@ -1,0 +1,112 @@
+"""Stock layers, whose backward passes keep no more than they need while the layers are frozen.
+
+Each takes a stock layer's place by its class alone: parameters, buffers, hooks and names are the same objects as before. Wherever a
+layer is trained, compiled, traced or transformed, it runs as the stock one.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torchvision.models.video.resnet import Conv3DNoTemporal, Conv3DSimple
+from typing_extensions import override
+
+from resadapt.injection.freeze import (
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+    FrozenStatistics,
+    FrozenSyncBatchNorm,
+    Overlay,
+)
+from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, can_be_lean
+
+__all__ = ["LEAN"]
+
+
+class _LeanConvolution(Overlay, _ConvNd):
+    @override
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # A batch only: the stock forward makes one of a single sample, by views that cost nothing.
+        if not can_be_lean(input, weight, bias) or isinstance(self.padding, str) or input.ndim != weight.ndim:
+            return super()._conv_forward(input, weight, bias)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,) * len(self.stride)
+        out: Tensor = FrozenConvolution.apply(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return out
+
+
+class _LeanNorm(FrozenStatistics):
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises a batch ``[N, C, ...]``."""
+        if self.running_mean is None or self.running_var is None or not can_be_lean(input, self.weight, self.bias):
+            return super().forward(input)
+        out: Tensor = FrozenNorm.apply(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        return out
+
+
+class LeanReLU(Overlay, nn.ReLU):
+    """`torch.nn.ReLU` that saves one bit an element."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the positive part."""
+        if not can_be_lean(input):
+            return super().forward(input)
+        out: Tensor = PackedReLU.apply(input, self.inplace)
+        return out
+
+
+class LeanConv1d(_LeanConvolution, nn.Conv1d):
+    """`torch.nn.Conv1d` that saves nothing of its input."""
+
+
+class LeanConv2d(_LeanConvolution, nn.Conv2d):
+    """`torch.nn.Conv2d` that saves nothing of its input."""
+
+
+class LeanConv3d(_LeanConvolution, nn.Conv3d):
+    """`torch.nn.Conv3d` that saves nothing of its input."""
+
+
+class LeanConv3DSimple(_LeanConvolution, Conv3DSimple):  # type: ignore[misc]
+    """torchvision's `Conv3DSimple` that saves nothing of its input."""
+
+
+class LeanConv3DNoTemporal(_LeanConvolution, Conv3DNoTemporal):  # type: ignore[misc]
+    """torchvision's `Conv3DNoTemporal` that saves nothing of its input."""
+
+
+class LeanBatchNorm1d(_LeanNorm, FrozenBatchNorm1d):
+    """`torch.nn.BatchNorm1d` whose statistics cannot move, and that saves nothing of its input."""
+
+
+class LeanBatchNorm2d(_LeanNorm, FrozenBatchNorm2d):
+    """`torch.nn.BatchNorm2d` whose statistics cannot move, and that saves nothing of its input."""
+
+
+class LeanBatchNorm3d(_LeanNorm, FrozenBatchNorm3d):
+    """`torch.nn.BatchNorm3d` whose statistics cannot move, and that saves nothing of its input."""
+
+
+class LeanSyncBatchNorm(_LeanNorm, FrozenSyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` whose statistics cannot move, and that saves nothing of its input."""
+
+
+LEAN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: LeanConv1d,
+    nn.Conv2d: LeanConv2d,
+    nn.Conv3d: LeanConv3d,
+    Conv3DSimple: LeanConv3DSimple,
+    Conv3DNoTemporal: LeanConv3DNoTemporal,
+    FrozenBatchNorm1d: LeanBatchNorm1d,
+    FrozenBatchNorm2d: LeanBatchNorm2d,
+    FrozenBatchNorm3d: LeanBatchNorm3d,
+    FrozenSyncBatchNorm: LeanSyncBatchNorm,
+    nn.ReLU: LeanReLU,
+}
+"""The class that takes a layer's place."""

@@ -1,0 +1,81 @@
+"""Having the frozen layers of a backbone keep no more for the backward pass than it needs, and undoing that."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from resadapt.injection.ledger import ledger_of, plain_modules
+from resadapt.injection.walk import backbone_modules, unwrap
+from resadapt.lean.layers import LEAN
+
+__all__ = ["optimize_backbone", "restore_backbone"]
+
+
+def optimize_backbone(model: nn.Module) -> nn.Module:
+    """Has the frozen layers of an injected model keep no more for the backward pass than the gradient of their input needs.
+
+    A frozen convolution then saves its weight, which it has anyway, a norm its statistics, a ReLU one bit an element; stock ones
+    save their inputs and outputs. Outputs are the same to the last bit, gradients up to rounding. Parameters, names, hooks, files
+    and fingerprints do not change, so this can be done and undone at any time, and what is trained so loads anywhere.
+
+    Convolutions, BatchNorms and ReLUs of torch.nn are served, and torchvision's 3-D convolutions; other layers stay as they are.
+    A layer that is trained (a head, a set's own norms), compiled, traced or transformed by torch.func runs as the stock one.
+
+    Args:
+        model: An injected model; it is changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        InjectionError: Nothing was injected.
+
+    References:
+        Saving what the gradients that are asked for need: Bhatia and Dangel 2024, arXiv:2404.12406.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> model, x = inject_adapters(resnet18()), torch.randn(1, 3, 64, 64)
+        >>> plain = model.eval()(x)
+        >>> torch.equal(optimize_backbone(model)(x), plain)
+        True
+    """
+    for module in _layers(model):
+        if type(module) in LEAN:
+            module.__class__ = LEAN[type(module)]
+    return model
+
+
+def restore_backbone(model: nn.Module) -> nn.Module:
+    """Undoes `optimize_backbone`.
+
+    Args:
+        model: An injected model, optimized or not; it is changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        InjectionError: Nothing was injected.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> model = optimize_backbone(inject_adapters(resnet18()))
+        >>> type(model.conv1).__name__, type(restore_backbone(model).conv1).__name__
+        ('LeanConv2d', 'Conv2d')
+    """
+    stock = {lean: before for before, lean in LEAN.items()}
+    for module in _layers(model):
+        module.__class__ = stock.get(type(module), type(module))
+    return model
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules of the backbone, the plain ones that a set's own take the places of included."""
+    ledger_of(model)
+    inner = unwrap(model)
+    found = {id(module): module for _, module in backbone_modules(inner)}
+    return list((found | {id(module): module for module in plain_modules(inner).values()}).values())

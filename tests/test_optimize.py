@@ -1,0 +1,279 @@
+"""An optimized backbone: the same outputs and gradients, a fraction of the memory, and nothing that others could trip over."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import images, picture, small_resnet
+from torch import Tensor, fx, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+from torchvision import models
+
+import resadapt
+from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, packed, unpacked
+
+
+@given(st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, float("nan"), float("inf"), -float("inf")]), max_size=40))
+def test_bits_are_those_of_the_mask(values: list[float]) -> None:
+    x = torch.tensor(values, requires_grad=True)
+    bits = packed(x.detach())
+    assert bits.dtype == torch.uint8
+    assert len(bits) == (len(values) + 7) // 8
+    (passes,) = torch.autograd.grad(torch.relu(x).sum(), x)
+    assert unpacked(bits, len(values)).tolist() == passes.bool().tolist()
+
+
+@pytest.mark.parametrize("double", [gradcheck, gradgradcheck])
+def test_functions_against_finite_differences(double: Callable[..., bool]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(6, 2, 3, 2, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    assert double(lambda x: FrozenConvolution.apply(x, weight, bias, (2, 1), (1, 0), (1, 2), 2), x)
+    mean, var, scale, shift = torch.randn(4, 4, dtype=torch.float64).unbind()
+    assert double(lambda x: FrozenNorm.apply(x, mean, var.abs(), scale, shift, 1e-3), x)
+    assert double(lambda x: FrozenNorm.apply(x, mean, var.abs(), None, None, 1e-3), x)
+    assert double(lambda x: PackedReLU.apply(x, False), x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("form", ["contiguous", "channels_last", "strided", "expanded", "empty", "scalar"])
+def test_relu_of_any_layout(form: str, inplace: bool) -> None:
+    torch.manual_seed(0)
+    x = {
+        "contiguous": torch.randn(3, 5, 7, 2),
+        "channels_last": torch.randn(3, 5, 7, 2).to(memory_format=torch.channels_last),
+        "strided": torch.randn(6, 5, 7, 2)[::2, :, 1:6].transpose(1, 2),
+        "expanded": torch.randn(3, 1, 7, 1).expand(3, 5, 7, 2),
+        "empty": torch.randn(0, 5),
+        "scalar": torch.randn(()),
+    }[form].requires_grad_()
+    results = []
+    for run in (lambda h: PackedReLU.apply(h, inplace), torch.relu):
+        out = run(x * 1)
+        results.append((out, *torch.autograd.grad(out, x, out.detach() + 1)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def measured(model: nn.Module, x: Tensor) -> tuple[int, Tensor, list[Tensor]]:
+    """Bytes saved for backward that are not the model's own, the output, and the gradients of what is trained."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), x)}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    torch.manual_seed(1)  # the same dropout
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+        output = output["out"] if isinstance(output, dict) else output
+    gradients = torch.autograd.grad(output.square().mean(), list(resadapt.trainable_parameters(model)))
+    return sum(saved.values()), output.detach(), list(gradients)
+
+
+BUILDS: dict[str, tuple[Callable[[], nn.Module], str, Any, float]] = {
+    "resnet18": (lambda: models.resnet18(num_classes=3), "layer*", images(2, 64), 50),
+    "resnext50": (lambda: models.resnext50_32x4d(num_classes=3), "layer*.*.conv2", images(2, 64), 3),
+    "deeplabv3": (
+        lambda: models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=3),
+        "backbone.layer[34]",
+        images(2, 64),
+        5,
+    ),
+    "r3d_18": (lambda: models.video.r3d_18(num_classes=3), "layer*", torch.randn(1, 3, 4, 32, 32), 20),
+    "mc3_18": (lambda: models.video.mc3_18(num_classes=3), "layer2", torch.randn(1, 3, 4, 32, 32), 5),
+    "vgg11_bn": (lambda: models.vgg11_bn(num_classes=3), "features.1", images(2, 32), 1.5),
+}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_equal_to_the_plain_backbone_with_less_memory(name: str, training: bool) -> None:
+    build, layers, x, times = BUILDS[name]
+    torch.manual_seed(0)
+    family = "pooled" if layers.startswith("layer*") and "conv" not in layers else "bottleneck"
+    model = resadapt.inject_adapters(build(), layers, 4, family=family, init="normal").train(training)
+    plain = measured(model, x)
+    before = picture(model)
+    lean = measured(resadapt.optimize_backbone(model), x)
+    assert torch.equal(lean[1], plain[1])
+    for ours, theirs in zip(lean[2], plain[2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    assert lean[0] * times < plain[0], (lean[0], plain[0])
+    resadapt.restore_backbone(model)
+    assert picture(model) == before
+    assert resadapt.check_backbone(model).ok
+
+
+def test_float64_is_the_judge() -> None:
+    """Gradients of the optimized backbone in float32 are as near to those in float64 as the plain one's."""
+    torch.manual_seed(0)
+    model = resadapt.inject_adapters(small_resnet(), init="normal").train()
+    x = images(4, 64)
+    plain = measured(model, x)[2]
+    lean = measured(resadapt.optimize_backbone(model), x)[2]
+    exact = measured(resadapt.restore_backbone(model).double(), x.double())[2]
+    errors = [
+        max(float((ours.double() - right).norm() / right.norm()) for ours, right in zip(found, exact, strict=True))
+        for found in (plain, lean)
+    ]
+    assert errors[1] < 2 * errors[0] + 1e-6
+
+
+@pytest.mark.parametrize("family", ["pooled", "bottleneck", "mona", "series", "lora", "parallel", "conv", "ssf"])
+def test_every_family(family: str) -> None:
+    layers = {"lora": "layer*.*.conv2", "parallel": "layer*.*.conv1", "conv": "layer*.*.conv1", "ssf": "layer*.*.bn1"}
+    torch.manual_seed(0)
+    model = resadapt.inject_adapters(small_resnet(), layers.get(family, "layer*"), family=family, head="fc").train()
+    with torch.no_grad():
+        for parameter in resadapt.trainable_parameters(model):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    x = images(4, 32)
+    plain, lean = measured(model, x), measured(resadapt.optimize_backbone(model), x)
+    assert torch.equal(lean[1], plain[1])
+    for ours, theirs in zip(lean[2], plain[2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert lean[0] < plain[0]
+
+
+def test_what_is_trained_runs_as_the_stock_layer() -> None:
+    """A set with norms and a head of its own, beside one without: switched while the backbone is optimized."""
+    torch.manual_seed(0)
+    model = resadapt.inject_adapters(small_resnet(), name="plain", init="normal")
+    resadapt.inject_adapters(model, name="own", norm="affine+stats", head=["fc", "layer4.1.conv2"], init="normal")
+    x, found = images(4, 32), {}
+    for optimized in (False, True):
+        if optimized:
+            resadapt.optimize_backbone(model)
+        for name in ("plain", "own", "plain", "own"):
+            resadapt.set_active_adapters(model, name)
+            state = copy.deepcopy(model.state_dict())
+            result = measured(model.train(), x)
+            model.load_state_dict(state)  # the statistics that the set's own norms moved
+            before = found.setdefault(name, result)
+            assert torch.equal(result[1], before[1])
+            for ours, theirs in zip(result[2], before[2], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    for _ in range(2):
+        with resadapt.adapters_for(model, ["plain", None, "own", "plain"]):
+            mixed = model.eval()(x)
+        assert torch.equal(mixed, mixed.detach())
+        resadapt.restore_backbone(model)
+    with resadapt.adapters_for(model, ["plain", None, "own", "plain"]):
+        assert torch.equal(model(x), mixed)
+
+
+def test_files_do_not_know_of_it(tmp_path: Path) -> None:
+    model = resadapt.inject_adapters(small_resnet(), head="fc", init="normal")
+    resadapt.optimize_backbone(model)
+    optimizer = torch.optim.SGD(resadapt.trainable_parameters(model), 0.1)
+    model.train()(images(4, 32)).square().mean().backward()
+    optimizer.step()
+    assert resadapt.check_backbone(model).ok
+    report = resadapt.save_adapters(model, tmp_path / "set.pt", rebuild=small_resnet)
+    assert report.ok
+    assert report["outputs"].outcome == "passed"
+    for optimized in (False, True):
+        fresh = small_resnet()
+        resadapt.load_adapters(fresh, tmp_path / "set.pt")
+        if optimized:
+            resadapt.optimize_backbone(fresh)
+        assert torch.equal(fresh.eval()(images()), model.eval()(images()))
+        assert resadapt.verify_adapters(fresh, tmp_path / "set.pt", rebuild=small_resnet).ok
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.add_(1e-3)
+    assert not resadapt.check_backbone(model).ok
+
+
+def test_copies_and_removal() -> None:
+    model = small_resnet()
+    before, x = picture(model), images()
+    resadapt.optimize_backbone(resadapt.inject_adapters(model, init="normal")).eval()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other.conv1).__name__ == "LeanConv2d"
+        assert torch.equal(other(x), model(x))
+    plain = resadapt.inference_copy(model)
+    assert type(plain.conv1) is nn.Conv2d
+    assert not any(type(module).__module__.startswith("resadapt.lean") for module in plain.modules())
+    resadapt.optimize_backbone(model)  # once more is no more
+    resadapt.remove_adapters(model)
+    assert picture(model) == before
+    with pytest.raises(resadapt.InjectionError, match="was not injected into"):
+        resadapt.optimize_backbone(model)
+
+
+def test_a_set_that_comes_later() -> None:
+    model = resadapt.optimize_backbone(resadapt.inject_adapters(small_resnet(), name="first"))
+    resadapt.inject_adapters(model, "layer*.*.conv1", 2, family="lora", name="second")
+    measured(model.train(), images(4, 32))
+    resadapt.remove_adapters(model, "first")
+    assert type(model.bn1).__name__ == "LeanBatchNorm2d"
+    measured(model, images(4, 32))
+
+
+def test_tools_that_take_models_apart() -> None:
+    """Compilers, tracers, torch.func, checkpointing, autocast: the layers are stock ones there, or do as these ask."""
+    model = resadapt.inject_adapters(small_resnet(), init="normal")
+    x = images(4, 32)
+    plain = model.eval()(x)
+    expected = measured(model.train(), x)
+    resadapt.optimize_backbone(model)
+    assert torch.equal(fx.GraphModule(model, fx.Tracer().trace(model.eval()))(x), plain)
+    torch.testing.assert_close(torch.jit.trace(model.eval(), x)(x), plain)
+    parameters = {name: parameter.detach() for name, parameter in resadapt.named_trainable_parameters(model)}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    alone = torch.func.grad(loss)(parameters, x[0])
+    for name, gradient in each.items():
+        torch.testing.assert_close(gradient[0], alone[name], rtol=1e-2, atol=3e-2 * float(alone[name].abs().max()))
+    _, tangent = torch.func.jvp(lambda x: model(x), (x,), (torch.ones_like(x),))
+    assert tangent.shape == plain.shape
+    with torch.autograd.forward_ad.dual_level():
+        model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    model.train()
+    torch.manual_seed(1)
+    output = checkpoint(model, x.clone().requires_grad_(), use_reentrant=False)
+    for ours, theirs in zip(
+        torch.autograd.grad(output.square().mean(), list(resadapt.trainable_parameters(model))), expected[2], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        lean = measured(model, x)
+        stock = measured(resadapt.restore_backbone(model), x)
+    assert torch.equal(lean[1], stock[1])
+    for ours, theirs in zip(lean[2], stock[2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.02 * float(theirs.abs().max()))
+    second = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        (gradient,) = torch.autograd.grad(model(x.requires_grad_()).sum(), x, create_graph=True)
+        trained = list(resadapt.trainable_parameters(model))
+        second.append(torch.autograd.grad(gradient.square().sum(), trained, allow_unused=True))
+        resadapt.optimize_backbone(model)
+    assert any(gradient is not None for gradient in second[0])
+    for ours, theirs in zip(*second, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_compiled_it_is_the_stock_backbone() -> None:
+    model = resadapt.optimize_backbone(resadapt.inject_adapters(small_resnet(), init="normal")).eval()
+    x = images()
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, model(x))
