@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from resadapt.base.module_record import ModuleRecord, record_modules
 from resadapt.base.names import within
-from resadapt.base.tensors import dtype_name, dtype_named, raw_bytes, sha256
+from resadapt.base.tensors import dtype_name, dtype_named, raw_bytes, sha256, sha256_of_each
 
 __all__ = ["Fingerprint", "TensorRecord", "record_tensors", "tensor_differences"]
 
@@ -36,17 +36,23 @@ class TensorRecord:
         """Returns the record of a tensor; all processes that share a sharded one must call together."""
         return cls(dtype_name(tensor), tuple(tensor.shape), sha256(tensor))
 
-    def difference(self, tensor: Tensor) -> str | None:
-        """Says how a tensor differs from this record, None if it does not.
-
-        A tensor that was only converted to a wider dtype still holds the recorded numbers and does not differ.
-        """
+    def difference_of_form(self, tensor: Tensor) -> str | None:
+        """Says why a tensor cannot have the recorded elements, None if it can."""
         if is_lazy(tensor):
             return "has no size yet"
         if tuple(tensor.shape) != self.shape:
             return f"has shape {list(tensor.shape)} where {list(self.shape)} was recorded"
         if tensor.is_meta:
             return "has no values here (it is on the meta device: not loaded, or offloaded)"
+        return None
+
+    def difference(self, tensor: Tensor) -> str | None:
+        """Says how a tensor differs from this record, None if it does not.
+
+        A tensor that was only converted to a wider dtype still holds the recorded numbers and does not differ.
+        """
+        if difference := self.difference_of_form(tensor):
+            return difference
         if TensorRecord.of(_narrowed(tensor, self.dtype)) == self:
             return None
         if dtype_name(tensor) != self.dtype:
@@ -145,7 +151,11 @@ class Fingerprint:
 
 def record_tensors(tensors: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
     """Returns the record of every named tensor."""
-    return {name: TensorRecord.of(tensor) for name, tensor in tensors.items()}
+    digests = sha256_of_each(tensors.values())
+    return {
+        name: TensorRecord(dtype_name(tensor), tuple(tensor.shape), digest)
+        for (name, tensor), digest in zip(tensors.items(), digests, strict=True)
+    }
 
 
 def tensor_records(data: Any) -> dict[str, TensorRecord]:
@@ -165,12 +175,14 @@ def tensor_records(data: Any) -> dict[str, TensorRecord]:
 def tensor_differences(tensors: Mapping[str, Tensor], records: Mapping[str, TensorRecord]) -> dict[str, str]:
     """Compares tensors with records of the same names, and says for each that differs how."""
     found = {}
+    same_form = {n: t for n, t in tensors.items() if n in records and records[n].difference_of_form(t) is None}
+    today = record_tensors(same_form)
     for name in [*records, *(name for name in tensors if name not in records)]:
         if name not in records:
             found[name] = "is new"
         elif name not in tensors:
             found[name] = "is missing"
-        elif difference := records[name].difference(tensors[name]):
+        elif today.get(name) != records[name] and (difference := records[name].difference(tensors[name])):
             found[name] = difference
     return found
 

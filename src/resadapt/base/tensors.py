@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ __all__ = [
     "raw_bytes",
     "same_bits",
     "sha256",
+    "sha256_of_each",
     "whole",
 ]
 
@@ -69,15 +73,26 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
+def sha256_of_each(tensors: Iterable[Tensor]) -> list[str]:
+    """Returns the digests of several tensors, computed in threads; all processes that share a sharded one must call together."""
+    tensors = list(tensors)
+    if any(map(is_sharded, tensors)):  # gathered one after another, in the same order by all processes
+        return [sha256(tensor) for tensor in tensors]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(sha256, tensors))
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Tells whether two tensors have the same dtype, shape and elements, bit for bit."""
     return (one.dtype, one.shape) == (other.dtype, other.shape) and raw_bytes(one) == raw_bytes(other)
 
 
 def _plain_bytes(tensor: Tensor) -> memoryview:
-    # A clone: looking at a tensor through NumPy would keep its storage from ever being resized.
-    own = tensor.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
-    return own.reshape(-1).view(torch.uint8).numpy().data
+    # Not through NumPy, which would keep the storage from ever being resized.
+    own = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    bytes_there = (ctypes.c_ubyte * (own.numel() * own.element_size())).from_address(own.data_ptr())
+    bytes_there.tensor = own  # type: ignore[attr-defined] # the memory is there as long as the view of it
+    return memoryview(bytes_there).cast("B")
 
 
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from resadapt.adapters import FAMILIES, Adapter, Site
 from resadapt.adapters.family import options_of, takes
@@ -90,14 +92,14 @@ def weightless(model: nn.Module, spec: SetSpec, site: SiteSpec) -> Adapter:
     Raises:
         InjectionError: As `build`.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NoStart():
         return _checked(model, spec, site, {})
 
 
 def buildable(model: nn.Module, spec: SetSpec, site: SiteSpec) -> bool:
     """Returns whether a set's family has an adapter for a site, of the site's width."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoStart():
             _new(model, spec, site, {})
     except Exception:  # a family's constructor may raise anything
         return False
@@ -163,3 +165,16 @@ def _new(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, An
     sizes = {"bottleneck": site.bottleneck, "dropout": spec.dropout}
     arguments = {name: value for name, value in sizes.items() if takes(family, name)} | spec.options | dict(start)
     return family(Site(site.channels, site.spatial_dims, site.channel_dim, plain_module(model, site.name)), **arguments)
+
+
+class _NoStart(TorchFunctionMode):
+    """While this is active, tensors without values get no random ones either, which takes torch longer than all else there."""
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            tensor = args[0] if args else kwargs["tensor"]  # as torch.nn.init has it
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)

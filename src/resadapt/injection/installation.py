@@ -74,7 +74,14 @@ def check_model(model: nn.Module) -> None:
 
 
 @torch.inference_mode(False)  # what is made here is to be trained
-def install(model: nn.Module, spec: SetSpec, example: Any, heads: Mapping[str, nn.Module], **start: Any) -> None:
+def install(
+    model: nn.Module,
+    spec: SetSpec,
+    example: Any,
+    heads: Mapping[str, nn.Module],
+    fingerprint: Fingerprint | None = None,
+    **start: Any,
+) -> None:
     """Injects the set that a description tells, all or nothing, and makes it the active one.
 
     Args:
@@ -82,6 +89,7 @@ def install(model: nn.Module, spec: SetSpec, example: Any, heads: Mapping[str, n
         spec: The set.
         example: Form of the example input, None if there is none.
         heads: The modules of which the set gets copies for its head, by their places.
+        fingerprint: Of the model as it is now, if it is known; it counts for the first set.
         **start: Options that only say how the adapters start.
 
     Raises:
@@ -99,7 +107,7 @@ def install(model: nn.Module, spec: SetSpec, example: Any, heads: Mapping[str, n
     record = AdapterSet(spec, example)
     if ledger is None:
         ledger = Ledger(
-            fingerprint=Fingerprint.of(dict(backbone_modules(model)), dict(backbone_tensors(model))),
+            fingerprint=fingerprint or Fingerprint.of(dict(backbone_modules(model)), dict(backbone_tensors(model))),
             requires_grad={path: t.requires_grad for path, t in backbone_tensors(model) if isinstance(t, nn.Parameter)},
             training={path: module.training for path, module in backbone_modules(model)},
         )

@@ -9,15 +9,17 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from resadapt.base.blueprint import blueprint_of, build_from
 from resadapt.base.errors import AdapterError, AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError
+from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, reasons_listing, within
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.injection.building import adapter_shapes
 from resadapt.injection.freeze import gradients_back_on_failure
 from resadapt.injection.installation import check_model, install, uninstall
-from resadapt.injection.ledger import backbone_differences, find_ledger, ledger_of, plain_modules
+from resadapt.injection.ledger import backbone_differences, find_ledger, ledger_of, plain_modules, plain_tensors
 from resadapt.injection.switching import activate, switch
 from resadapt.injection.walk import backbone_modules, unwrap
 from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, persistent_tensors
@@ -79,7 +81,9 @@ def load_file_content(model: nn.Module, info: AdapterInfo, tensors: Mapping[str,
     Raises:
         AdapterFileError, BackboneMismatchError, AdapterKeyError: As `load_adapters`.
     """
-    if wrong := backbone_differences(model, info.backbone, info.set.head):
+    today = _fingerprint(model)
+    same = today is not None and today.without(info.set.head) == info.backbone
+    if not same and (wrong := backbone_differences(model, info.backbone, info.set.head)):
         raise BackboneMismatchError(
             f"{info.path}: the backbone is not the one these adapters were trained on; {len(wrong)} of its tensors and modules are "
             f"not those of the file: {reasons_listing(wrong)}. Build the backbone as it was then, and load its own weights, in "
@@ -88,7 +92,7 @@ def load_file_content(model: nn.Module, info: AdapterInfo, tensors: Mapping[str,
     state = {key: tensor for key, tensor in tensors.items() if key.startswith(("adapters.", "head.", "norms."))}
     ledger = find_ledger(model)
     if ledger is None or name not in ledger.sets:
-        _inject_from_file(model, info, state, name)
+        _inject_from_file(model, info, state, name, today)
         return
     if differing := info.set.differences(ledger.sets[name].spec):
         raise AdapterKeyError(
@@ -101,14 +105,24 @@ def load_file_content(model: nn.Module, info: AdapterInfo, tensors: Mapping[str,
     load_adapter_state_dict(model, state, name)
 
 
-def _inject_from_file(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor], name: str) -> None:
+def _fingerprint(model: nn.Module) -> Fingerprint | None:
+    """Returns the fingerprint of a model that nothing was injected into; None of another, or where tensors have no values."""
+    tensors = plain_tensors(model)
+    if find_ledger(model) is not None or any(is_lazy(tensor) or tensor.is_meta for tensor in tensors.values()):
+        return None
+    return Fingerprint.of(plain_modules(model), tensors)
+
+
+def _inject_from_file(
+    model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor], name: str, fingerprint: Fingerprint | None
+) -> None:
     spec = replace(info.set, name=name)
     ledger = find_ledger(model)
     active = ledger.active if ledger is not None else None
     try:
         _check_description(model, info, state)
         with gradients_back_on_failure(model), torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
-            install(model, spec, info.example, _heads(model, info, state))
+            install(model, spec, info.example, _heads(model, info, state), fingerprint)
             try:
                 load_adapter_state_dict(model, state, name)
             except BaseException:
