@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-dev
 CLIENTS := $(VENV)/.installed-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test clients check docs mutants clean
+.PHONY: help demo study test clients bench check docs mutants clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,9 @@ test: $(STAMP)  ## all tests, the examples in docstrings and docs, and branch co
 
 clients: $(CLIENTS)  ## tests against the libraries that models and training loops come from (timm, Lightning, captum, ONNX, ...)
 	"$(BIN)/python" -m pytest tests/clients --numprocesses auto --maxprocesses 4
+
+bench: $(CLIENTS)  ## time and memory of a training step beside its rivals, into benchmarks/results: some minutes
+	"$(BIN)/python" benchmarks/training.py
 
 check: $(STAMP) docs  ## formatting, lint, types, layering, strict docs
 	"$(BIN)/python" -m ruff format --check .

@@ -7,12 +7,13 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call", "random_states_kept", "undisturbed"]
+__all__ = ["call", "is_undisturbed", "random_states_kept", "undisturbed"]
 
 
 @contextmanager
@@ -30,6 +31,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(random_states_kept(devices))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_EAGERLY)
+        stack.callback(_inside.reset, _inside.set(True))
         for kind in {device.type for device in devices} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
@@ -95,6 +97,12 @@ class _Eagerly:
 
 
 _EAGERLY = _Eagerly()
+_inside: ContextVar[bool] = ContextVar("resadapt_undisturbed", default=False)
+
+
+def is_undisturbed() -> bool:
+    """Tells whether this is called inside of `undisturbed`."""
+    return _inside.get()
 
 
 def _compilation_off() -> AbstractContextManager[object]:

@@ -16,6 +16,7 @@ from resadapt.base.spec import SetSpec
 from resadapt.injection.walk import backbone_modules, is_leaf
 
 __all__ = [
+    "FOLDED",
     "NORM_POLICIES",
     "FrozenStatistics",
     "Overlay",
@@ -31,6 +32,10 @@ __all__ = [
     "set_trainable",
     "thaw_norm",
 ]
+
+
+FOLDED = "_resadapt_folded"
+"""Attribute of a frozen convolution that keeps what it is together with the norm behind it."""
 
 
 class Overlay:
@@ -115,6 +120,7 @@ def freeze_norm(module: nn.Module) -> None:
 def thaw_norm(module: nn.Module) -> bool:
     """Lets a module run as it was built; tells whether its training flag was held."""
     if isinstance(module, Overlay):
+        module.__dict__.pop(FOLDED, None)
         module.__class__ = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("resadapt."))
     held = [key for key, hook in module._forward_pre_hooks.items() if hook is hold_in_eval]
     for key in held:

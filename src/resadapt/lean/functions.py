@@ -11,20 +11,27 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from typing_extensions import override
 
-__all__ = ["FrozenConvolution", "FrozenNorm", "PackedReLU", "can_be_lean", "packed", "unpacked"]
+__all__ = ["FrozenConvolution", "FrozenNorm", "PackedReLU", "can_be_lean", "is_ordinary", "packed", "unpacked"]
 
 _PACK, _SPREAD, _BIT_OF_BYTE = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def can_be_lean(x: object, *constants: Tensor | None) -> bool:
+def can_be_lean(x: Tensor, *constants: Tensor | None) -> bool:
     """Tells whether a layer is called in ordinary training, with constants, and an input of which a gradient is wanted."""
     return (
-        type(x) is Tensor
+        is_ordinary(x)
         and x.requires_grad
         and torch.is_grad_enabled()
         and not any(constant is not None and constant.requires_grad for constant in constants)
+    )
+
+
+def is_ordinary(x: object) -> bool:
+    """Tells whether a layer is called by ordinary Python, with a plain tensor."""
+    return (
+        type(x) is Tensor
         and not torch.compiler.is_compiling()  # compilers, tracers and torch.func take stock layers apart themselves
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch._C._are_functorch_transforms_active()

@@ -1,0 +1,174 @@
+"""One training step of a ResNet with adapters, in several ways side by side: time, and bytes kept for the backward pass.
+
+$ .venv/bin/python benchmarks/training.py
+
+All ways take turns, so that what else the machine does falls on all of them; figures are medians of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet18, resnet50
+
+from resadapt import inject_adapters, optimize_backbone
+from resadapt.injection.freeze import FOLDED
+
+BUILDS = {"resnet18": resnet18, "resnet50": resnet50}
+CLASSES = 10
+RESULTS = Path(__file__).parent / "results"
+
+
+def full(build: Callable[..., nn.Module]) -> nn.Module:
+    """Full fine-tuning."""
+    return build(num_classes=CLASSES)
+
+
+def hooks(build: Callable[..., nn.Module]) -> nn.Module:
+    """resadapt: pooled adapters after the four stages and a head."""
+    return inject_adapters(build(num_classes=CLASSES), bottleneck=64, head="fc")
+
+
+def exact(build: Callable[..., nn.Module]) -> nn.Module:
+    """resadapt, optimized without folding."""
+    return optimize_backbone(hooks(build), fold_norms=False)
+
+
+def folded(build: Callable[..., nn.Module]) -> nn.Module:
+    """resadapt, optimized."""
+    return optimize_backbone(hooks(build))
+
+
+def peft_lora(build: Callable[..., nn.Module]) -> nn.Module:
+    """PEFT: LoRA r=8 on the 3x3 convolutions and a head."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - an optional extra
+
+    model = build(num_classes=CLASSES)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=names, modules_to_save=["fc"]))  # type: ignore[arg-type]
+
+
+WAYS = {"full fine-tuning": full, "PEFT LoRA r=8": peft_lora, "resadapt": hooks, "optimized, exact": exact, "optimized": folded}
+
+
+def bytes_saved(model: nn.Module, images: Tensor) -> int:
+    """Bytes that the forward pass keeps for the backward pass, besides the input and the constants of the model."""
+    kept_anyway = [images, *model.parameters(), *model.buffers()]
+    for module in model.modules():
+        kept_anyway += (FOLDED in module.__dict__ and module.__dict__[FOLDED]._tensors) or ()
+    own = {tensor.untyped_storage().data_ptr() for tensor in kept_anyway}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(images)
+    return sum(saved.values())
+
+
+def step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Forward and backward; the optimizer's time is left out, which only full fine-tuning would notice."""
+    F.cross_entropy(model(images), labels).backward()
+
+
+@torch.no_grad()
+def forward(model: nn.Module, images: Tensor) -> None:
+    """Forward alone, in evaluation."""
+    model(images)
+
+
+def timed(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each way, which take turns; a round before the first is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, run in ways.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
+
+
+def measure(model: str, batch: int, size: int, rounds: int) -> dict[str, dict[str, float]]:
+    """The figures of each way."""
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
+    models = {name: way(BUILDS[model]) for name, way in WAYS.items()}
+    plain = BUILDS[model](num_classes=CLASSES).eval()
+    forwards = timed(
+        {"plain": lambda: forward(plain, images)}
+        | {name: (lambda each=each: forward(each, images)) for name, each in models.items() if each.eval() is each},  # type: ignore[misc]
+        rounds,
+    )
+    for each in models.values():
+        each.train()
+    steps = timed({name: (lambda each=each: step(each, images, labels)) for name, each in models.items()}, rounds)  # type: ignore[misc]
+    return {
+        name: {
+            "step_s": steps[name],
+            "step_of_full": steps[name] / steps["full fine-tuning"],
+            "forward_of_plain": forwards[name] / forwards["plain"],
+            "bytes_saved": bytes_saved(each, images),
+            "trained": sum(p.numel() for p in each.parameters() if p.requires_grad),
+        }
+        for name, each in models.items()
+    }
+
+
+def table(result: dict[str, object]) -> str:
+    """The figures in Markdown."""
+    machine, rows = result["machine"], result["ways"]
+    lines = [
+        f"{result['what']}. {machine}",
+        "",
+        "| | trained | step | of full fine-tuning | forward, of the plain network | saved for backward |",
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for name, row in rows.items():  # type: ignore[attr-defined]
+        cells = (
+            name,
+            f"{row['trained']:,}",
+            f"{1000 * row['step_s']:.0f} ms",
+            f"{row['step_of_full']:.2f}",
+            f"{row['forward_of_plain']:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} | {row['bytes_saved'] / 2**20:.2f} MiB |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, and write JSON and a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=BUILDS, default="resnet18", help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--size", type=int, default=224, help="pixels (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    result = {
+        "what": f"{options.model}, {options.batch} pictures of {options.size} pixels, float32",
+        "machine": f"One core of {os.cpu_count()}, {platform.machine()}, torch {torch.__version__}; "
+        f"medians of {options.rounds} rounds, taken in turns.",
+        "ways": measure(options.model, options.batch, options.size, options.rounds),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "training.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "training.md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
