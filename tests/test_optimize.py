@@ -310,6 +310,9 @@ def test_folded_norms_follow_what_they_were_made_from() -> None:
         other.layer1[0].bn1.running_mean.add_(1)
         other.layer2[0].downsample[0].weight.mul_(2)
     compare(model(x), before, fold=True)
+    with torch.inference_mode():
+        other(x)
+    other(x).sum().backward()  # with what was folded then
     folded = other(x)
     assert not torch.allclose(folded, before, rtol=1e-2)
     compare(folded, resadapt.restore_backbone(other)(x), fold=True)
@@ -355,3 +358,12 @@ def test_an_adapted_network_without_gradients_is_folded_too() -> None:
         assert not calls
         resadapt.restore_backbone(model)(images())
     assert len(calls) == 20
+
+
+def test_a_parametrized_weight_keeps_its_gradient() -> None:
+    model = resadapt.optimize_backbone(resadapt.inject_adapters(small_resnet(), init="normal"))
+    convolution = model.layer4[1].conv2
+    torch.nn.utils.parametrizations.weight_norm(convolution)
+    convolution.parametrizations.weight.original1.requires_grad_()
+    model.train()(images(4, 32)).square().mean().backward()
+    assert convolution.parametrizations.weight.original1.grad.any()

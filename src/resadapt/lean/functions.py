@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from typing_extensions import override
 
-__all__ = ["FrozenConvolution", "FrozenNorm", "PackedReLU", "can_be_lean", "is_ordinary", "packed", "unpacked"]
+__all__ = ["PLAIN", "FrozenConvolution", "FrozenNorm", "PackedReLU", "can_be_lean", "is_ordinary", "packed", "unpacked"]
 
 _PACK, _SPREAD, _BIT_OF_BYTE = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
 
+PLAIN = (Tensor, torch.nn.Parameter)  # not one that is made of others, or sharded
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -24,7 +25,7 @@ def can_be_lean(x: Tensor, *constants: Tensor | None) -> bool:
         is_ordinary(x)
         and x.requires_grad
         and torch.is_grad_enabled()
-        and not any(constant is not None and constant.requires_grad for constant in constants)
+        and all(part is None or (type(part) in PLAIN and not part.requires_grad) for part in constants)
     )
 
 

@@ -10,7 +10,7 @@ from torch.nn.modules import module as torch_module
 
 from resadapt.base.undisturbed import is_undisturbed
 from resadapt.injection.freeze import FOLDED, FrozenStatistics, Overlay
-from resadapt.lean.functions import is_ordinary
+from resadapt.lean.functions import PLAIN, is_ordinary
 
 __all__ = ["FoldedPair", "normalised"]
 
@@ -38,8 +38,10 @@ class FoldedPair:
 
     def of(self, convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """Returns weight and bias, which are made anew when a tensor they were made from was changed or moved."""
-        parts = [convolution.weight, convolution.bias, *(getattr(norm, name) for name in _NORM)]
-        made_from = [None if part is None else (id(part), part.data_ptr(), part._version, part.dtype) for part in parts]
+        made_from = [
+            None if part is None else (id(part), part.data_ptr(), 0 if part.is_inference() else part._version, part.dtype)
+            for part in _parts(convolution, norm)
+        ]
         tensors = self._tensors
         if tensors is None or made_from != self._made_from:
             tensors = _fold(convolution, norm)
@@ -62,7 +64,7 @@ def _are_one(convolution: nn.Module, norm: nn.Module) -> bool:
         and isinstance(convolution, Overlay)
         and isinstance(norm, FrozenStatistics)
         and norm.running_var is not None
-        and not any(parameter.requires_grad for module in (convolution, norm) for parameter in module.parameters(recurse=False))
+        and all(part is None or (type(part) in PLAIN and not part.requires_grad) for part in _parts(convolution, norm))
         and not any(module.__dict__.get(hooks) for module in (convolution, norm) for hooks in _HOOKS)
         and not ("forward" in convolution.__dict__ or "forward" in norm.__dict__)
         and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
@@ -70,6 +72,12 @@ def _are_one(convolution: nn.Module, norm: nn.Module) -> bool:
     )
 
 
+def _parts(convolution: nn.Module, norm: nn.Module) -> list[Any]:
+    """Returns the tensors that a convolution and a norm compute with, None where they have none."""
+    return [convolution.weight, convolution.bias, *(getattr(norm, name) for name in _NORM)]
+
+
+@torch.inference_mode(False)  # it may be for training later
 @torch.no_grad()
 def _fold(convolution: Any, norm: Any) -> tuple[Tensor, Tensor]:
     """Returns the weight and bias of a convolution that a norm follows, computed in float64 and rounded once."""
