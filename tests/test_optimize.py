@@ -76,6 +76,11 @@ def compare(ours: Tensor, theirs: Tensor, fold: bool) -> None:
         assert torch.equal(ours, theirs)
 
 
+def near(ours: Tensor, theirs: Tensor) -> None:
+    """Gradients: as far as rounding lets them be, some of whose elements are differences of much larger numbers."""
+    assert (ours - theirs).norm() <= 0.01 * theirs.norm(), (ours, theirs)
+
+
 def measured(model: nn.Module, x: Tensor) -> tuple[int, Tensor, list[Tensor]]:
     """Bytes saved for backward that are not the model's own, the output, and the gradients of what is trained."""
     training = model.training
@@ -129,7 +134,7 @@ def test_equal_to_the_plain_backbone_with_less_memory(name: str, training: bool,
     lean = measured(resadapt.optimize_backbone(model, fold_norms=fold), x)
     compare(lean[1], plain[1], fold)
     for ours, theirs in zip(lean[2], plain[2], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+        near(ours, theirs)
     assert lean[0] * times < plain[0], (lean[0], plain[0])
     resadapt.restore_backbone(model)
     assert picture(model) == before
@@ -164,7 +169,7 @@ def test_every_family(family: str, fold: bool) -> None:
     plain, lean = measured(model, x), measured(resadapt.optimize_backbone(model, fold_norms=fold), x)
     compare(lean[1], plain[1], fold)
     for ours, theirs in zip(lean[2], plain[2], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        near(ours, theirs)
     assert lean[0] < plain[0]
 
 
@@ -186,7 +191,7 @@ def test_what_is_trained_runs_as_the_stock_layer(fold: bool) -> None:
             before = found.setdefault(name, result)
             compare(result[1], before[1], fold)
             for ours, theirs in zip(result[2], before[2], strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+                near(ours, theirs)
     names = ["plain", None, "own", "plain"]
     with resadapt.adapters_for(model.eval(), names):
         mixed = model(x)
@@ -261,7 +266,7 @@ def test_tools_that_take_models_apart() -> None:
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
     alone = torch.func.grad(loss)(parameters, x[0])
     for name, gradient in each.items():
-        torch.testing.assert_close(gradient[0], alone[name], rtol=1e-2, atol=3e-2 * float(alone[name].abs().max()))
+        near(gradient[0], alone[name])
     _, tangent = torch.func.jvp(lambda x: model(x), (x,), (torch.ones_like(x),))
     assert tangent.shape == plain.shape
     with torch.autograd.forward_ad.dual_level():
@@ -272,13 +277,13 @@ def test_tools_that_take_models_apart() -> None:
     for ours, theirs in zip(
         torch.autograd.grad(output.square().mean(), list(resadapt.trainable_parameters(model))), expected[2], strict=True
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+        near(ours, theirs)
     with torch.autocast("cpu", torch.bfloat16):
         lean = measured(model, x)
         stock = measured(resadapt.restore_backbone(model), x)
     assert torch.equal(lean[1], stock[1])
     for ours, theirs in zip(lean[2], stock[2], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.02 * float(theirs.abs().max()))
+        assert (ours - theirs).norm() <= 0.1 * theirs.norm()
     second = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -290,7 +295,7 @@ def test_tools_that_take_models_apart() -> None:
     for ours, theirs in zip(*second, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
+            near(ours, theirs)
 
 
 def test_compiled_it_is_the_stock_backbone() -> None:

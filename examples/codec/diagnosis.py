@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(backbones) < len(options.stage1_models):
         parser.error("--stage1-models: two files in folders of one name, which could not be told apart in the table")
     blocks, val_blocks = load_dataset(options.dataset_dir)
+    blocks.check(STAGE2, every_class=True)
     train = blocks.of(STAGE2).part(options.blocks, options.seed).data(STAGE2, every_class=True)
     val = val_blocks.data(STAGE2, every_class=True)
     options.output_dir.mkdir(parents=True, exist_ok=True)

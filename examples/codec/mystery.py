@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.epochs < UNFROZEN_AT:
         parser.error(f"--epochs is {options.epochs}, expected at least {UNFROZEN_AT}, where the backbone is unfrozen")
     blocks, val_blocks = (each.coded_at(options.base_q_idx) for each in load_dataset(options.dataset_dir))
+    blocks.check(STAGE2, every_class=False)
     train, val = blocks.of(STAGE2).part(options.blocks, options.seed).data(STAGE2), val_blocks.data(STAGE2)
     load_stage1(options.stage1_model)
     options.output_dir.mkdir(parents=True, exist_ok=True)
