@@ -266,7 +266,7 @@ def test_tools_that_take_models_apart() -> None:
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
     alone = torch.func.grad(loss)(parameters, x[0])
     for name, gradient in each.items():
-        near(gradient[0], alone[name])
+        assert (gradient[0] - alone[name]).norm() <= 0.1 * alone[name].norm()
     _, tangent = torch.func.jvp(lambda x: model(x), (x,), (torch.ones_like(x),))
     assert tangent.shape == plain.shape
     with torch.autograd.forward_ad.dual_level():
