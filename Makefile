@@ -34,8 +34,9 @@ test: $(STAMP)  ## all tests, the examples in docstrings and docs, and branch co
 clients: $(CLIENTS)  ## tests against the libraries that models and training loops come from (timm, Lightning, captum, ONNX, ...)
 	"$(BIN)/python" -m pytest tests/clients --numprocesses auto --maxprocesses 4
 
-bench: $(CLIENTS)  ## time and memory of a training step beside its rivals, into benchmarks/results: some minutes
+bench: $(CLIENTS)  ## time and memory of training and of files beside their rivals, into benchmarks/results: some minutes
 	"$(BIN)/python" benchmarks/training.py
+	"$(BIN)/python" benchmarks/files.py
 
 check: $(STAMP) docs  ## formatting, lint, types, layering, strict docs
 	"$(BIN)/python" -m ruff format --check .

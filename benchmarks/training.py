@@ -14,7 +14,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,14 +57,14 @@ def peft_lora(build: Callable[..., nn.Module]) -> nn.Module:
 
     model = build(num_classes=CLASSES)
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=names, modules_to_save=["fc"]))  # type: ignore[arg-type]
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=names, modules_to_save=["fc"]))
 
 
 WAYS = {"full fine-tuning": full, "PEFT LoRA r=8": peft_lora, "resadapt": hooks, "optimized, exact": exact, "optimized": folded}
 
 
-def bytes_saved(model: nn.Module, images: Tensor) -> int:
-    """Bytes that the forward pass keeps for the backward pass, besides the input and the constants of the model."""
+def bytes_saved(model: nn.Module, images: Tensor) -> tuple[int, Any]:
+    """Bytes that the forward pass keeps for the backward pass, besides the input and the constants of the model; and its output."""
     kept_anyway = [images, *model.parameters(), *model.buffers()]
     for module in model.modules():
         kept_anyway += (FOLDED in module.__dict__ and module.__dict__[FOLDED]._tensors) or ()
@@ -76,13 +78,13 @@ def bytes_saved(model: nn.Module, images: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(images)
-    return sum(saved.values())
+        output = model(images)
+    return sum(saved.values()), output
 
 
 def step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Forward and backward; the optimizer's time is left out, which only full fine-tuning would notice."""
-    F.cross_entropy(model(images), labels).backward()
+    torch.autograd.backward(F.cross_entropy(model(images), labels))
 
 
 @torch.no_grad()
@@ -106,37 +108,34 @@ def measure(model: str, batch: int, size: int, rounds: int) -> dict[str, dict[st
     """The figures of each way."""
     images, labels = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
     models = {name: way(BUILDS[model]) for name, way in WAYS.items()}
-    plain = BUILDS[model](num_classes=CLASSES).eval()
-    forwards = timed(
-        {"plain": lambda: forward(plain, images)}
-        | {name: (lambda each=each: forward(each, images)) for name, each in models.items() if each.eval() is each},  # type: ignore[misc]
-        rounds,
-    )
+    evaluated = {"plain": BUILDS[model](num_classes=CLASSES), **models}
+    for each in evaluated.values():
+        each.eval()
+    forwards = timed({name: partial(forward, each, images) for name, each in evaluated.items()}, rounds)
     for each in models.values():
         each.train()
-    steps = timed({name: (lambda each=each: step(each, images, labels)) for name, each in models.items()}, rounds)  # type: ignore[misc]
+    steps = timed({name: partial(step, each, images, labels) for name, each in models.items()}, rounds)
     return {
         name: {
             "step_s": steps[name],
             "step_of_full": steps[name] / steps["full fine-tuning"],
             "forward_of_plain": forwards[name] / forwards["plain"],
-            "bytes_saved": bytes_saved(each, images),
+            "bytes_saved": bytes_saved(each, images)[0],
             "trained": sum(p.numel() for p in each.parameters() if p.requires_grad),
         }
         for name, each in models.items()
     }
 
 
-def table(result: dict[str, object]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The figures in Markdown."""
-    machine, rows = result["machine"], result["ways"]
     lines = [
-        f"{result['what']}. {machine}",
+        f"{result['what']}. {result['machine']}",
         "",
         "| | trained | step | of full fine-tuning | forward, of the plain network | saved for backward |",
+        "|---|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|---|")
-    for name, row in rows.items():  # type: ignore[attr-defined]
+    for name, row in result["ways"].items():
         cells = (
             name,
             f"{row['trained']:,}",

@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
+from training import bytes_saved
 
 import resadapt
-from resadapt.injection.freeze import FOLDED
 from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, packed, unpacked
 
 
@@ -87,23 +87,11 @@ def measured(model: nn.Module, x: Tensor) -> tuple[int, Tensor, list[Tensor]]:
     with torch.no_grad():
         model.eval()(x)  # so that what is folded is there: constants, as the weights are
     model.train(training)
-    folded = [m.__dict__[FOLDED]._tensors or () for m in model.modules() if FOLDED in m.__dict__]
-    constants = (*model.parameters(), *model.buffers(), x, *(tensor for each in folded for tensor in each))
-    own = {tensor.untyped_storage().data_ptr() for tensor in constants}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     torch.manual_seed(1)  # the same dropout
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(x)
-        output = output["out"] if isinstance(output, dict) else output
+    saved, output = bytes_saved(model, x)
+    output = output["out"] if isinstance(output, dict) else output
     gradients = torch.autograd.grad(output.square().mean(), list(resadapt.trainable_parameters(model)))
-    return sum(saved.values()), output.detach(), list(gradients)
+    return saved, output.detach(), list(gradients)
 
 
 BUILDS: dict[str, tuple[Callable[[], nn.Module], str, Any, float]] = {
@@ -156,12 +144,16 @@ def test_float64_is_the_judge() -> None:
     assert errors[1] < 2 * errors[0] + 1e-6
 
 
+PLACES = dict.fromkeys(("pooled", "bottleneck", "mona", "series"), "layer*") | {
+    **{"lora": "layer*.*.conv2", "parallel": "layer*.*.conv1", "conv": "layer*.*.conv1", "ssf": "layer*.*.bn1"}
+}
+
+
 @FOLD
-@pytest.mark.parametrize("family", ["pooled", "bottleneck", "mona", "series", "lora", "parallel", "conv", "ssf"])
+@pytest.mark.parametrize("family", PLACES)
 def test_every_family(family: str, fold: bool) -> None:
-    layers = {"lora": "layer*.*.conv2", "parallel": "layer*.*.conv1", "conv": "layer*.*.conv1", "ssf": "layer*.*.bn1"}
     torch.manual_seed(0)
-    model = resadapt.inject_adapters(small_resnet(), layers.get(family, "layer*"), family=family, head="fc").train()
+    model = resadapt.inject_adapters(small_resnet(), PLACES[family], family=family, head="fc").train()
     with torch.no_grad():
         for parameter in resadapt.trainable_parameters(model):
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -249,6 +241,35 @@ def test_a_set_that_comes_later() -> None:
     measured(model, images(4, 32))
 
 
+@FOLD
+@pytest.mark.parametrize("family", PLACES)
+def test_an_optimized_backbone_is_what_it_was_to_sets(family: str, fold: bool, tmp_path: Path) -> None:
+    """Injected into it, saved from it and loaded into it: heads of its layers too, and stages, which are Sequentials."""
+    plain = resadapt.inject_adapters(small_resnet(), name="before")
+    model = resadapt.optimize_backbone(resadapt.inject_adapters(small_resnet(), name="before"), fold_norms=fold)
+    classes = [type(module) for module in model.modules()]
+    for each in (plain, model):
+        torch.manual_seed(0)
+        resadapt.inject_adapters(each, PLACES[family], family=family, name="later", head=["fc", "layer4.0.downsample.0"])
+    assert resadapt.read_adapter_info(saved(model, tmp_path / "model.pt")).set == (
+        resadapt.read_adapter_info(saved(plain, tmp_path / "plain.pt")).set
+    )
+    assert (tmp_path / "model.pt").read_bytes() == (tmp_path / "plain.pt").read_bytes()
+    fresh = resadapt.optimize_backbone(resadapt.inject_adapters(small_resnet(), name="before"), fold_norms=fold)
+    resadapt.load_adapters(fresh, tmp_path / "plain.pt")
+    compare(fresh.eval()(images()), plain.eval()(images()), fold)
+    for each in (model, fresh, plain):
+        resadapt.remove_adapters(each, "later")
+    assert [type(module) for module in model.modules()] == [type(module) for module in fresh.modules()] == classes
+    suggested = [str(resadapt.suggest_layers(each, 700_000, family=family, layers=PLACES[family])) for each in (model, plain)]
+    assert suggested[0] == suggested[1]
+
+
+def saved(model: nn.Module, path: Path) -> Path:
+    assert resadapt.save_adapters(model, path, rebuild=small_resnet).ok
+    return path
+
+
 def test_tools_that_take_models_apart() -> None:
     """Compilers, tracers, torch.func, checkpointing, autocast: the layers are stock ones there, or do as these ask."""
     model = resadapt.inject_adapters(small_resnet(), init="normal")
@@ -267,10 +288,16 @@ def test_tools_that_take_models_apart() -> None:
     alone = torch.func.grad(loss)(parameters, x[0])
     for name, gradient in each.items():
         assert (gradient[0] - alone[name]).norm() <= 0.1 * alone[name].norm()
-    _, tangent = torch.func.jvp(lambda x: model(x), (x,), (torch.ones_like(x),))
-    assert tangent.shape == plain.shape
-    with torch.autograd.forward_ad.dual_level():
-        model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    forwards = []
+    for _ in range(2):
+        along = torch.ones_like(x)
+        forwards.append(torch.func.jvp(lambda x: model(x), (x,), (along,))[1])
+        with torch.autograd.forward_ad.dual_level():
+            output = model(torch.autograd.forward_ad.make_dual(x, along))
+            forwards.append(torch.autograd.forward_ad.unpack_dual(output).tangent)
+        resadapt.restore_backbone(model)
+    for each in forwards:
+        near(each, forwards[-1])
     resadapt.optimize_backbone(model.train(), fold_norms=False)
     torch.manual_seed(1)
     output = checkpoint(model, x.clone().requires_grad_(), use_reentrant=False)
@@ -362,7 +389,11 @@ def test_an_adapted_network_without_gradients_is_folded_too() -> None:
         model(images())
         assert not calls
         resadapt.restore_backbone(model)(images())
-    assert len(calls) == 20
+        assert len(calls) == 20
+        flat = resadapt.inject_adapters(models.vgg11_bn(num_classes=3), "features.27", example_input=images())
+        calls.clear()
+        resadapt.optimize_backbone(flat).eval()(images())
+    assert not calls, "in a long Sequential too"
 
 
 def test_a_parametrized_weight_keeps_its_gradient() -> None:

@@ -21,7 +21,6 @@ SEEDS = (0, 1, 2)
 RATES = ("3e-4", "1e-3", "3e-3")
 BACKBONE = 11_170_240  # parameters of the ResNet-18 on one channel, without a head
 FULL, FROZEN = "fine-tuning", "frozen"
-GOAL = 0.98
 LEARN = f"--blocks 16000 --batch-size 256 --weight-decay 0.01 {BALANCED}"
 SHORT = f"{LEARN} --epochs 4"
 CONVOLUTIONS = "--adapter-layers 'layer?.?.conv?'"
@@ -30,7 +29,7 @@ NORMS = "--adapter-layers bn1 'layer?.?.bn?' 'layer?.?.downsample.1'"
 
 
 def methods() -> Iterator[Variant]:
-    """All rows of the table; the group says which learning rates are tried."""
+    """All rows of the table; the group is the part whose learning rate is chosen, besides the head's."""
     yield Variant(FROZEN, "frozen head, 20 epochs", "head", "stage1_study", f"{LEARN} --epochs 20")
     yield Variant(FULL, "full fine-tuning", "backbone", "stage1_study", f"{SHORT} --full-fine-tuning")
     for name, about, flags in (
@@ -84,12 +83,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     tried = {
         method.name: {rate: ablation.scores(job(method, rate, SEEDS[0]), "val")["macro_f1"] for rate in RATES} for method in chosen
     }
-    finals = {
-        method.name: [job(method, max(RATES, key=tried[method.name].__getitem__), seed) for seed in SEEDS] for method in chosen
-    }
+    best = {name: max(RATES, key=each.__getitem__) for name, each in tried.items()}
+    finals = {method.name: [job(method, best[method.name], seed) for seed in SEEDS] for method in chosen}
     for split in ("val", "test"):
         ablation.work_all([each for jobs in finals.values() for each in jobs], split, options)
-    result = {method.name: _row(method, tried[method.name], finals[method.name]) for method in chosen}
+    result = {
+        method.name: {"rates": tried[method.name], "rate": best[method.name], **_row(method, finals[method.name])}
+        for method in chosen
+    }
     folder: Path = options.runs_dir / "families"
     write_json(folder / "families.json", result)
     (folder / "families.md").write_text(table(result) + "\n", encoding="utf-8")
@@ -104,13 +105,11 @@ def at_rate(method: Variant, rate: str) -> Variant:
     return replace(method, name=f"{method.name}/{rate}", flags=f"{method.flags} {own}--lr-head {rate}")
 
 
-def _row(method: Variant, tried: Mapping[str, float], jobs: Sequence[Job]) -> dict[str, Any]:
+def _row(method: Variant, jobs: Sequence[Job]) -> dict[str, Any]:
     scores = {split: [ablation.scores(job, split) for job in jobs] for split in ("val", "test")}
     return {
         "about": method.about,
         "flags": method.flags,
-        "rates": tried,
-        "rate": max(tried, key=tried.__getitem__),
         "parameters": scores["val"][0]["parameters"],
         **{split: over_seeds([each["macro_f1"] for each in several]) for split, several in scores.items()},
     }

@@ -1,4 +1,4 @@
-"""Every family on a pretrained backbone and a small task: EfficientNet-Lite0 from ImageNet, adapted to hand-written digits.
+"""Families of adapters on a pretrained backbone and a small task: EfficientNet-Lite0 from ImageNet, adapted to hand-written digits.
 
 The digits are those of scikit-learn's `load_digits`: the test set of "Optical Recognition of Handwritten Digits", E. Alpaydin and
 C. Kaynak, UCI Machine Learning Repository, doi:10.24432/C50P49, CC BY 4.0. The weights are those of the package
@@ -130,10 +130,22 @@ def run(entry: Entry, rate: float, seed: int, data: dict[str, tuple[Tensor, Tens
             layers = suggest_layers(model, entry.budget, family=entry.family, layers=layers, **entry.options)
         inject_adapters(model, layers, family=entry.family, norm=entry.norm, head="classifier", **entry.options)
         groups, trained = parameter_groups(model, rate, weight_decay=0.01), count_parameters(model).trainable
+    train(model, groups, *data["train"], epochs)
+    size = None
+    if not entry.whole:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "set.pt"
+            assert save_adapters(model, path, probe=data["train"][0][:4], rebuild=backbone).ok
+            size = path.stat().st_size
+    return {"trained": trained, "share": trained / total, "bytes": size} | {
+        split: accuracy(model, *data[split]) for split in ("val", "test")
+    }
+
+
+def train(model: nn.Module, groups: list[dict[str, Any]], pictures: Tensor, labels: Tensor, epochs: int) -> None:
+    """AdamW on groups of parameters with rates of their own, cosine to zero."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    pictures, labels = data["train"]
-    steps = epochs * (len(labels) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(labels) // BATCH))
     for _ in range(epochs):
         model.train()
         for part in torch.randperm(len(labels)).split(BATCH):
@@ -141,15 +153,6 @@ def run(entry: Entry, rate: float, seed: int, data: dict[str, tuple[Tensor, Tens
             nn.functional.cross_entropy(model(pictures[part]), labels[part]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-    size = None
-    if not entry.whole:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "set.pt"
-            assert save_adapters(model, path, probe=pictures[:4], rebuild=backbone).ok
-            size = path.stat().st_size
-    return {"trained": trained, "share": trained / total, "bytes": size} | {
-        split: accuracy(model, *data[split]) for split in ("val", "test")
-    }
 
 
 @torch.no_grad()

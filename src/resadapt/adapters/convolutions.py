@@ -44,16 +44,11 @@ def layer_of(site: Site) -> Layer:
         raise ValueError("it needs a convolution or a Linear")
     stock = next(kind for kind in (*_PLAIN, *_TRANSPOSED, nn.Linear) if isinstance(module, kind))
     for name in ("forward", "_conv_forward"):
-        if _defined(type(module), name) is not _defined(stock, name) or name in module.__dict__:
+        if getattr(type(module), name, None) is not getattr(stock, name, None) or name in module.__dict__:
             raise ValueError(f"it needs a layer that computes as {stock.__name__} does, and this one has a {name} of its own")
     if is_lazy(module.weight):
         raise ValueError("it needs a weight with a shape, so run the model once before")
     return module
-
-
-def _defined(kind: type, name: str) -> object:
-    """Returns what a class has under a name, without what this library put over it for a while and that computes the same."""
-    return next((vars(cls)[name] for cls in kind.__mro__ if name in vars(cls) and not cls.__module__.startswith("resadapt.")), None)
 
 
 def convolution_of(site: Site) -> Convolution:

@@ -175,8 +175,13 @@ def tensor_records(data: Any) -> dict[str, TensorRecord]:
 def tensor_differences(tensors: Mapping[str, Tensor], records: Mapping[str, TensorRecord]) -> dict[str, str]:
     """Compares tensors with records of the same names, and says for each that differs how."""
     found = {}
-    same_form = {n: t for n, t in tensors.items() if n in records and records[n].difference_of_form(t) is None}
-    today = record_tensors(same_form)
+    # One that was converted is not hashed twice.
+    alike = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in records and dtype_name(tensor) == records[name].dtype and records[name].difference_of_form(tensor) is None
+    }
+    today = record_tensors(alike)
     for name in [*records, *(name for name in tensors if name not in records)]:
         if name not in records:
             found[name] = "is new"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
@@ -16,6 +16,7 @@ from resadapt.adapters.family import options_of, takes
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import listing
 from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.injection.freeze import as_built
 from resadapt.injection.ledger import plain_module
 from resadapt.injection.measure import declared
 from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, named_tensors
@@ -164,7 +165,9 @@ def _new(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, An
     family = family_named(spec.family)
     sizes = {"bottleneck": site.bottleneck, "dropout": spec.dropout}
     arguments = {name: value for name, value in sizes.items() if takes(family, name)} | spec.options | dict(start)
-    return family(Site(site.channels, site.spatial_dims, site.channel_dim, plain_module(model, site.name)), **arguments)
+    module = plain_module(model, site.name)
+    with as_built(nn.Module.modules(module)):
+        return family(Site(site.channels, site.spatial_dims, site.channel_dim, module), **arguments)
 
 
 class _NoStart(TorchFunctionMode):
@@ -173,8 +176,7 @@ class _NoStart(TorchFunctionMode):
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
-            tensor = args[0] if args else kwargs["tensor"]  # as torch.nn.init has it
-            if tensor.is_meta:
-                return tensor
+        tensor = args[0] if args else kwargs.get("tensor")  # as torch.nn.init has it
+        if getattr(func, "__name__", "") in ("normal_", "uniform_") and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
         return func(*args, **kwargs)

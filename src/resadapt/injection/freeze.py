@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ __all__ = [
     "NORM_POLICIES",
     "FrozenStatistics",
     "Overlay",
+    "as_built",
     "freeze_norm",
     "freeze_norms",
     "freeze_parameters",
@@ -119,13 +120,26 @@ def freeze_norm(module: nn.Module) -> None:
 
 def thaw_norm(module: nn.Module) -> bool:
     """Lets a module run as it was built; tells whether its training flag was held."""
-    if isinstance(module, Overlay):
-        module.__dict__.pop(FOLDED, None)
-        module.__class__ = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("resadapt."))
+    _uncover(module)
     held = [key for key, hook in module._forward_pre_hooks.items() if hook is hold_in_eval]
     for key in held:
         del module._forward_pre_hooks[key]
     return bool(held)
+
+
+@contextmanager
+def as_built(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Runs the body with modules of the classes that they were built with, for whom looks at what they are."""
+    covered = [(module, type(module), module.__dict__.get(FOLDED)) for module in modules if isinstance(module, Overlay)]
+    try:
+        for module, *_ in covered:
+            _uncover(module)
+        yield
+    finally:
+        for module, kind, folded in covered:
+            module.__class__ = kind
+            if folded is not None:
+                module.__dict__[FOLDED] = folded
 
 
 def is_held(module: nn.Module) -> bool:
@@ -182,6 +196,13 @@ def freeze_norms(model: nn.Module, free: Collection[str]) -> None:
             freeze_norm(module)
         elif thaw_norm(module):
             module.training = model.training
+
+
+def _uncover(module: nn.Module) -> None:
+    """Takes off a module what this library put over its class."""
+    if isinstance(module, Overlay):
+        module.__dict__.pop(FOLDED, None)
+        module.__class__ = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("resadapt."))
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

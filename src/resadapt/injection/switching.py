@@ -10,7 +10,7 @@ from torch import nn
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import listing
-from resadapt.injection.freeze import freeze_norms, is_held, running_as_built
+from resadapt.injection.freeze import as_built, freeze_norms, is_held, running_as_built
 from resadapt.injection.ledger import AdapterSet, Ledger, adapter_tensors, find_ledger, own_tensors
 from resadapt.injection.mixture import Mixture, run_own
 from resadapt.injection.owned import check_places, exchange, follow, replaced
@@ -74,7 +74,7 @@ def activated(model: nn.Module, ledger: Ledger, name: str | None) -> Iterator[No
 
 @contextmanager
 def on_plain(model: nn.Module) -> Iterator[None]:
-    """Runs the body on the plain backbone, whether anything was injected or not.
+    """Runs the body on the plain backbone, of the classes that it was built with, whether anything was injected or not.
 
     Raises:
         InjectionError: As `check_switchable`, of all sets: the body is to put another one beside them.
@@ -82,7 +82,7 @@ def on_plain(model: nn.Module) -> Iterator[None]:
     ledger = find_ledger(model)
     if ledger:
         check_switchable(model, ledger)
-    with activated(model, ledger, None) if ledger else nullcontext():
+    with activated(model, ledger, None) if ledger else nullcontext(), as_built(module for _, module in backbone_modules(model)):
         yield
 
 

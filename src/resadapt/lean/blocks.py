@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from typing_extensions import override
 
-from resadapt.injection.freeze import Overlay
+from resadapt.injection.freeze import FrozenStatistics, Overlay
 from resadapt.lean.pairs import normalised
 
 __all__ = ["FOLDING"]
@@ -27,7 +27,7 @@ class LeanSequential(Overlay, nn.Sequential):
         modules = list(self)
         while modules:
             module, *modules = modules
-            if modules and isinstance(module, Overlay) and isinstance(modules[0], Overlay):
+            if modules and isinstance(modules[0], FrozenStatistics):
                 input = normalised(module, modules.pop(0), input)
             else:
                 input = module(input)

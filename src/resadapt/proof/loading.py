@@ -20,7 +20,7 @@ from resadapt.injection.building import adapter_shapes
 from resadapt.injection.freeze import gradients_back_on_failure
 from resadapt.injection.installation import check_model, install, uninstall
 from resadapt.injection.ledger import backbone_differences, find_ledger, ledger_of, plain_modules, plain_tensors
-from resadapt.injection.switching import activate, switch
+from resadapt.injection.switching import activate, on_plain, switch
 from resadapt.injection.walk import backbone_modules, unwrap
 from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, persistent_tensors
 
@@ -120,9 +120,11 @@ def _inject_from_file(
     ledger = find_ledger(model)
     active = ledger.active if ledger is not None else None
     try:
-        _check_description(model, info, state)
+        with on_plain(model):
+            _check_description(model, info, state)
+            heads = _heads(model, info, state)
         with gradients_back_on_failure(model), torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
-            install(model, spec, info.example, _heads(model, info, state), fingerprint)
+            install(model, spec, info.example, heads, fingerprint)
             try:
                 load_adapter_state_dict(model, state, name)
             except BaseException:

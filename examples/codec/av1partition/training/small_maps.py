@@ -48,7 +48,8 @@ def convolve(
     height, width = x.shape[2:]
     windows = [weight[:, :, i : i + height, j : j + width].flatten(1) for i in rows for j in columns]
     if groups == 1:
-        out = [F.linear(x.flatten(1), window, bias) for window in windows]
+        flat = x.flatten(1)  # once: so the gradients of all windows are summed before they are those of x
+        out = [F.linear(flat, window, bias) for window in windows]
     else:
         grouped = x.reshape(len(x), groups, -1)
         out = [torch.einsum("ngi,goi->ngo", grouped, window.reshape(groups, -1, window.shape[1])).flatten(1) for window in windows]
