@@ -20,6 +20,7 @@ from resadapt.deploy.inference_copy import inference_copy
 from resadapt.files.adapter_file import AdapterInfo, ProbeRecord, read_adapter_info
 from resadapt.injection.set_info import AdapterSetInfo, list_adapters
 from resadapt.injection.sets import adapters_disabled, adapters_for, inject_adapters, remove_adapters, set_active_adapters
+from resadapt.injection.sharing import forward_all
 from resadapt.lean.optimize import optimize_backbone, restore_backbone
 from resadapt.parameters.suggest import SuggestedLayers, suggest_layers
 from resadapt.parameters.summary import ModelSummary, summary
@@ -72,6 +73,7 @@ __all__ = [
     "combine_adapters",
     "count_parameters",
     "fold_adapters",
+    "forward_all",
     "inference_copy",
     "inject_adapters",
     "list_adapters",

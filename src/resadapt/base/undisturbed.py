@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call", "is_undisturbed", "random_states_kept", "undisturbed"]
+__all__ = ["EAGERLY", "call", "is_undisturbed", "random_states_kept", "undisturbed"]
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(random_states_kept(devices))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_EAGERLY)
+        stack.enter_context(EAGERLY)
         stack.callback(_inside.reset, _inside.set(True))
         for kind in {device.type for device in devices} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -96,7 +96,7 @@ class _Eagerly:
                 self._switch.close()
 
 
-_EAGERLY = _Eagerly()
+EAGERLY = _Eagerly()
 _inside: ContextVar[bool] = ContextVar("resadapt_undisturbed", default=False)
 
 

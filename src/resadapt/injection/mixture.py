@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.nested import map_tensors
 
-__all__ = ["Mixture", "run_own"]
+__all__ = ["InTurns", "Mixture", "run_own"]
 
 
 class Mixture:
@@ -63,6 +64,24 @@ class Mixture:
                 "name for each sample of the batch; a model that changes the batch on the way cannot be mixed."
             )
         return tensor
+
+
+class InTurns(Mixture):
+    """Several sets, of which one runs with the whole batch, whatever its form.
+
+    Args:
+        names: Names of sets, or None for the plain backbone.
+    """
+
+    def __init__(self, names: Iterable[str | None]) -> None:
+        super().__init__(names)
+        self.name: str | None = None
+        """The set that runs now."""
+
+    @override
+    def run(self, place: str, sets: Collection[str], function: Callable[[str | None, Any], Any], values: Any) -> Any:
+        """Calls a function once, with the set that runs now if it is different at a place."""
+        return function(self.name if self.name in sets else None, values)
 
 
 def _rows(rows: list[int], tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from resadapt.injection.building import family_named, plain_options
 from resadapt.injection.freeze import norms_of
 from resadapt.injection.installation import check_model, install, uninstall
 from resadapt.injection.ledger import Ledger, ledger_of
+from resadapt.injection.mixture import Mixture
 from resadapt.injection.owned import settle
 from resadapt.injection.patterns import select_head
 from resadapt.injection.select import select_sites
@@ -254,7 +255,7 @@ def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]
     for name in listed:
         if name is not None:
             ledger.set_named(name)
-    with mixed(unwrap(model), ledger, listed):
+    with mixed(unwrap(model), ledger, Mixture(listed)):
         yield model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -11,6 +11,7 @@ from torch import nn
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import listing
 from resadapt.injection.freeze import as_built, freeze_norms, is_held, running_as_built
+from resadapt.injection.intercept import put_over
 from resadapt.injection.ledger import AdapterSet, Ledger, adapter_tensors, find_ledger, own_tensors
 from resadapt.injection.mixture import Mixture, run_own
 from resadapt.injection.owned import check_places, exchange, follow, replaced
@@ -18,8 +19,6 @@ from resadapt.injection.sharding import are_sharded
 from resadapt.injection.walk import backbone_modules, find_module, slots_of
 
 __all__ = ["activate", "activated", "check_intact", "check_switchable", "drop_gradients", "mixed", "on_plain", "switch"]
-
-_NOTHING = object()
 
 
 def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
@@ -87,14 +86,13 @@ def on_plain(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def mixed(model: nn.Module, ledger: Ledger, names: Sequence[str | None]) -> Iterator[None]:
-    """Runs the body with a set for each sample, all of them trainable; they stay so until the active set is changed."""
-    mixing = tuple(name for name in dict.fromkeys(names) if name is not None)
+def mixed(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
+    """Runs the body with the sets of a mixture, all of them trainable; they stay so until the active set is changed."""
+    mixing = tuple(name for name in dict.fromkeys(mixture.names) if name is not None)
     records = [ledger.sets[name] for name in mixing]
     check_switchable(model, ledger, records)
     try:
         with activated(model, ledger, None), ExitStack() as stack:
-            mixture = Mixture(names)
             own: dict[str, dict[str, nn.Module]] = {}
             for record in records:
                 _restore_flags(model, record)
@@ -106,22 +104,13 @@ def mixed(model: nn.Module, ledger: Ledger, names: Sequence[str | None]) -> Iter
                 stack.callback(setattr, slot, "mixture", None)
             for place, modules in own.items():
                 here = find_module(model, place)
-                before = here.__dict__.get("forward", _NOTHING)
                 like = model if is_held(here) else here
-                here.__dict__["forward"] = partial(run_own, like, place, modules, mixture, here.forward)
-                stack.callback(_put_forward_back, here, before)
+                stack.enter_context(put_over(here, "forward", partial(run_own, like, place, modules, mixture, here.forward)))
             ledger.mixing = mixing
             stack.callback(setattr, ledger, "mixing", None)
             yield
     finally:
         ledger.mixed |= {*mixing} - {ledger.active}
-
-
-def _put_forward_back(module: nn.Module, before: object) -> None:
-    if before is _NOTHING:
-        del module.__dict__["forward"]
-    else:
-        module.__dict__["forward"] = before
 
 
 def check_intact(model: nn.Module, ledger: Ledger, records: Iterable[AdapterSet] | None = None) -> None:

@@ -10,6 +10,7 @@ from torch.nn.modules import module as torch_module
 
 from resadapt.base.undisturbed import is_undisturbed
 from resadapt.injection.freeze import FOLDED, FrozenStatistics, Overlay
+from resadapt.injection.intercept import Intercept
 from resadapt.lean.functions import PLAIN, is_ordinary
 
 __all__ = ["FoldedPair", "normalised"]
@@ -66,10 +67,16 @@ def _are_one(convolution: nn.Module, norm: nn.Module) -> bool:
         and norm.running_var is not None
         and all(part is None or (type(part) in PLAIN and not part.requires_grad) for part in _parts(convolution, norm))
         and not any(module.__dict__.get(hooks) for module in (convolution, norm) for hooks in _HOOKS)
-        and not ("forward" in convolution.__dict__ or "forward" in norm.__dict__)
+        and not (_is_replaced(convolution) or _is_replaced(norm))
         and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
         and not (torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks)
     )
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Tells whether something stands in the place of a module's forward."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not (isinstance(forward, Intercept) and forward.only_passes_on)
 
 
 def _parts(convolution: nn.Module, norm: nn.Module) -> list[Any]:

@@ -1,0 +1,146 @@
+"""Standing between a model and its modules for a while: what comes before the first adapter need not be computed each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from resadapt.base.names import within
+from resadapt.injection.ledger import AdapterSet
+from resadapt.injection.slots import AdapterSlot
+from resadapt.injection.walk import behind_wrappers
+
+__all__ = ["Intercept", "Prefix", "intercepted", "put_over"]
+
+_NOTHING = object()
+
+
+class Prefix:
+    """What happens to the calls of modules before a set's first own module, in the order of the forward.
+
+    Until then a forward is that of the plain backbone, whichever set runs. Only the outermost modules without anything of a
+    set's inside are called through this; the functions between them run as they are.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        """The set that runs."""
+        self.parted = False
+        """Whether something of its own has run."""
+        self.position = 0
+        """Number of calls so far."""
+        self._inside = False
+
+    def start(self, name: str | None) -> None:
+        """Begins a forward with a set."""
+        self.name, self.parted, self.position, self._inside = name, False, 0, False
+
+    def call(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Returns what stands for the output of a module: override it."""
+        return run(*args, **kwargs)
+
+    def arrive(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Passes a call on: to `call` if it is an outermost one of the prefix."""
+        if self.parted or self._inside:
+            return run(*args, **kwargs)
+        self._inside = True
+        try:
+            return self.call(place, run, args, kwargs)
+        finally:
+            self._inside = False
+            self.position += 1
+
+
+class Intercept:
+    """What stands in the place of a module's forward.
+
+    Args:
+        prefix: What decides.
+        place: Name of the module.
+        run: The module's own forward.
+        plain: Whether there is nothing of a set's inside.
+        own: Sets that have the module as their own.
+        adapted: Sets that adapt its output.
+    """
+
+    def __init__(
+        self, prefix: Prefix, place: str, run: Callable[..., Any], plain: bool, own: Collection[str], adapted: Collection[str]
+    ) -> None:
+        self._prefix, self._place, self._run, self._plain, self._own, self._adapted = prefix, place, run, plain, own, adapted
+
+    @property
+    def only_passes_on(self) -> bool:
+        """Whether a module that is not called at all, because another computes it too, is nothing that this needs to know."""
+        return self._plain and not self._adapted and isinstance(self._run, MethodType)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module, or what stands for it."""
+        prefix = self._prefix
+        if prefix.name in self._own:
+            prefix.parted = True
+        output = prefix.arrive(self._place, self._run, args, kwargs) if self._plain else self._run(*args, **kwargs)
+        if prefix.name in self._adapted:
+            prefix.parted = True
+        return output
+
+
+@contextmanager
+def intercepted(model: nn.Module, records: Iterable[AdapterSet], prefix: Prefix) -> Iterator[None]:
+    """Runs the body with the calls of a model's modules passing through a prefix.
+
+    Args:
+        model: The unwrapped model.
+        records: The sets that the body runs.
+        prefix: What stands between.
+    """
+    own: dict[str, set[str]] = {}
+    adapted: dict[str, set[str]] = {}
+    for record in records:
+        for place in record.spec.own:
+            own.setdefault(place, set()).add(record.spec.name)
+        for site in record.spec.sites:
+            adapted.setdefault(site.owner, set()).add(record.spec.name)
+    with ExitStack() as stack:
+        for place, module, plain in _places(model, {*own, *adapted}):
+            here = own.get(place, ())
+            attribute = _entry(module)
+            intercept = Intercept(prefix, place, getattr(module, attribute), plain and not here, here, adapted.get(place, ()))
+            stack.enter_context(put_over(module, attribute, intercept))
+        yield
+
+
+@contextmanager
+def put_over(module: nn.Module, attribute: str, value: object) -> Iterator[None]:
+    """Runs the body with an attribute of a module's own, such as another forward, over what is there."""
+    before = module.__dict__.get(attribute, _NOTHING)
+    module.__dict__[attribute] = value
+    try:
+        yield
+    finally:
+        if before is _NOTHING:
+            module.__dict__.pop(attribute, None)
+        else:
+            module.__dict__[attribute] = before
+
+
+def _places(model: nn.Module, special: Collection[str], name: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
+    """Walks the outermost modules without a special one inside, and the special ones; the last entry tells which it is."""
+    model = behind_wrappers(model)
+    callable_ = type(model).forward is not nn.Module.forward or "forward" in model.__dict__
+    plain = callable_ and not any(place != name and (not name or within(place, (name,))) for place in special)
+    if plain or name in special:
+        yield name, model, plain
+    if not plain:
+        for key, child in model._modules.items():
+            if child is not None and not isinstance(child, AdapterSlot):
+                yield from _places(child, special, f"{name}.{key}" if name else key)
+
+
+def _entry(module: nn.Module) -> str:
+    """Returns the method that all calls of a module end in: a convolution may be computed together with the norm behind it."""
+    stock = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    return "_conv_forward" if stock and "forward" not in module.__dict__ else "forward"
