@@ -36,6 +36,7 @@ clients: $(CLIENTS)  ## tests against the libraries that models and training loo
 
 bench: $(CLIENTS)  ## time and memory of training and of files beside their rivals, into benchmarks/results: some minutes
 	"$(BIN)/python" benchmarks/training.py
+	"$(BIN)/python" benchmarks/reuse.py
 	"$(BIN)/python" benchmarks/files.py
 
 check: $(STAMP) docs  ## formatting, lint, types, layering, strict docs

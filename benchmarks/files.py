@@ -6,9 +6,6 @@ $ .venv/bin/python benchmarks/files.py
 from __future__ import annotations
 
 import copy
-import json
-import os
-import platform
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchvision.models import resnet18
-from training import CLASSES, RESULTS, timed
+from training import CLASSES, machine, report, timed
 
 from resadapt import inject_adapters, load_adapters, save_adapters
 
@@ -63,13 +60,10 @@ def main() -> None:
         seconds = measure(Path(folder))
     result = {
         "what": "ResNet-18, pooled adapters with a bottleneck of 64 after the four stages, and a head",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}; "
-        f"medians of {ROUNDS} rounds, taken in turns.",
+        "machine": machine(torch.get_num_threads(), ROUNDS),
         "seconds": seconds,
     }
-    (RESULTS / "files.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "files.md").write_text(table(result))
-    print(table(result))
+    report("files", result, table(result))
 
 
 if __name__ == "__main__":

@@ -147,6 +147,22 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def machine(cores: int, rounds: int) -> str:
+    """Where, and how, something was measured."""
+    return (
+        f"{cores} of {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}; "
+        f"medians of {rounds} rounds, taken in turns."
+    )
+
+
+def report(name: str, result: dict[str, Any], text: str) -> None:
+    """Writes the figures of a benchmark and their table, and shows it."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)
+
+
 def main() -> None:
     """Measure, and write JSON and a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -159,14 +175,10 @@ def main() -> None:
     torch.manual_seed(0)
     result = {
         "what": f"{options.model}, {options.batch} pictures of {options.size} pixels, float32",
-        "machine": f"One core of {os.cpu_count()}, {platform.machine()}, torch {torch.__version__}; "
-        f"medians of {options.rounds} rounds, taken in turns.",
+        "machine": machine(1, options.rounds),
         "ways": measure(options.model, options.batch, options.size, options.rounds),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "training.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "training.md").write_text(table(result))
-    print(table(result))
+    report("training", result, table(result))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from resadapt.files.adapter_file import AdapterInfo, ProbeRecord, read_adapter_i
 from resadapt.injection.set_info import AdapterSetInfo, list_adapters
 from resadapt.injection.sets import adapters_disabled, adapters_for, inject_adapters, remove_adapters, set_active_adapters
 from resadapt.injection.sharing import forward_all
+from resadapt.lean.cache import PrefixCache, cache_prefix
 from resadapt.lean.optimize import optimize_backbone, restore_backbone
 from resadapt.parameters.suggest import SuggestedLayers, suggest_layers
 from resadapt.parameters.summary import ModelSummary, summary
@@ -56,6 +57,7 @@ __all__ = [
     "ModelSummary",
     "ModuleRecord",
     "ParameterCount",
+    "PrefixCache",
     "ProbeRecord",
     "SetSpec",
     "Site",
@@ -69,6 +71,7 @@ __all__ = [
     "adapter_state_dict",
     "adapters_disabled",
     "adapters_for",
+    "cache_prefix",
     "check_backbone",
     "combine_adapters",
     "count_parameters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
@@ -39,7 +40,11 @@ def map_tensors(value: object, function: Callable[[Tensor], Tensor]) -> object:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {key: map_tensors(item, function) for key, item in value.items()}
+        changed = copy.copy(value)  # of the same kind: an OrderedDict stays one
+        changed.update({key: map_tensors(item, function) for key, item in value.items()})
+        return changed
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, function) for item in value))  # type: ignore[arg-type]
     if type(value) in (list, tuple):
         return type(value)(map_tensors(item, function) for item in value)  # type: ignore[call-arg, attr-defined]
     return value

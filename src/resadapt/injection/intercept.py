@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from resadapt.base.names import within
-from resadapt.injection.ledger import AdapterSet
+from resadapt.base.spec import SetSpec
 from resadapt.injection.slots import AdapterSlot
 from resadapt.injection.walk import behind_wrappers
 
@@ -89,21 +89,21 @@ class Intercept:
 
 
 @contextmanager
-def intercepted(model: nn.Module, records: Iterable[AdapterSet], prefix: Prefix) -> Iterator[None]:
+def intercepted(model: nn.Module, sets: Iterable[SetSpec], prefix: Prefix) -> Iterator[None]:
     """Runs the body with the calls of a model's modules passing through a prefix.
 
     Args:
         model: The unwrapped model.
-        records: The sets that the body runs.
+        sets: Those that the body runs.
         prefix: What stands between.
     """
     own: dict[str, set[str]] = {}
     adapted: dict[str, set[str]] = {}
-    for record in records:
-        for place in record.spec.own:
-            own.setdefault(place, set()).add(record.spec.name)
-        for site in record.spec.sites:
-            adapted.setdefault(site.owner, set()).add(record.spec.name)
+    for spec in sets:
+        for place in spec.own:
+            own.setdefault(place, set()).add(spec.name)
+        for site in spec.sites:
+            adapted.setdefault(site.owner, set()).add(spec.name)
     with ExitStack() as stack:
         for place, module, plain in _places(model, {*own, *adapted}):
             here = own.get(place, ())

@@ -28,9 +28,9 @@ __all__ = ["forward_all"]
 def forward_all(model: nn.Module, inputs: object, names: Iterable[str | None] | None = None) -> dict[str | None, Any]:
     """Runs several sets over the same input, and what comes before a set's first adapter, norm or head of its own only once.
 
-    Each output is that of a forward with that set alone, to the last bit (`optimize_backbone` may fold fewer norms here, and then up
-    to rounding). What the sets share is drawn once where it is random, and hooks inside a module that is shared run once. Compiled
-    modules run as they were before they were compiled.
+    Each output is that of a forward with that set alone, to the last bit; in an optimized backbone, where a norm that one set has
+    as its own is folded for none, up to rounding. What the sets share is drawn once where it is random, and hooks inside a module
+    that is shared run once. Compiled modules run as they were before they were compiled.
 
     In training, the sets become trainable, as in `adapters_for`, and one backward pass of the sum of their losses reaches all of
     them; checkpointed activations would be computed anew with the active set, so there run each set on its own.
@@ -62,11 +62,11 @@ def forward_all(model: nn.Module, inputs: object, names: Iterable[str | None] | 
     if isinstance(names, str) or not isinstance(names, Iterable | None):
         raise AdapterError(f"names={names!r}: give a list of names of sets, None among them for the plain backbone.")
     turns = InTurns(dict.fromkeys(ledger.sets if names is None else names))
-    records = [ledger.set_named(name) for name in turns.names if name is not None]
+    specs = [ledger.set_named(name).spec for name in turns.names if name is not None]
     if isinstance(model, DistributedDataParallel) and torch.is_grad_enabled():
         raise InjectionError("DistributedDataParallel averages one forward at a time: run each set on its own, or model.module.")
     inner = unwrap(model)
-    shared = _Shared(site.owner for record in records for site in record.spec.sites)
+    shared = _Shared(site.owner for spec in specs for site in spec.sites)
     outputs = {}
     with ExitStack() as stack:
         stack.enter_context(EAGERLY)
@@ -75,7 +75,7 @@ def forward_all(model: nn.Module, inputs: object, names: Iterable[str | None] | 
             stack.enter_context(torch.no_grad())
             inputs = map_tensors(inputs, torch.clone)
         stack.enter_context(mixed(inner, ledger, turns))
-        stack.enter_context(intercepted(inner, records, shared))
+        stack.enter_context(intercepted(inner, specs, shared))
         for name in turns.names:
             turns.name = name
             shared.start(name)

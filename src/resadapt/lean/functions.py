@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from typing_extensions import override
 
+from resadapt.lean.prefix import Absent
+
 __all__ = ["PLAIN", "FrozenConvolution", "FrozenNorm", "PackedReLU", "can_be_lean", "is_ordinary", "packed", "unpacked"]
 
 _PACK, _SPREAD, _BIT_OF_BYTE = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
@@ -30,9 +32,9 @@ def can_be_lean(x: Tensor, *constants: Tensor | None) -> bool:
 
 
 def is_ordinary(x: object) -> bool:
-    """Tells whether a layer is called by ordinary Python, with a plain tensor."""
+    """Tells whether a layer is called by ordinary Python, with a plain tensor, or with what stands for one."""
     return (
-        type(x) is Tensor
+        type(x) in (Tensor, Absent)
         and not torch.compiler.is_compiling()  # compilers, tracers and torch.func take stock layers apart themselves
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch._C._are_functorch_transforms_active()

@@ -1,0 +1,112 @@
+"""What is computed once: features before a late first adapter, for all epochs; and what several sets share.
+
+$ .venv/bin/python benchmarks/reuse.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
+from training import CLASSES, machine, report, timed
+
+from resadapt import cache_prefix, forward_all, inject_adapters, optimize_backbone, set_active_adapters
+
+SETS = (1, 4, 16, 64)
+
+
+def step(forward: Callable[[Any], Tensor], inputs: Any, labels: Tensor) -> None:
+    """Forward and backward."""
+    torch.autograd.backward(F.cross_entropy(forward(inputs), labels))
+
+
+def last_stage() -> nn.Module:
+    """Adapters after the last stage, and a head."""
+    model: nn.Module = resnet18(num_classes=CLASSES)
+    return inject_adapters(model, "layer4", head="fc").train()
+
+
+def steps(batch: int, size: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a training step with adapters after the last stage, in several ways; and of keeping the features."""
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
+    full, plain, optimized, cached = resnet18(num_classes=CLASSES).train(), last_stage(), last_stage(), last_stage()
+    optimize_backbone(optimized)
+    data = TensorDataset(images, labels)
+    cache = cache_prefix(cached, data, batch_size=batch)
+    features, _ = next(iter(DataLoader(cache, batch)))
+    return timed(
+        {
+            "full fine-tuning": partial(step, full, images, labels),
+            "resadapt": partial(step, plain, images, labels),
+            "optimized": partial(step, optimized, images, labels),
+            "from kept features": partial(step, cache.forward, features, labels),
+            "keeping them, once": partial(cache_prefix, cached, data, batch_size=batch),
+        },
+        rounds,
+    )
+
+
+@torch.no_grad()
+def sets(batch: int, size: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of the outputs of several sets with adapters after the last stage, together and one after another."""
+    images = torch.randn(batch, 3, size, size)
+    model = resnet18(num_classes=CLASSES).eval()
+    found: dict[str, dict[str, float]] = {}
+    for number in range(max(SETS)):
+        inject_adapters(model, "layer4", name=f"set{number}", head="fc")
+        if number + 1 in SETS:
+            found[str(number + 1)] = timed(_ways(model, images, number + 1), rounds)
+    return found
+
+
+def _ways(model: nn.Module, images: Tensor, count: int) -> dict[str, Callable[[], object]]:
+    names = [f"set{number}" for number in range(count)]
+
+    def apart() -> None:
+        for name in names:
+            set_active_adapters(model, name)
+            model(images)
+
+    return {"one after another": apart, "forward_all": partial(forward_all, model, images, names)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures in Markdown."""
+    lines = [f"{result['what']}. {result['machine']}", "", "| training | step | full fine-tuning takes |", "|---|---|---|"]
+    full = result["steps"]["full fine-tuning"]
+    for name, seconds in result["steps"].items():
+        lines.append(f"| {name} | {1000 * seconds:.1f} ms | {full / seconds:.1f} times as long |")
+    lines += ["", "| sets | one after another | `forward_all` | |", "|---|---|---|---|"]
+    for count, row in result["sets"].items():
+        apart, together = row["one after another"], row["forward_all"]
+        lines.append(f"| {count} | {1000 * apart:.0f} ms | {1000 * together:.0f} ms | {together / apart:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, and write JSON and a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--size", type=int, default=224, help="pixels (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    result = {
+        "what": f"ResNet-18, adapters after the last stage and a head, {options.batch} pictures of {options.size} pixels, float32",
+        "machine": machine(1, options.rounds),
+        "steps": steps(options.batch, options.size, options.rounds),
+        "sets": sets(options.batch, options.size, min(options.rounds, 3)),
+    }
+    report("reuse", result, table(result))
+
+
+if __name__ == "__main__":
+    main()

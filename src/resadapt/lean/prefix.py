@@ -1,0 +1,322 @@
+"""Running a model from what its first modules returned, those that come before anything of a set's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from resadapt.base.errors import InjectionError
+from resadapt.base.names import listing
+from resadapt.base.nested import map_tensors, named_in
+from resadapt.base.spec import SetSpec
+from resadapt.base.tensors import same_bits
+from resadapt.base.undisturbed import EAGERLY, call, random_states_kept
+from resadapt.injection.intercept import Prefix, intercepted
+from resadapt.injection.walk import backbone_modules
+
+__all__ = ["Absent", "NeededError", "Plan", "check_plain", "continued", "plan_for", "values_for"]
+
+_FORM = {
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex),
+    *(torch.is_floating_point, torch.is_complex, torch.is_tensor),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "layout", "requires_grad", "is_nested", "is_sparse")),
+}
+"""What can be asked of a tensor without its elements."""
+
+
+class NeededError(Exception):
+    """Something computed with tensors whose elements are not there."""
+
+    def __init__(self, numbers: Collection[int]) -> None:
+        super().__init__(f"values {sorted(numbers)} are needed")
+        self.numbers = {*numbers}
+
+
+class _DoneError(Exception):
+    """All that was wanted has been computed."""
+
+
+class Absent(Tensor):
+    """A tensor that has a form and no elements, and says so when something is computed with it."""
+
+    number: int
+    at: torch.device
+
+    @classmethod
+    def of(cls, form: Form, number: int, rows: int, at: torch.device) -> Absent:
+        """Makes one."""
+        absent = Tensor._make_subclass(cls, torch.empty(form.sizes(rows), dtype=form.dtype, device="meta"))
+        absent.number, absent.at = number, at
+        return absent
+
+    @override
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.device.__get__:
+            return args[0].at
+        if func in _FORM:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise NeededError({tensor.number for _, tensor in named_in((args, kwargs)) if isinstance(tensor, cls)})
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is known of a tensor that one of the first modules returns.
+
+    Args:
+        name: Where it comes from, for messages.
+        shape: Sizes, of a batch of `batch`.
+        batch: Number of samples.
+        dtype: Of the elements.
+        channels_last: Whether its channels lie side by side in memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    batch: int
+    dtype: torch.dtype
+    channels_last: bool
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, batch: int) -> Form:
+        """Looks at a tensor."""
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+        channels_last = last is not None and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
+        return cls(name, tuple(tensor.shape), batch, tensor.dtype, channels_last)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is a row for each sample."""
+        return len(self.shape) > 0 and self.shape[0] == self.batch
+
+    def sizes(self, rows: int) -> tuple[int, ...]:
+        """Returns the sizes with another number of samples."""
+        return (rows, *self.shape[1:]) if self.has_rows else self.shape
+
+    def laid_out(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor of this form as the module would have it in memory."""
+        if not self.channels_last:
+            return tensor.contiguous()
+        return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is run from what its first modules returned.
+
+    Args:
+        spec: The set that it was made for.
+        inputs: The model's inputs, without elements.
+        calls: The modules that are called before anything of the set's own, with what they return, without elements.
+        forms: Of the tensors in inputs and calls, numbered in this order.
+        needed: Numbers of the tensors that are used after that.
+    """
+
+    spec: SetSpec
+    inputs: Any
+    calls: tuple[tuple[str, Any], ...]
+    forms: tuple[Form, ...]
+    needed: tuple[int, ...]
+
+
+class _Recorder(Prefix):
+    """Keeps what the first modules return.
+
+    Args:
+        stop: How many calls; None for all.
+        wanted: Numbers of the tensors that are kept; None for all.
+        first: Number of the first tensor.
+    """
+
+    def __init__(self, first: int = 0, stop: int | None = None, wanted: Collection[int] | None = None) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, Any]] = []
+        self.values: dict[int, Tensor] = {}
+        self._stop, self._wanted, self._number = stop, wanted, count(first)
+
+    @override
+    def call(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs the module."""
+        output = run(*args, **kwargs)
+        check_plain(output, f"output of {place!r}")
+        self.calls.append((place, map_tensors(output, self._keep)))
+        if len(self.calls) == self._stop:
+            raise _DoneError
+        return output
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        number = next(self._number)
+        if self._wanted is None or number in self._wanted:
+            self.values[number] = tensor.clone()  # the model may change it in place later
+        return tensor.to("meta")
+
+
+class _Given(Prefix):
+    """Has the first modules return what they once did, without running them."""
+
+    def __init__(self, plan: Plan, values: Mapping[int, Tensor], rows: int) -> None:
+        super().__init__()
+        self._plan, self._values, self._rows, self._number = plan, values, rows, count()
+        self._at = next((tensor.device for tensor in values.values()), torch.device("cpu"))
+
+    def fill(self, value: Any) -> Any:
+        """Returns a value with tensors in it, with elements where they are there."""
+        return map_tensors(value, self._tensor)
+
+    @override
+    def call(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Returns what is known."""
+        calls = self._plan.calls
+        if self.position >= len(calls):  # of a set that parts later
+            return run(*args, **kwargs)
+        known, value = calls[self.position]
+        if known != place:
+            raise NeededError({next(self._number)})
+        return self.fill(value)
+
+    def _tensor(self, form: Tensor) -> Tensor:
+        number = next(self._number)
+        if number in self._values:
+            return self._values[number]
+        return Absent.of(self._plan.forms[number], number, self._rows, self._at)
+
+
+def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
+    """Finds out what a model needs of its first modules to be run without them, and tries it.
+
+    Args:
+        model: The unwrapped model, whose active set this is.
+        spec: The set.
+        inputs: A few samples.
+
+    Raises:
+        InjectionError: Nothing comes before the set, the first modules are random, or the model cannot be run without them.
+    """
+    check_plain(inputs, "input")
+    with _quiet(model):
+        recorder = _Recorder(sum(1 for _ in named_in(inputs)))
+        recorder.start(spec.name)
+        with intercepted(model, [spec], recorder):
+            expected = call(model, inputs)
+        if not recorder.calls or not recorder.parted:
+            what = "Nothing comes before" if recorder.parted else "The model did not run"
+            raise InjectionError(f"{what} the adapters, norms and head of the set {spec.name!r}: there are no features to keep.")
+        values = dict(enumerate(tensor for _, tensor in named_in(inputs))) | recorder.values
+        batch = len(values[0])
+        names = [name for name, _ in named_in(inputs, "input")]
+        names += [name for place, output in recorder.calls for name, _ in named_in(output, f"output of {place!r}")]
+        forms = [Form.of(name, values[number], batch) for number, name in enumerate(names)]
+        _check_repeats(model, spec, inputs, recorder)
+        plan = Plan(spec, map_tensors(inputs, lambda tensor: tensor.to("meta")), tuple(recorder.calls), tuple(forms), ())
+        while True:
+            found = continued(model, plan, [spec], {number: values[number] for number in plan.needed}, batch)
+            if not isinstance(found, NeededError):
+                break
+            if found.numbers <= {*plan.needed}:
+                raise InjectionError("The model does not call the same modules each time. Its features cannot be kept.")
+            plan = Plan(spec, plan.inputs, plan.calls, plan.forms, tuple(sorted({*plan.needed, *found.numbers})))
+    if ragged := [forms[number].name for number in plan.needed if not forms[number].has_rows]:
+        raise InjectionError(
+            f"The model needs the {listing(ragged)}, which has no row for each sample. Its features cannot be kept."
+        )
+    one, other = ([tensor for _, tensor in named_in(value)] for value in (expected, found))
+    if len(one) != len(other) or not all(map(same_bits, one, other)):
+        raise InjectionError(
+            "From its features the model gives another output: it changes what its first modules return in place, or is random in "
+            "evaluation too. Its features cannot be kept."
+        )
+    return plan
+
+
+def values_for(model: nn.Module, plan: Plan, inputs: object) -> dict[int, Tensor]:
+    """Returns the tensors that a model needs of its first modules for a batch; nothing behind them is run."""
+    given = dict(enumerate(tensor for _, tensor in named_in(inputs)))
+    owner = [number for number, (_, output) in enumerate(plan.calls) for _ in named_in(output)]
+    behind = [owner[number - len(given)] for number in plan.needed if number >= len(given)]
+    recorder = _Recorder(len(given), max(behind, default=-1) + 1, plan.needed)
+    recorder.start(plan.spec.name)
+    if behind:
+        with torch.no_grad(), EAGERLY, intercepted(model, [plan.spec], recorder), suppress(_DoneError):
+            call(model, inputs)
+    return {number: recorder.values.get(number, given.get(number)) for number in plan.needed}  # type: ignore[misc]
+
+
+def continued(model: nn.Module, plan: Plan, sets: Iterable[SetSpec], values: Mapping[int, Tensor], rows: int) -> Any:
+    """Returns a model's output for what its first modules returned; an exception if it needs more of that.
+
+    Args:
+        model: The unwrapped model.
+        plan: How.
+        sets: The set of the plan, and the active one, which comes last.
+        values: The tensors that are needed, by number.
+        rows: Number of samples.
+    """
+    sets = list(sets)
+    given = _Given(plan, values, rows)
+    given.start(sets[-1].name)
+    try:
+        with intercepted(model, sets, given):
+            return call(model, given.fill(plan.inputs))
+    except NeededError as needed:
+        return needed
+
+
+def check_plain(value: object, what: str) -> None:
+    """Refuses a value that may have tensors in it where nobody sees them.
+
+    Raises:
+        InjectionError: It has something in it besides tensors, dicts, lists, tuples, numbers and texts.
+    """
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            check_plain(item, what)
+    elif not isinstance(value, Tensor | int | float | str | None):
+        raise InjectionError(f"The {what} has {type(value).__name__} in it, where only tensors in dicts and lists can be kept.")
+
+
+def _check_repeats(model: nn.Module, spec: SetSpec, inputs: object, once: _Recorder) -> None:
+    """Refuses first modules that do not return the same in training, where they must."""
+    for _ in range(2):
+        _set_training(model, True)
+        again = _Recorder(min(once.values), len(once.calls))
+        again.start(spec.name)
+        with intercepted(model, [spec], again), suppress(_DoneError):
+            call(model, inputs)
+        numbers = count(min(once.values))
+        for place, output in once.calls:
+            for _, _tensor in named_in(output):
+                number = next(numbers)
+                if number not in again.values or not same_bits(once.values[number], again.values[number]):
+                    raise InjectionError(
+                        f"Module {place!r} is not the same in training as in evaluation, or not twice the same (dropout?), so its "
+                        "output cannot be kept. Set its probability to zero, or put an adapter before it."
+                    )
+    _set_training(model, False)
+
+
+def _set_training(model: nn.Module, training: bool) -> None:
+    for _, module in backbone_modules(model):
+        module.training = training
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Runs the body without gradients, eagerly, and puts training flags and random states back."""
+    flags = [(module, module.training) for module in nn.Module.modules(model)]
+    devices = {parameter.device for parameter in nn.Module.parameters(model)} or {torch.device("cpu")}
+    try:
+        with torch.no_grad(), random_states_kept(devices), EAGERLY:
+            for module, _ in flags:
+                module.training = False
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training

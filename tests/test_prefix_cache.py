@@ -1,0 +1,388 @@
+"""Features that are computed once: the same training bit for bit, from files that are what they say, or a refusal by name."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import images, picture, small_net, small_resnet
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torchvision.models import densenet121, efficientnet_b0, mobilenet_v3_small, resnet50
+from torchvision.models.segmentation import deeplabv3_resnet50
+from torchvision.models.video import r3d_18
+
+import resadapt
+from resadapt import cache_prefix
+
+BATCH = 4
+
+
+class Skips(nn.Module):
+    """An encoder and a decoder, with connections over what is between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)])
+        self.middle = nn.Conv2d(4, 4, 3, padding=1)
+        self.up = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = torch.relu(self.down[0](x))
+        coarse = self.middle(self.down[1](fine))
+        larger = F.interpolate(coarse, size=fine.shape[-2:])
+        return self.up(torch.cat([fine, larger], 1)).mean((2, 3))
+
+
+def data(count: int = 11, size: int = 32, **kind: Any) -> TensorDataset:
+    return TensorDataset(images(count, size, **kind), torch.arange(count) % 3)
+
+
+def resnet(**arguments: Any) -> Any:
+    return resadapt.inject_adapters(small_resnet(), dropout=0.0, **arguments)
+
+
+def injected(model: nn.Module, *arguments: Any, **options: Any) -> Any:
+    torch.manual_seed(3)
+    return resadapt.inject_adapters(model, *arguments, **options)
+
+
+def seeded(build: Callable[..., nn.Module], **arguments: Any) -> Any:
+    torch.manual_seed(0)
+    return build(**arguments)
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "last stage": lambda: resnet(layers="layer4", head="fc"),
+    "second stage": lambda: resnet(layers="layer2"),
+    "head alone": lambda: injected(small_resnet(), (), head="fc"),
+    "input of a convolution": lambda: injected(small_resnet(), "layer3.1.conv2", 4, family="lora", head="fc"),
+    "middle of a block": lambda: injected(small_resnet(), "layer3.0.bn2", family="series", head="fc"),
+    "norms of the head": lambda: injected(small_resnet(), (), head=("layer4", "fc")),
+    "optimized": lambda: resadapt.optimize_backbone(resnet(layers=("layer3", "layer4"), head="fc")),
+    "optimized, bottlenecks": lambda: resadapt.optimize_backbone(
+        injected(seeded(resnet50, num_classes=3), "layer4.*", 8, family="bottleneck", head="fc")
+    ),
+    "skips": lambda: injected(seeded(Skips), "middle", 2, family="bottleneck", init="normal"),
+    "dense blocks": lambda: injected(seeded(densenet121, num_classes=3), "features.transition3", 8, dropout=0.0, head="classifier"),
+    "no dropout before": lambda: injected(seeded(mobilenet_v3_small, num_classes=3, dropout=0.0), "features.12", 8, dropout=0.0),
+    "channels last": lambda: resnet(layers="layer4", head="fc").to(memory_format=torch.channels_last),
+    "double": lambda: resnet(layers="layer3", head="fc").double(),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_training_bit_for_bit(case: str) -> None:
+    plain, cached = CASES[case](), CASES[case]()
+    kept = data(size=64 if "dense" in case or "bottlenecks" in case else 32)
+    if case == "double":
+        kept = TensorDataset(kept.tensors[0].double(), kept.tensors[1])
+    cache = cache_prefix(cached, kept, batch_size=BATCH)
+    assert len(cache) == len(kept)
+    losses: dict[str, list[Tensor]] = {}
+    for name, model, source, forward in (("plain", plain, kept, plain), ("cached", cached, cache, cache.forward)):
+        model.train()
+        optimizer = torch.optim.AdamW(resadapt.parameter_groups(model, 1e-2))
+        losses[name] = []
+        loader = DataLoader(source, BATCH, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            for inputs, labels in loader:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(forward(inputs), labels)
+                loss.backward()
+                optimizer.step()
+                losses[name].append(loss.detach())
+    assert losses["plain"] == losses["cached"]
+    one, other = (resadapt.adapter_state_dict(model) for model in (plain, cached))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert len({float(loss) for loss in losses["plain"]}) > 1
+
+
+def test_other_outputs_and_inputs() -> None:
+    segmentation: Any = injected(
+        seeded(deeplabv3_resnet50, weights=None, weights_backbone=None, num_classes=3), "backbone.layer4", 4, init="normal"
+    ).eval()
+    cache = cache_prefix(segmentation, data(3, 64), batch_size=3)
+    assert torch.equal(cache.forward(next(iter(DataLoader(cache, 3)))[0])["out"], segmentation(images(3, 64))["out"])
+    assert "input" not in repr(cache), "its size is all that is asked of it"
+    video = injected(seeded(r3d_18, num_classes=3), "layer4", 4).eval()
+    clips = torch.randn(3, 3, 4, 16, 16)
+    cache = cache_prefix(video, TensorDataset(clips), batch_size=3)
+    (features,) = next(iter(DataLoader(cache, 3))) if isinstance(cache[0], tuple) else (next(iter(DataLoader(cache, 3))),)
+    assert torch.equal(cache.forward(features), video(clips))
+
+    class Keywords(Dataset[Any]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            return {"x": images(3)[index]}, index, 0.5
+
+    model = resnet(layers="layer4").eval()
+    features, number, half = next(iter(DataLoader(cache_prefix(model, Keywords(), batch_size=3), 3)))
+    assert number.tolist() == [0, 1, 2]
+    assert half.tolist() == [0.5] * 3
+    assert torch.equal(cache_prefix(model, Keywords(), batch_size=3).forward(features), model(images(3)))
+
+
+def test_what_is_kept_is_what_is_needed() -> None:
+    cache = cache_prefix(CASES["skips"](), data())
+    assert "output of 'down.0'" in repr(cache)
+    assert "output of 'middle'" in repr(cache)
+    assert "down.1" not in repr(cache)
+    assert isinstance(cache[0][0], tuple)
+    assert "'layer4.1'" in repr(cache_prefix(resnet(layers="layer4"), data()))
+    with pytest.raises(IndexError):
+        cache[11]
+    assert torch.equal(cache[-1][0][0], cache[10][0][0])
+
+
+def test_nothing_of_the_model_is_moved() -> None:
+    model = resnet(layers="layer4", head="fc").train()
+    model.layer1.eval()
+    before, state = picture(model), torch.get_rng_state()
+    cache = cache_prefix(model, data())
+    assert picture(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    cache.forward(cache[0][0][None])
+    assert picture(model) == before
+
+
+def counting(model: nn.Module, name: str) -> list[int]:
+    runs: list[int] = []
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: runs.append(len(output)))
+    return runs
+
+
+def test_a_loader_gives_its_data_set_and_batch_size() -> None:
+    model = resnet(layers="layer4")
+    runs = counting(model, "layer1.0")
+    cache = cache_prefix(model, DataLoader(data(), 5, shuffle=True, num_workers=1))
+    assert runs[-3:] == [5, 5, 5], "the last batch is filled up"
+    assert [label for _, label in cache] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+    assert (
+        sorted(label for _, labels in DataLoader(cache, 4, num_workers=2) for label in labels.tolist())
+        == [0] * 4 + [1] * 4 + [2] * 3
+    )
+
+
+def test_files_are_used_again_and_what_is_damaged_is_computed_again(tmp_path: Path) -> None:
+    path = tmp_path / "features"
+    first = cache_prefix(resnet(layers="layer4", head="fc"), data(), path, batch_size=BATCH)
+    wanted = [first[i][0].clone() for i in range(11)]
+    again = resnet(layers="layer4", head="fc")
+    runs = counting(again, "layer2.0")
+    shown: list[Any] = []
+    cache = cache_prefix(again, data(), path, batch_size=BATCH, progress=lambda batches: shown.append(len(batches)) or batches)
+    assert not shown
+    assert max(runs) == 3, "only the samples with which the plan is tried"
+    assert all(torch.equal(cache[i][0], wanted[i]) for i in range(11))
+    del first, cache
+    raw = bytearray((path / "0.bin").read_bytes())
+    raw[5 * len(raw) // 11 + 3] ^= 1  # a bit of sample 5
+    (path / "0.bin").write_bytes(raw)
+    cache = cache_prefix(again, data(), path, batch_size=BATCH, progress=lambda batches: shown.append(len(batches)) or batches)
+    assert shown == [2], "from sample 5 on"
+    torch.testing.assert_close(torch.stack([cache[i][0] for i in range(11)]), torch.stack(wanted))
+    (path / "0.bin").write_bytes(raw[:100])
+    cache = cache_prefix(again, data(), path, batch_size=BATCH)
+    assert all(torch.equal(cache[i][0], wanted[i]) for i in range(11))
+
+
+KILLED = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from test_prefix_cache import cache_prefix, data, resnet
+def slow(batches):
+    for number, batch in enumerate(batches):
+        print(number, flush=True)
+        if number == 3:
+            sys.stdin.read()
+        yield batch
+cache_prefix(resnet(layers="layer4"), data(40), {path!r}, batch_size=4, progress=slow)
+"""
+
+
+def test_goes_on_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "features"
+    code = KILLED.format(paths=sys.path, path=str(path))
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert any(line.strip() == "3" for line in child.stdout)
+    time.sleep(0.1)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    shown: list[int] = []
+    model = resnet(layers="layer4").eval()
+    cache = cache_prefix(model, data(40), path, batch_size=4, progress=lambda batches: shown.append(len(batches)) or batches)
+    assert shown == [7], "12 of 40 were there"
+    for features, _labels in DataLoader(cache, 40):
+        torch.testing.assert_close(cache.forward(features), model(data(40).tensors[0]))
+
+
+def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "features"
+    cache_prefix(resnet(layers="layer4", head="fc"), data(), path)
+    for model, other, error, message in (
+        (
+            resadapt.inject_adapters(small_resnet(1), "layer4", head="fc"),
+            data(),
+            resadapt.BackboneMismatchError,
+            "another backbone",
+        ),
+        (resnet(layers="layer3", head="fc"), data(), resadapt.AdapterFileError, "calls is"),
+        (resnet(layers="layer4", head="fc"), data(10), resadapt.AdapterFileError, "length is 11 and would be 10"),
+        (resnet(layers="layer4", head="fc"), data(seed=2), resadapt.AdapterFileError, "sample 0 of the data is not"),
+        (resnet(layers="layer4", head="fc").double(), data(), RuntimeError, ""),
+    ):
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+        with pytest.raises(error, match=message):
+            cache_prefix(model, other, path)
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    turned = TensorDataset(data().tensors[0], data().tensors[1].flip(0))
+    with pytest.raises(resadapt.AdapterFileError, match="is not the one"):
+        cache_prefix(resnet(layers="layer4", head="fc"), turned, path)
+    (path / "features.json").write_text("{")
+    with pytest.raises(resadapt.AdapterFileError, match="no description"):
+        cache_prefix(resnet(layers="layer4", head="fc"), data(), path)
+    (path / "features.json").write_text(json.dumps({"resadapt_prefix": 99}))
+    with pytest.raises(resadapt.AdapterFileError, match="this version"):
+        cache_prefix(resnet(layers="layer4", head="fc"), data(), path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(resadapt.AdapterFileError, match="other things"):
+        cache_prefix(resnet(layers="layer4", head="fc"), data(), tmp_path / "full")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(resadapt.AdapterFileError, match="cannot be written"):
+        cache_prefix(resnet(layers="layer4", head="fc"), data(), tmp_path / "file")
+
+
+class Noisy(Dataset[Any]):
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> Any:
+        return images(5)[index] + torch.rand(()), index
+
+
+def test_random_data_are_refused_or_drawn_a_number_of_times(tmp_path: Path) -> None:
+    model = resnet(layers="layer4")
+    with pytest.raises(resadapt.AdapterError, match="variants="):
+        cache_prefix(model, Noisy())
+    cache = cache_prefix(model, Noisy(), tmp_path / "features", variants=3, batch_size=2)
+    assert len(cache) == 15
+    assert [label.item() for _, label in cache] == [*range(5)] * 3
+    assert not torch.equal(cache[0][0], cache[5][0])
+    first = [features for features, _ in cache]
+    again = cache_prefix(model, Noisy(), tmp_path / "features", variants=3, batch_size=2)
+    assert all(torch.equal(one, other[0]) for one, other in zip(first, again, strict=True))
+    with pytest.raises(resadapt.AdapterFileError, match="variants"):
+        cache_prefix(model, Noisy(), tmp_path / "features", variants=2)
+
+
+def test_random_modules_are_refused_by_name() -> None:
+    model = injected(efficientnet_b0(num_classes=3), "features.7", 4)
+    with pytest.raises(resadapt.InjectionError, match=r"Module 'features\.2.*' is not the same in training"):
+        cache_prefix(model, data())
+    for module in model.features.modules():
+        if type(module).__name__ == "StochasticDepth":
+            module.p = 0.0
+    cache = cache_prefix(model.eval(), data(), batch_size=11)
+    assert torch.equal(cache.forward(next(iter(DataLoader(cache, 11)))[0]), model(data().tensors[0]))
+
+
+class Unkept(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.second, self.relu = kind, nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)
+        self.table = nn.Embedding(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.first(x)
+        if self.kind == "in place":
+            self.relu(out)
+        if self.kind == "no rows":
+            out = out + self.table(torch.arange(7)).mean(0)[:, None, None]
+        return self.second(out) + out
+
+
+@pytest.mark.parametrize(("kind", "message"), [("in place", "in place"), ("no rows", "no row for each sample")])
+def test_models_that_cannot_be_run_from_features_say_so(kind: str, message: str) -> None:
+    model = injected(Unkept(kind), "second", 2, family="lora")
+    before = picture(model)
+    with pytest.raises(resadapt.InjectionError, match=message):
+        cache_prefix(model, data())
+    assert picture(model) == before
+
+
+def test_other_sets_on_the_same_features() -> None:
+    model = resnet(layers="layer3", head="fc", name="first")
+    injected(model, "layer4", name="later", head={"fc": nn.Linear(512, 7)})
+    injected(model, "layer2", name="earlier")
+    x = images(5)
+    resadapt.set_active_adapters(model.eval(), "first")
+    cache = cache_prefix(model, TensorDataset(x), batch_size=5)
+    features = next(iter(DataLoader(cache, 5)))
+    features = features[0] if isinstance(features, list) else features
+    for name in ("first", "later"):
+        resadapt.set_active_adapters(model, name)
+        assert torch.equal(cache.forward(features), model(x))
+    resadapt.set_active_adapters(model, "earlier")
+    with pytest.raises(
+        resadapt.InjectionError, match=r"needs the .*layer2.*which was not kept: the features were computed for 'first'"
+    ):
+        cache.forward(features)
+    resadapt.set_active_adapters(model, None)
+    with pytest.raises(resadapt.InjectionError, match="No adapter set is active"):
+        cache.forward(features)
+    resadapt.set_active_adapters(model, "first")
+    with pytest.raises(resadapt.InjectionError, match="have shape"):
+        cache.forward(features[:, :3])
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.add_(1)
+    with pytest.raises(resadapt.InjectionError, match=r"has changed since.*layer1\.0\.conv1\.weight"):
+        cache.forward(features)
+    with pytest.raises(resadapt.InjectionError, match=r"not what was injected into.*layer1\.0\.conv1\.weight"):
+        cache_prefix(model, TensorDataset(x))
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([images(1)[0]])
+
+    class Texts(Dataset[Any]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            return images(3)[index], "a text"
+
+    model = resnet(layers="layer4")
+    before = picture(model)
+    for source, options, message in (
+        (Stream(), {}, "no samples by number"),
+        ([], {}, "empty"),
+        (Texts(), {}, "Part 1 of a sample is tuple"),
+        (["a", "b"], {}, "tensors with a row"),
+        (data(), {"batch_size": 0}, "batch_size=0"),
+        (data(), {"variants": 1.5}, "variants=1.5"),
+    ):
+        with pytest.raises(resadapt.AdapterError, match=message):
+            cache_prefix(model, source, **options)
+        assert picture(model) == before
+    with pytest.raises(resadapt.InjectionError, match="Nothing comes before"):
+        cache_prefix(injected(small_net(), (), norm="affine", head="conv"), data())
+    with pytest.raises(resadapt.InjectionError, match="was not injected into"):
+        cache_prefix(small_net(), data())
+    with pytest.raises(resadapt.InjectionError, match="data parallelism"):
+        cache_prefix(nn.DataParallel(model), data())
