@@ -21,17 +21,18 @@ SEEDS = (0, 1, 2)
 RATES = ("3e-4", "1e-3", "3e-3")
 BACKBONE = 11_170_240  # parameters of the ResNet-18 on one channel, without a head
 FULL, FROZEN = "fine-tuning", "frozen"
-LEARN = f"--blocks 16000 --batch-size 256 --weight-decay 0.01 {BALANCED}"
-SHORT = f"{LEARN} --epochs 4"
+FINALISTS = 3
+SOME = 16_000  # blocks, in the first table
 CONVOLUTIONS = "--adapter-layers 'layer?.?.conv?'"
 BLOCKS = "--adapter-layers 'layer?.?'"
 NORMS = "--adapter-layers bn1 'layer?.?.bn?' 'layer?.?.downsample.1'"
 
 
-def methods() -> Iterator[Variant]:
-    """All rows of the table; the group is the part whose learning rate is chosen, besides the head's."""
-    yield Variant(FROZEN, "frozen head, 20 epochs", "head", "stage1_study", f"{LEARN} --epochs 20")
-    yield Variant(FULL, "full fine-tuning", "backbone", "stage1_study", f"{SHORT} --full-fine-tuning")
+def methods(blocks: int | None = SOME) -> Iterator[Variant]:
+    """All rows of a table; the group is the part whose learning rate is chosen, besides the head's. None is all blocks."""
+    learn = f"{f'--blocks {blocks} ' if blocks else ''}--batch-size 256 --weight-decay 0.01 {BALANCED}"
+    yield Variant(FROZEN, "frozen head, 20 epochs", "head", "stage1_study", f"{learn} --epochs 20")
+    yield Variant(FULL, "full fine-tuning", "backbone", "stage1_study", f"{learn} --epochs 4 --full-fine-tuning")
     for name, about, flags in (
         ("affine", "norms: own affine", "--adapter-layers --adapter-norm affine"),
         ("stats", "norms: own statistics", "--adapter-layers --adapter-norm stats"),
@@ -56,7 +57,7 @@ def methods() -> Iterator[Variant]:
             if percent == 4 or name not in ("dora", "lora-norms")
         ),
     ):
-        yield Variant(name, about, "adapter", "stage1_study", f"{SHORT} --use-adapters {flags}")
+        yield Variant(name, about, "adapter", "stage1_study", f"{learn} --epochs 4 --use-adapters {flags}")
 
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,13 +73,25 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Choose each method's learning rate on validation with the first seed, then run the others; write table and picture."""
+    """Compare all with some blocks, and the best of them with all blocks; write tables and a picture."""
     options = parse_options(argv)
+    some = compare([method for method in methods() if method.name in options.only], "", options)
+    names = finalists(some)
+    result = {"some": some, "all": compare([method for method in methods(None) if method.name in names], "all/", options)}
+    folder: Path = options.runs_dir / "families"
+    write_json(folder / "families.json", result)
+    (folder / "families.md").write_text(table(result) + "\n", encoding="utf-8")
+    drawn = {name: {"about": row["about"], "macro_f1": row["val"]} for name, row in some.items()}
+    draw_ablation(drawn, folder / "families.png", f"Families on Stage 2 with {SOME:,} blocks, validation")
+    print(table(result))
+
+
+def compare(chosen: Sequence[Variant], prefix: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Choose each method's learning rate on validation with the first seed, then run the others."""
 
     def job(method: Variant, rate: str, seed: int) -> Job:
-        return Job(at_rate(method, rate), seed, options.runs_dir, options.dataset_dir, str(options.device), "families")
+        return Job(at_rate(method, rate, prefix), seed, options.runs_dir, options.dataset_dir, str(options.device), "families")
 
-    chosen = [method for method in methods() if method.name in options.only]
     ablation.work_all([job(method, rate, SEEDS[0]) for method in chosen for rate in RATES], "val", options)
     tried = {
         method.name: {rate: ablation.scores(job(method, rate, SEEDS[0]), "val")["macro_f1"] for rate in RATES} for method in chosen
@@ -87,22 +100,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     finals = {method.name: [job(method, best[method.name], seed) for seed in SEEDS] for method in chosen}
     for split in ("val", "test"):
         ablation.work_all([each for jobs in finals.values() for each in jobs], split, options)
-    result = {
+    return {
         method.name: {"rates": tried[method.name], "rate": best[method.name], **_row(method, finals[method.name])}
         for method in chosen
     }
-    folder: Path = options.runs_dir / "families"
-    write_json(folder / "families.json", result)
-    (folder / "families.md").write_text(table(result) + "\n", encoding="utf-8")
-    drawn = {name: {"about": row["about"], "macro_f1": row["val"]} for name, row in result.items()}
-    draw_ablation(drawn, folder / "families.png", "Families on Stage 2, validation blocks")
-    print(table(result))
 
 
-def at_rate(method: Variant, rate: str) -> Variant:
+def finalists(result: Mapping[str, Any]) -> list[str]:
+    """The ways that go on to all blocks: the best families on validation, and what they compete with."""
+    families = sorted(result.keys() - {FROZEN, FULL}, key=lambda name: -result[name]["val"]["mean"])
+    return [*(name for name in (FROZEN, FULL) if name in result), *families[:FINALISTS]]
+
+
+def at_rate(method: Variant, rate: str, prefix: str = "") -> Variant:
     """A method with one learning rate for all that it trains."""
     own = "" if method.group == "head" else f"--lr-{method.group} {rate} "
-    return replace(method, name=f"{method.name}/{rate}", flags=f"{method.flags} {own}--lr-head {rate}")
+    return replace(method, name=f"{prefix}{method.name}/{rate}", flags=f"{method.flags} {own}--lr-head {rate}")
 
 
 def _row(method: Variant, jobs: Sequence[Job]) -> dict[str, Any]:
@@ -116,7 +129,11 @@ def _row(method: Variant, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result in Markdown, the best on validation first; differences on the test pictures are paired by seeds."""
+    """Both comparisons in Markdown, the best on validation first; differences on the test pictures are paired by seeds."""
+    return "\n\n".join((f"With {SOME:,} blocks", _table(result["some"]), "With all blocks", _table(result["all"])))
+
+
+def _table(result: Mapping[str, Any]) -> str:
     lines = [
         "| | trained | rate | validation | test | against the frozen head, test | of full fine-tuning, test |",
         "|---|---|---|---|---|---|---|",

@@ -164,24 +164,32 @@ def test_families_at_the_best_of_three_rates(
 ) -> None:
     every = {method.name: method for method in families.methods()}
     assert len(every) == len(list(families.methods()))
+    full = list(families.methods(None))
     short = [replace(every[name], flags=every[name].flags.replace("--epochs 20", "--epochs 1").replace("--epochs 4", "--epochs 1"))
              for name in ("frozen", "fine-tuning", "stats", "dora-4")]  # fmt: skip
-    monkeypatch.setattr(families, "methods", lambda: iter(short))
+    monkeypatch.setattr(families, "methods", lambda blocks=1: iter(short))
     monkeypatch.setattr(families, "SEEDS", (0, 1))
+    monkeypatch.setattr(families, "FINALISTS", 1)
     families.main(arguments(study))
-    result = json.loads((study / "families" / "families.json").read_text())
+    found = json.loads((study / "families" / "families.json").read_text())
+    result = found["some"]
     assert list(result) == [method.name for method in short]
-    for name, row in result.items():
-        assert row["rates"][row["rate"]] == max(row["rates"].values()) == row["val"]["values"][0]
-        made = json.loads((study / "families" / name / row["rate"] / "seed1" / "metrics.json").read_text())
-        assert made["macro_f1"] == row["val"]["values"][1]
-        assert made["parameters"]["trainable"] == row["parameters"]
+    best = max(("stats", "dora-4"), key=lambda name: result[name]["val"]["mean"])
+    assert set(found["all"]) == {"frozen", "fine-tuning", best}
+    for part, rows in (("", result), ("all", found["all"])):
+        for name, row in rows.items():
+            assert row["rates"][row["rate"]] == max(row["rates"].values()) == row["val"]["values"][0]
+            made = json.loads((study / "families" / part / name / row["rate"] / "seed1" / "metrics.json").read_text())
+            assert made["macro_f1"] == row["val"]["values"][1]
+            assert made["parameters"]["trainable"] == row["parameters"]
+    assert "--blocks" in every["dora-4"].flags
+    assert "--blocks" not in next(method.flags for method in full if method.name == "dora-4")
     assert 0.8 < (result["dora-4"]["parameters"] - 1539) / (families.BACKBONE * 4 // 100) <= 1
     assert result["fine-tuning"]["parameters"] == families.BACKBONE + 1539
-    table = families.table(result)
+    table = families.table(found)
     assert table in capsys.readouterr().out
     ratio = result["dora-4"]["test"]["mean"] / result["fine-tuning"]["test"]["mean"]
-    (line,) = (line for line in table.splitlines() if line.startswith("| dora"))
+    line = next(line for line in table.splitlines() if line.startswith("| dora"))
     assert line.endswith(f"| {ratio:.1%} |")
     stamps = {path: path.stat().st_mtime_ns for path in study.glob("families/**/*.json") if path.parent.name != "families"}
     families.main(arguments(study))
