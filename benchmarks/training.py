@@ -67,7 +67,8 @@ def bytes_saved(model: nn.Module, images: Tensor) -> tuple[int, Any]:
     """Bytes that the forward pass keeps for the backward pass, besides the input and the constants of the model; and its output."""
     kept_anyway = [images, *model.parameters(), *model.buffers()]
     for module in model.modules():
-        kept_anyway += (FOLDED in module.__dict__ and module.__dict__[FOLDED]._tensors) or ()
+        if FOLDED in module.__dict__:
+            kept_anyway += module.__dict__[FOLDED].tensors
     own = {tensor.untyped_storage().data_ptr() for tensor in kept_anyway}
     saved: dict[int, int] = {}
 

@@ -50,7 +50,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     },
     {
         "parameters": (("trainable",), ("suggest", "summary")),
-        "lean": (("prefix",), ("functions", "cache"), ("layers", "pairs"), ("blocks",), ("optimize",)),
+        "lean": (("prefix", "estimate"), ("functions", "cache"), ("layers", "pairs"), ("blocks",), ("optimize",)),
         "deploy": (("plain_copy",), ("inference_copy", "fold")),
         "proof": (
             ("report", "ranks", "probe", "drift", "state"),

@@ -22,6 +22,7 @@ from resadapt.injection.set_info import AdapterSetInfo, list_adapters
 from resadapt.injection.sets import adapters_disabled, adapters_for, inject_adapters, remove_adapters, set_active_adapters
 from resadapt.injection.sharing import forward_all
 from resadapt.lean.cache import PrefixCache, cache_prefix
+from resadapt.lean.estimate import StepCost, TrainingEstimate, estimate_training
 from resadapt.lean.optimize import optimize_backbone, restore_backbone
 from resadapt.parameters.suggest import SuggestedLayers, suggest_layers
 from resadapt.parameters.summary import ModelSummary, summary
@@ -62,8 +63,10 @@ __all__ = [
     "SetSpec",
     "Site",
     "SiteSpec",
+    "StepCost",
     "SuggestedLayers",
     "TensorRecord",
+    "TrainingEstimate",
     "VerificationError",
     "VerificationReport",
     "__version__",
@@ -75,6 +78,7 @@ __all__ = [
     "check_backbone",
     "combine_adapters",
     "count_parameters",
+    "estimate_training",
     "fold_adapters",
     "forward_all",
     "inference_copy",

@@ -27,7 +27,8 @@ class FoldedPair:
 
     def __init__(self) -> None:
         self._made_from: Any = None
-        self._tensors: tuple[Tensor, Tensor] | None = None
+        self.tensors: tuple[Tensor, ...] = ()
+        """Weight and bias, once they are made."""
 
     def __deepcopy__(self, memo: Any) -> FoldedPair:
         """Returns an empty one."""
@@ -37,16 +38,16 @@ class FoldedPair:
         """Returns how to make an empty one."""
         return FoldedPair, ()
 
-    def of(self, convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    def of(self, convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, ...]:
         """Returns weight and bias, which are made anew when a tensor they were made from was changed or moved."""
         made_from = [
             None if part is None else (id(part), part.data_ptr(), 0 if part.is_inference() else part._version, part.dtype)
             for part in _parts(convolution, norm)
         ]
-        tensors = self._tensors
-        if tensors is None or made_from != self._made_from:
+        tensors = self.tensors
+        if not tensors or made_from != self._made_from:
             tensors = _fold(convolution, norm)
-            self._tensors, self._made_from = tensors, made_from
+            self.tensors, self._made_from = tensors, made_from
         return tensors
 
 

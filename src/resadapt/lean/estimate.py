@@ -1,0 +1,232 @@
+"""What a training step takes, in bytes and operations, told without running one."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
+
+from resadapt.base.errors import AdapterError, InjectionError
+from resadapt.base.nested import named_in
+from resadapt.injection.freeze import FOLDED
+from resadapt.injection.ledger import ledger_of
+from resadapt.injection.sets import remove_adapters
+from resadapt.injection.walk import unwrap
+
+__all__ = ["StepCost", "TrainingEstimate", "cost_of_step", "estimate_training"]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step takes, without the optimizer.
+
+    Args:
+        trained: Number of parameters that get gradients.
+        saved_bytes: What the forward pass keeps for the backward pass, besides the input and the model's own tensors.
+        peak_bytes: The most that all tensors take at once: the model, the input, what is saved, gradients and what is just being
+            computed. Memory that kernels use inside is not counted.
+        forward_flops: Operations of convolutions and matrix products in the forward pass, a multiplication and an addition being
+            two.
+        backward_flops: The same of the backward pass.
+    """
+
+    trained: int
+    saved_bytes: int
+    peak_bytes: int
+    forward_flops: int
+    backward_flops: int
+
+
+@dataclass(frozen=True)
+class TrainingEstimate:
+    """A training step of an injected model, beside full fine-tuning of its backbone; its text is a table.
+
+    Args:
+        adapters: The model as it is.
+        full: The backbone with everything trained.
+    """
+
+    adapters: StepCost
+    full: StepCost
+
+    def __str__(self) -> str:
+        """Shows a table."""
+        one, other = self.adapters, self.full
+        rows = [
+            ("trained parameters", f"{one.trained:,}", f"{other.trained:,}", one.trained / max(1, other.trained)),
+            *(
+                (what, f"{mine / 2**20:,.1f} MiB", f"{theirs / 2**20:,.1f} MiB", mine / max(1, theirs))
+                for what, mine, theirs in (
+                    ("saved for backward", one.saved_bytes, other.saved_bytes),
+                    ("peak of all tensors", one.peak_bytes, other.peak_bytes),
+                )
+            ),
+            *(
+                (what, f"{mine / 1e9:,.2f} GFLOP", f"{theirs / 1e9:,.2f} GFLOP", mine / max(1, theirs))
+                for what, mine, theirs in (
+                    ("forward", one.forward_flops, other.forward_flops),
+                    ("backward", one.backward_flops, other.backward_flops),
+                )
+            ),
+        ]
+        lines = [f"{'a training step':<20}{'this model':>16}{'full fine-tuning':>20}"]
+        lines += [f"{what:<20}{mine:>16}{theirs:>20}  ({share:.1%})" for what, mine, theirs, share in rows]
+        return "\n".join(lines)
+
+
+def estimate_training(model: nn.Module, input_shape: Iterable[int]) -> TrainingEstimate:
+    """Tells what a training step of an injected model takes, beside full fine-tuning, without computing one.
+
+    The step is run on a copy of the model without elements: it takes no memory to speak of, and the time of the Python code.
+
+    Args:
+        model: An injected model, optimized or not.
+        input_shape: Shape of the input, the batch first: ``(8, 3, 224, 224)``.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        InjectionError: Nothing was injected or is active, or the model looks at the elements of tensors on its way.
+        AdapterError: `input_shape` is no shape.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> from resadapt import inject_adapters
+        >>> estimate = estimate_training(inject_adapters(resnet18(num_classes=3), head="fc"), (8, 3, 224, 224))
+        >>> round(estimate.adapters.saved_bytes / 2**20), round(estimate.full.saved_bytes / 2**20)
+        (59, 165)
+    """
+    shape = tuple(input_shape) if isinstance(input_shape, Iterable) else ()
+    if not shape or any(type(size) is not int or size < 1 for size in shape):
+        raise AdapterError(f"input_shape={input_shape!r}: give the sizes of an input, the batch first, such as (8, 3, 224, 224).")
+    ledger = ledger_of(model)
+    if ledger.active is None:
+        raise InjectionError("No adapter set is active. Call set_active_adapters(model, name) first.")
+    adapted, full = (_without_elements(unwrap(model)) for _ in range(2))
+    remove_adapters(full).requires_grad_(True)
+    dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        return TrainingEstimate(
+            *(cost_of_step(each.train(), torch.empty(shape, dtype=dtype, device="meta")) for each in (adapted, full))
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        raise InjectionError(
+            f"The model cannot be run without the elements of its tensors on an input of shape {list(shape)}: {error}"
+        ) from error
+
+
+def _without_elements(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model on the meta device, made without copying an element."""
+    with torch.no_grad():
+        memo: dict[int, Any] = {}
+        for tensor in _tensors(model):
+            empty = torch.empty_like(tensor, device="meta")
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Returns all tensors that a model owns, those of parked modules too."""
+    ledger = ledger_of(model)
+    parked = [module for record in ledger.sets.values() for module in record.parked.values()]
+    models = [model, *parked, *ledger.parked_plain.values()]
+    return [tensor for each in models for tensor in (*nn.Module.parameters(each), *nn.Module.buffers(each))]
+
+
+def cost_of_step(model: nn.Module, x: Tensor) -> StepCost:
+    """Runs a training step, with elements or without, and counts what it takes."""
+    parameters = list(nn.Module.parameters(model))
+    own = [x, *parameters, *nn.Module.buffers(model)]
+    model(x)  # what is folded, is folded
+    own += [tensor for module in nn.Module.modules(model) for tensor in _folded(module)]
+    memory, saved = _Memory(own), _Saved(own)
+    # torch's own formula for the gradient of a convolution takes no account of groups.
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops})
+    with memory, counter:
+        with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
+            output = model(x)
+        forward, saved_bytes = counter.get_total_flops(), saved.bytes
+        saved.kept.clear()
+        tensors = [tensor for _, tensor in named_in(output) if tensor.requires_grad]
+        torch.autograd.backward(tensors, [torch.empty_like(tensor) for tensor in tensors])
+    return StepCost(
+        sum(p.numel() for p in parameters if p.requires_grad),
+        saved_bytes,
+        memory.peak,
+        forward,
+        counter.get_total_flops() - forward,
+    )
+
+
+def _backward_flops(grad: Any, x: Any, weight: Any, *more: Any, out_shape: Any, **_: Any) -> int:
+    """Returns the operations of a convolution's gradients: as many as forward for each of those of input and weight."""
+    transposed, mask = more[4], more[7]
+    positions = math.prod((x if transposed else grad)[2:])
+    return int(2 * (mask[0] + mask[1]) * grad[0] * positions * math.prod(weight))
+
+
+def _folded(module: nn.Module) -> Iterable[Tensor]:
+    pair = module.__dict__.get(FOLDED)
+    return () if pair is None else pair.tensors
+
+
+class _Saved:
+    """Counts what is kept for the backward pass, each piece of memory once."""
+
+    def __init__(self, own: list[Tensor]) -> None:
+        self._own = {tensor.untyped_storage()._cdata for tensor in own}
+        self.kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Counts a tensor."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own:
+            self.kept[storage._cdata] = storage
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Sum of all."""
+        return sum(storage.nbytes() for storage in self.kept.values())
+
+
+class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows how much memory all tensors take that are there."""
+
+    def __init__(self, own: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._there: dict[int, weakref.ref[Any]] = {}
+        self._now = self.peak = 0
+        for tensor in own:
+            self._add(tensor)
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for _, tensor in named_in(output):
+            self._add(tensor)
+        return output
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._there:
+            return
+
+        def gone(_: object) -> None:
+            self._now -= size
+            del self._there[key]
+
+        self._there[key] = weakref.ref(storage, gone)
+        self._now += size
+        self.peak = max(self.peak, self._now)
