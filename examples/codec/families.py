@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2)
 RATES = ("3e-4", "1e-3", "3e-3")
 BACKBONE = 11_170_240  # parameters of the ResNet-18 on one channel, without a head
 FULL, FROZEN = "fine-tuning", "frozen"
-FINALISTS = 3
+FINALISTS = 2
 SOME = 16_000  # blocks, in the first table
 CONVOLUTIONS = "--adapter-layers 'layer?.?.conv?'"
 BLOCKS = "--adapter-layers 'layer?.?'"
@@ -75,9 +75,10 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare all with some blocks, and the best of them with all blocks; write tables and a picture."""
     options = parse_options(argv)
-    some = compare([method for method in methods() if method.name in options.only], "", options)
-    names = finalists(some)
-    result = {"some": some, "all": compare([method for method in methods(None) if method.name in names], "all/", options)}
+    some = compare({method: RATES for method in methods() if method.name in options.only}, "", options)
+    best = {name: (some[name]["rate"],) for name in finalists(some)}
+    finals = {method: best[method.name] for method in methods(None) if method.name in best}
+    result = {"some": some, "all": compare(finals, "all/", options)}
     folder: Path = options.runs_dir / "families"
     write_json(folder / "families.json", result)
     (folder / "families.md").write_text(table(result) + "\n", encoding="utf-8")
@@ -86,17 +87,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(result))
 
 
-def compare(chosen: Sequence[Variant], prefix: str, options: argparse.Namespace) -> dict[str, Any]:
+def compare(rates: Mapping[Variant, Sequence[str]], prefix: str, options: argparse.Namespace) -> dict[str, Any]:
     """Choose each method's learning rate on validation with the first seed, then run the others."""
+    chosen = list(rates)
 
     def job(method: Variant, rate: str, seed: int) -> Job:
         return Job(at_rate(method, rate, prefix), seed, options.runs_dir, options.dataset_dir, str(options.device), "families")
 
-    ablation.work_all([job(method, rate, SEEDS[0]) for method in chosen for rate in RATES], "val", options)
+    ablation.work_all([job(method, rate, SEEDS[0]) for method in chosen for rate in rates[method]], "val", options)
     tried = {
-        method.name: {rate: ablation.scores(job(method, rate, SEEDS[0]), "val")["macro_f1"] for rate in RATES} for method in chosen
+        method.name: {rate: ablation.scores(job(method, rate, SEEDS[0]), "val")["macro_f1"] for rate in rates[method]}
+        for method in chosen
     }
-    best = {name: max(RATES, key=each.__getitem__) for name, each in tried.items()}
+    best = {name: max(each, key=each.__getitem__) for name, each in tried.items()}
     finals = {method.name: [job(method, best[method.name], seed) for seed in SEEDS] for method in chosen}
     for split in ("val", "test"):
         ablation.work_all([each for jobs in finals.values() for each in jobs], split, options)
@@ -107,7 +110,7 @@ def compare(chosen: Sequence[Variant], prefix: str, options: argparse.Namespace)
 
 
 def finalists(result: Mapping[str, Any]) -> list[str]:
-    """The ways that go on to all blocks: the best families on validation, and what they compete with."""
+    """The ways that go on to all blocks, at the rates chosen: the best families on validation, and what they compete with."""
     families = sorted(result.keys() - {FROZEN, FULL}, key=lambda name: -result[name]["val"]["mean"])
     return [*(name for name in (FROZEN, FULL) if name in result), *families[:FINALISTS]]
 

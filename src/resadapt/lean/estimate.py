@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.nested import named_in
+from resadapt.base.undisturbed import EAGERLY
 from resadapt.injection.freeze import FOLDED
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.sets import remove_adapters
@@ -112,17 +113,18 @@ def estimate_training(model: nn.Module, input_shape: Iterable[int]) -> TrainingE
     ledger = ledger_of(model)
     if ledger.active is None:
         raise InjectionError("No adapter set is active. Call set_active_adapters(model, name) first.")
-    adapted, full = (_without_elements(unwrap(model)) for _ in range(2))
-    remove_adapters(full).requires_grad_(True)
-    dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
     try:
-        return TrainingEstimate(
-            *(cost_of_step(each.train(), torch.empty(shape, dtype=dtype, device="meta")) for each in (adapted, full))
-        )
-    except (NotImplementedError, RuntimeError) as error:
+        with EAGERLY:
+            adapted, full = (_without_elements(unwrap(model)) for _ in range(2))
+            remove_adapters(full).requires_grad_(True)
+            dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
+            costs = [cost_of_step(each.train(), torch.empty(shape, dtype=dtype, device="meta")) for each in (adapted, full)]
+    except Exception as error:  # a model of anyone's may raise anything
         raise InjectionError(
-            f"The model cannot be run without the elements of its tensors on an input of shape {list(shape)}: {error}"
+            f"The model cannot be run without the elements of its tensors on an input of shape {list(shape)}: "
+            f"{type(error).__name__}: {error}"
         ) from error
+    return TrainingEstimate(*costs)
 
 
 def _without_elements(model: nn.Module) -> nn.Module:
