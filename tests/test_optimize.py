@@ -20,7 +20,8 @@ from torchvision import models
 from training import bytes_saved
 
 import resadapt
-from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, packed, unpacked
+from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, SmallIndexPool, packed, unpacked
+from resadapt.lean.layers import LeanMaxPool2d
 
 
 @given(st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, float("nan"), float("inf"), -float("inf")]), max_size=40))
@@ -43,6 +44,30 @@ def test_functions_against_finite_differences(double: Callable[..., bool]) -> No
     assert double(lambda x: FrozenNorm.apply(x, mean, var.abs(), scale, shift, 1e-3), x)
     assert double(lambda x: FrozenNorm.apply(x, mean, var.abs(), None, None, 1e-3), x)
     assert double(lambda x: PackedReLU.apply(x, False), x)
+    assert double(lambda x: SmallIndexPool.apply(x, (3, 2), (2, 1), (1, 0), (1, 2), False)[0], x)
+
+
+@given(
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_pooling_of_any_geometry(kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, last: bool) -> None:
+    padding = tuple(min(size, side // 2) for size, side in zip(padding, kernel, strict=True))
+    layer = nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil_mode)
+    x = torch.randint(-3, 4, (2, 3, 9, 8)).float()  # with ties
+    x[0, 0, 4, 4] = float("nan")
+    x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    results = []
+    for kind in (nn.MaxPool2d, LeanMaxPool2d):
+        layer.__class__ = kind
+        out = layer(x)
+        results.append((out, *torch.autograd.grad(out, x, torch.arange(out.numel()).reshape(out.shape).float())))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -105,7 +130,8 @@ BUILDS: dict[str, tuple[Callable[[], nn.Module], str, Any, float]] = {
     ),
     "r3d_18": (lambda: models.video.r3d_18(num_classes=3), "layer*", torch.randn(1, 3, 4, 32, 32), 20),
     "mc3_18": (lambda: models.video.mc3_18(num_classes=3), "layer2", torch.randn(1, 3, 4, 32, 32), 5),
-    "vgg11_bn": (lambda: models.vgg11_bn(num_classes=3), "features.1", images(2, 32), 1.5),
+    "vgg11_bn": (lambda: models.vgg11_bn(num_classes=3), "features.1", images(2, 32), 5),
+    "densenet121": (lambda: models.densenet121(num_classes=3), "features.norm0", images(2, 32), 10),
 }
 
 

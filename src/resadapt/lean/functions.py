@@ -13,9 +13,21 @@ from typing_extensions import override
 
 from resadapt.lean.prefix import Absent
 
-__all__ = ["PLAIN", "FrozenConvolution", "FrozenNorm", "PackedReLU", "can_be_lean", "is_ordinary", "packed", "unpacked"]
+__all__ = [
+    "PLAIN",
+    "FrozenConvolution",
+    "FrozenNorm",
+    "PackedReLU",
+    "SmallIndexPool",
+    "can_be_lean",
+    "is_ordinary",
+    "packed",
+    "unpacked",
+]
 
 _PACK, _SPREAD, _BIT_OF_BYTE = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
+
+Pair = tuple[int, int]
 
 PLAIN = (Tensor, torch.nn.Parameter)  # not one that is made of others, or sharded
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -146,6 +158,53 @@ class PackedReLU(Function):
         flat = unpacked(bits, shape.numel())
         mask = flat.as_strided(shape, stride) if ctx.dense else flat.reshape(shape)
         return torch.where(mask, grad, 0.0), None
+
+
+class SmallIndexPool(Function):
+    """A 2-D max pooling that saves one byte an element: which place in its window the maximum had."""
+
+    @override
+    @staticmethod
+    def forward(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> tuple[Tensor, Tensor]:
+        """Computes what the stock pooling does, by the same kernel; and the places, which are no output of the layer's."""
+        out, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil_mode)
+        top, left = _corners(out, stride, padding)
+        width = x.shape[-1]
+        rows, columns = indices.div(width, rounding_mode="floor").sub_(top), indices.remainder(width).sub_(left)
+        places = (
+            rows.div_(dilation[0], rounding_mode="floor").mul_(kernel[1]).add_(columns.div_(dilation[1], rounding_mode="floor"))
+        )
+        return out, places.to(torch.uint8)
+
+    @override
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Saves the places."""
+        x, *ctx.geometry = inputs
+        ctx.shape = x.shape
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        """Returns the gradient of the input: each element's, where its maximum was."""
+        (places,) = ctx.saved_tensors
+        kernel, stride, padding, dilation, _ = ctx.geometry
+        top, left = _corners(grad, stride, padding)
+        where = places.long()
+        rows = where.div(kernel[1], rounding_mode="floor").mul_(dilation[0]).add_(top)
+        indices = rows.mul_(ctx.shape[-1]).add_(where.remainder_(kernel[1]).mul_(dilation[1])).add_(left)
+        flat = grad.new_zeros(*ctx.shape[:2], ctx.shape[2] * ctx.shape[3]).scatter_add(2, indices.flatten(2), grad.flatten(2))
+        return flat.reshape(ctx.shape), *[None] * 5
+
+
+def _corners(out: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
+    """Returns where the windows of a pooling's output begin: rows as a column, columns as a row."""
+    height, width = out.shape[-2:]
+    top = torch.arange(height, device=out.device) * stride[0] - padding[0]
+    left = torch.arange(width, device=out.device) * stride[1] - padding[1]
+    return top[:, None], left
 
 
 def packed(x: Tensor) -> Tensor:

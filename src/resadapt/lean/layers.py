@@ -6,6 +6,9 @@ layer is trained, compiled, traced or transformed, it runs as the stock one.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -20,7 +23,7 @@ from resadapt.injection.freeze import (
     FrozenSyncBatchNorm,
     Overlay,
 )
-from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, can_be_lean
+from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, SmallIndexPool, can_be_lean
 
 __all__ = ["LEAN"]
 
@@ -59,6 +62,23 @@ class LeanReLU(Overlay, nn.ReLU):
             return super().forward(input)
         out: Tensor = PackedReLU.apply(input, self.inplace)
         return out
+
+
+class LeanMaxPool2d(Overlay, nn.MaxPool2d):
+    """`torch.nn.MaxPool2d` that saves one byte an element of its output."""
+
+    @override
+    def forward(self, input: Tensor) -> Any:
+        """Returns the largest element of each window."""
+        kernel = _pair(self.kernel_size)
+        if self.return_indices or not can_be_lean(input) or input.ndim != 4 or math.prod(kernel) > 256:
+            return super().forward(input)
+        geometry = (_pair(self.kernel_size if self.stride is None else self.stride), _pair(self.padding), _pair(self.dilation))
+        return SmallIndexPool.apply(input, kernel, *geometry, self.ceil_mode)[0]
+
+
+def _pair(size: Any) -> Any:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 class LeanConv1d(_LeanConvolution, nn.Conv1d):
@@ -107,6 +127,7 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {
     FrozenBatchNorm2d: LeanBatchNorm2d,
     FrozenBatchNorm3d: LeanBatchNorm3d,
     FrozenSyncBatchNorm: LeanSyncBatchNorm,
+    nn.MaxPool2d: LeanMaxPool2d,
     nn.ReLU: LeanReLU,
 }
 """The class that takes a layer's place."""
