@@ -130,7 +130,7 @@ BUILDS: dict[str, tuple[Callable[[], nn.Module], str, Any, float]] = {
     ),
     "r3d_18": (lambda: models.video.r3d_18(num_classes=3), "layer*", torch.randn(1, 3, 4, 32, 32), 20),
     "mc3_18": (lambda: models.video.mc3_18(num_classes=3), "layer2", torch.randn(1, 3, 4, 32, 32), 5),
-    "vgg11_bn": (lambda: models.vgg11_bn(num_classes=3), "features.1", images(2, 32), 5),
+    "vgg11_bn": (lambda: models.vgg11_bn(num_classes=3), "features.1", images(2, 32), 4),
     "densenet121": (lambda: models.densenet121(num_classes=3), "features.norm0", images(2, 32), 10),
 }
 

@@ -19,11 +19,12 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
     """Has the frozen layers of an injected model keep no more for the backward pass than the gradient of their input needs.
 
     A frozen convolution then saves its weight, which it has anyway, a norm its statistics, a ReLU one bit an element, a max pooling
-    one byte; stock ones save their inputs and outputs. Parameters, names, hooks, files and fingerprints do not change, so this can be done and undone
-    at any time, and what is trained so loads anywhere.
+    one byte; stock ones save their inputs and outputs. Parameters, names, hooks, files and fingerprints do not change, so this can
+    be done and undone at any time, and what is trained so loads anywhere.
 
-    Convolutions, BatchNorms, ReLUs and 2-D max poolings of torch.nn are served, and torchvision's 3-D convolutions; other layers stay as they are.
-    A layer that is trained (a head, a set's own norms), compiled, traced or transformed by torch.func runs as the stock one.
+    Convolutions, BatchNorms, ReLUs and 2-D max poolings of torch.nn are served, and torchvision's 3-D convolutions; other layers
+    stay as they are. A layer that is trained (a head, a set's own norms), compiled, traced or transformed by torch.func runs as the
+    stock one.
 
     Args:
         model: An injected model; it is changed in place.
