@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,7 @@ from torchvision.models.video import r3d_18
 
 import resadapt
 from resadapt import cache_prefix
+from resadapt.injection.ledger import ledger_of
 
 BATCH = 4
 
@@ -266,12 +270,51 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
         cache_prefix(resnet(layers="layer4", head="fc"), data(), tmp_path / "file")
 
 
+FULL_DISK = """
+import resource, sys
+sys.path[:0] = {paths!r}
+from test_prefix_cache import cache_prefix, data, resadapt, resnet
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    cache_prefix(resnet(layers="layer4"), data(11), {path!r})
+except resadapt.AdapterFileError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    path = tmp_path / "features"
+    code = FULL_DISK.format(paths=sys.path, path=str(path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "0.bin: cannot be written: File too large" in done.stdout
+    assert len(cache_prefix(resnet(layers="layer4"), data(), path)) == 11, "and goes on when there is room"
+
+
 class Noisy(Dataset[Any]):
     def __len__(self) -> int:
         return 5
 
     def __getitem__(self, index: int) -> Any:
         return images(5)[index] + torch.rand(()), index
+
+
+class Seldom(Dataset[Any]):
+    """Draws, and changes hardly ever anything."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> Any:
+        return images(5)[index] * (0.0 if self.draw() > 1.0 - 1e-9 else 1.0)
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: float(torch.rand(())), lambda: float(numpy.random.rand())])
+def test_data_that_are_random_now_and_then_are_refused(draw: Callable[[], float]) -> None:
+    with pytest.raises(resadapt.AdapterError, match="variants="):
+        cache_prefix(resnet(layers="layer4"), Seldom(draw))
 
 
 def test_random_data_are_refused_or_drawn_a_number_of_times(tmp_path: Path) -> None:
@@ -338,7 +381,7 @@ def test_other_sets_on_the_same_features() -> None:
         assert torch.equal(cache.forward(features), model(x))
     resadapt.set_active_adapters(model, "earlier")
     with pytest.raises(
-        resadapt.InjectionError, match=r"needs the .*layer2.*which was not kept: the features were computed for 'first'"
+        resadapt.InjectionError, match=r"'earlier' the model needs the .*layer2.*which was not kept: .* computed for 'first'"
     ):
         cache.forward(features)
     resadapt.set_active_adapters(model, None)
@@ -347,8 +390,18 @@ def test_other_sets_on_the_same_features() -> None:
     resadapt.set_active_adapters(model, "first")
     with pytest.raises(resadapt.InjectionError, match="have shape"):
         cache.forward(features[:, :3])
+    resadapt.optimize_backbone(model)
+    with pytest.raises(resadapt.InjectionError, match="optimize_backbone changes them"):
+        cache.forward(features)
+    resadapt.restore_backbone(model)
+    assert torch.equal(cache.forward(features), model(x))
     with torch.no_grad():
         model.layer1[0].conv1.weight.add_(1)
+    before = copy.deepcopy(ledger_of(model))
+    resadapt.accept_backbone(model)
+    with pytest.raises(resadapt.InjectionError, match=r"has changed since.*layer1\.0\.conv1\.weight"):
+        cache.forward(features)
+    model.__dict__["_resadapt"].fingerprint = before.fingerprint
     with pytest.raises(resadapt.InjectionError, match=r"has changed since.*layer1\.0\.conv1\.weight"):
         cache.forward(features)
     with pytest.raises(resadapt.InjectionError, match=r"not what was injected into.*layer1\.0\.conv1\.weight"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EAGERLY", "call", "is_undisturbed", "random_states_kept", "undisturbed"]
+__all__ = ["EAGERLY", "call", "is_undisturbed", "random_state", "random_states_kept", "undisturbed"]
 
 
 @contextmanager
@@ -47,6 +48,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 if parameter.requires_grad is not requires_grad:
                     parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
+
+
+def random_state() -> bytes:
+    """Returns what changes when a random number is drawn from torch, Python or NumPy, on the CPU."""
+    numpy: Any = sys.modules.get("numpy")
+    return pickle.dumps((torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state() if numpy else None))
 
 
 @contextmanager

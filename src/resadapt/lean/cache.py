@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, AdapterFileError, BackboneMismatchError, InjectionError
+from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, reasons_listing
 from resadapt.base.nested import map_tensors, named_in
 from resadapt.base.tensors import address, dtype_name, raw_bytes
-from resadapt.base.undisturbed import random_states_kept
-from resadapt.injection.ledger import Ledger, backbone_differences, ledger_of, plain_tensors
+from resadapt.base.undisturbed import random_state, random_states_kept
+from resadapt.injection.ledger import backbone_differences, ledger_of, plain_tensors
 from resadapt.injection.switching import check_switchable
 from resadapt.injection.walk import unwrap
 from resadapt.lean.prefix import NeededError, Plan, continued, plan_for, values_for
@@ -103,7 +104,7 @@ def cache_prefix(
         inputs, rest = _split(batch)
         values = values_for(inner, plan, _moved(inputs, device))
         rows.write(where, [*(values[number] for number in plan.needed), *rest], partial(source.digests, batch))
-    return PrefixCache(inner, plan, rows)
+    return PrefixCache(inner, plan, rows, ledger.fingerprint)
 
 
 class PrefixCache(Dataset[Any]):
@@ -113,9 +114,9 @@ class PrefixCache(Dataset[Any]):
     needs several. With `variants`, draw v of sample i is number ``v * length + i``.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, rows: _Rows) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, rows: _Rows, backbone: Fingerprint) -> None:
         self._model: nn.Module | None = model
-        self._plan, self._rows = plan, rows
+        self._plan, self._rows, self._backbone = plan, rows, backbone
         self._stamp = _stamp(model)
 
     def __len__(self) -> int:
@@ -158,7 +159,7 @@ class PrefixCache(Dataset[Any]):
         ledger = ledger_of(model)
         if ledger.active_set is None:
             raise InjectionError("No adapter set is active. Call set_active_adapters(model, name) first.")
-        self._check_backbone(model, ledger)
+        self._check_backbone(model)
         tensors = list(features) if isinstance(features, list | tuple) else [features]
         forms = [plan.forms[number] for number in plan.needed]
         if [tuple(tensor.shape[1:]) for tensor in tensors] != [form.shape[1:] for form in forms]:
@@ -169,15 +170,15 @@ class PrefixCache(Dataset[Any]):
         if isinstance(output, NeededError):
             names = listing([plan.forms[number].name for number in output.numbers])
             raise InjectionError(
-                f"The set {ledger.active_set.spec.name!r} needs the {names}, which was not kept: the features were computed for "
-                f"{plan.spec.name!r}. Make a cache while it is active."
+                f"With the set {ledger.active_set.spec.name!r} the model needs the {names}, which was not kept: the features were "
+                f"computed for {plan.spec.name!r}, and the modules that ran then (optimize_backbone changes them). Make them anew."
             )
         return output
 
-    def _check_backbone(self, model: nn.Module, ledger: Ledger) -> None:
+    def _check_backbone(self, model: nn.Module) -> None:
         if self._stamp == (stamp := _stamp(model)):
             return
-        if drifted := backbone_differences(model, ledger.fingerprint):
+        if drifted := backbone_differences(model, self._backbone):
             raise InjectionError(f"The backbone has changed since its features were kept: {reasons_listing(drifted)}.")
         self._stamp = stamp
 
@@ -206,12 +207,13 @@ class _Source:
         self.data, self.variants, self.length = data, variants, len(data)
         few = [number * self.length // 3 for number in range(3)]
         with random_states_kept([]):
+            before = random_state()
             self.some, again = (_split(self._batch(few)) for _ in range(2))
-        self.is_random = _bytes_of(self.some) != _bytes_of(again)
+            self.is_random = before != random_state() or _bytes_of(self.some) != _bytes_of(again)
         if self.is_random and variants == 1:
             raise AdapterError(
-                "The data are random: a sample is not twice the same (augmentation?). Take that out, or give variants=, how many "
-                "draws of each sample to keep."
+                "The data are random: a sample draws random numbers, or is not twice the same (augmentation?). Take that out, or "
+                "give variants=, how many draws of each sample to keep."
             )
 
     def batches(self, row: int, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> Iterator[tuple[slice, Any]]:
@@ -239,7 +241,8 @@ class _Source:
             return torch.cat([self.digests(self._batch([number])) for number in numbers])
 
     def _batch(self, numbers: list[int]) -> Any:
-        return next(iter(DataLoader(Subset(self.data, numbers), **self._options | {"batch_size": len(numbers), "num_workers": 0})))
+        options = self._options | {"batch_size": len(numbers), "num_workers": 0}
+        return next(iter(DataLoader(Subset(self.data, numbers), generator=torch.Generator(), **options)))
 
 
 class _Rows:
