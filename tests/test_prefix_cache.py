@@ -246,7 +246,7 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
         (resnet(layers="layer3", head="fc"), data(), resadapt.AdapterFileError, "calls is"),
         (resnet(layers="layer4", head="fc"), data(10), resadapt.AdapterFileError, "length is 11 and would be 10"),
         (resnet(layers="layer4", head="fc"), data(seed=2), resadapt.AdapterFileError, "sample 0 of the data is not"),
-        (resnet(layers="layer4", head="fc").double(), data(), RuntimeError, ""),
+        (resnet(layers="layer4", head="fc").double(), data(), resadapt.AdapterError, "does not take"),
     ):
         before = {file.name: file.read_bytes() for file in path.iterdir()}
         with pytest.raises(error, match=message):
@@ -424,9 +424,11 @@ def test_bad_arguments(tmp_path: Path) -> None:
     before = picture(model)
     for source, options, message in (
         (Stream(), {}, "no samples by number"),
-        ([], {}, "empty"),
+        ([], {}, "gives no batch"),
         (Texts(), {}, "Part 1 of a sample is tuple"),
         (["a", "b"], {}, "tensors with a row"),
+        ([torch.zeros(5, 8, 8)], {}, "does not take what the data give: RuntimeError"),
+        (data(), {"progress": 3}, "progress=3"),
         (data(), {"batch_size": 0}, "batch_size=0"),
         (data(), {"variants": 1.5}, "variants=1.5"),
     ):

@@ -61,12 +61,13 @@ def forward_all(model: nn.Module, inputs: object, names: Iterable[str | None] | 
     ledger = ledger_of(model)
     if isinstance(names, str) or not isinstance(names, Iterable | None):
         raise AdapterError(f"names={names!r}: give a list of names of sets, None among them for the plain backbone.")
-    turns = InTurns(dict.fromkeys(ledger.sets if names is None else names))
-    specs = [ledger.set_named(name).spec for name in turns.names if name is not None]
+    listed = list(ledger.sets if names is None else names)
+    specs = {name: ledger.set_named(name).spec for name in listed if name is not None}
+    turns = InTurns(dict.fromkeys(listed))
     if isinstance(model, DistributedDataParallel) and torch.is_grad_enabled():
         raise InjectionError("DistributedDataParallel averages one forward at a time: run each set on its own, or model.module.")
     inner = unwrap(model)
-    shared = _Shared(site.owner for spec in specs for site in spec.sites)
+    shared = _Shared(site.owner for spec in specs.values() for site in spec.sites)
     outputs = {}
     with ExitStack() as stack:
         stack.enter_context(EAGERLY)
@@ -75,7 +76,7 @@ def forward_all(model: nn.Module, inputs: object, names: Iterable[str | None] | 
             stack.enter_context(torch.no_grad())
             inputs = map_tensors(inputs, torch.clone)
         stack.enter_context(mixed(inner, ledger, turns))
-        stack.enter_context(intercepted(inner, specs, shared))
+        stack.enter_context(intercepted(inner, specs.values(), shared))
         for name in turns.names:
             turns.name = name
             shared.start(name)

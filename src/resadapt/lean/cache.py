@@ -31,6 +31,7 @@ __all__ = ["PrefixCache", "cache_prefix"]
 
 _FORMAT = 1
 _DIGEST = 32
+_MOST = 1_000_000
 _LOOKED_AT = 16
 """So many samples of the data are compared with a file that is opened."""
 
@@ -86,6 +87,10 @@ def cache_prefix(
         >>> len(cache), tuple(features.shape)
         (8, (4, 512, 1, 1))
     """
+    if not callable(progress):
+        raise AdapterError(
+            f"progress={progress!r}: give a function that is called with the batches and returns them, such as tqdm."
+        )
     ledger = ledger_of(model)
     inner = unwrap(model)
     if isinstance(model, DataParallel | DistributedDataParallel):
@@ -198,18 +203,21 @@ class _Source:
                 self._options["batch_size"] = data.batch_size
             data = data.dataset
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("variants", variants, 1)):
-            if type(value) is not int or value < least:
-                raise AdapterError(f"{name}={value!r}: give a whole number, {least} or more.")
+            if type(value) is not int or not least <= value <= _MOST:
+                raise AdapterError(f"{name}={value!r}: give a whole number from {least} to {_MOST:,}.")
         if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise AdapterError(f"{type(data).__name__} has no samples by number, or no length: give a data set with both.")
-        if len(data) == 0:
-            raise AdapterError("The data set is empty.")
-        self.data, self.variants, self.length = data, variants, len(data)
-        few = [number * self.length // 3 for number in range(3)]
-        with random_states_kept([]):
-            before = random_state()
-            self.some, again = (_split(self._batch(few)) for _ in range(2))
-            self.is_random = before != random_state() or _bytes_of(self.some) != _bytes_of(again)
+        try:
+            self.data, self.variants, self.length = data, variants, len(data)
+            few = [number * self.length // 3 for number in range(3)] if self.length else []
+            with random_states_kept([]):
+                before = random_state()
+                self.some, again = (_split(self._batch(few)) for _ in range(2))
+                self.is_random = before != random_state() or _bytes_of(self.some) != _bytes_of(again)
+        except AdapterError:
+            raise
+        except Exception as error:  # a data set of anyone's may raise anything
+            raise AdapterError(f"{type(data).__name__} gives no batch of samples: {type(error).__name__}: {error}.") from error
         if self.is_random and variants == 1:
             raise AdapterError(
                 "The data are random: a sample draws random numbers, or is not twice the same (augmentation?). Take that out, or "
@@ -218,7 +226,7 @@ class _Source:
 
     def batches(self, row: int, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> Iterator[tuple[slice, Any]]:
         """Walks the batches from a row on, with the rows that they are; the last of each draw has more samples, to be full."""
-        size = self._options["batch_size"]
+        size = min(self._options["batch_size"], self.length)
         while row < self.length * self.variants:
             first = row % self.length
             numbers = [*range(first, self.length)]
@@ -254,7 +262,7 @@ class _Rows:
 
     def __init__(self, plan: Plan, source: _Source, backbone: Any, path: str | os.PathLike[str] | None) -> None:
         self.total = source.length * source.variants
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else _directory(path)
         self._forms = [plan.forms[number] for number in plan.needed]
         rest = source.some[1]
         shapes = [(form.dtype, _physical(form.shape[1:], form.channels_last)) for form in self._forms]
@@ -316,7 +324,10 @@ class _Rows:
     def _array(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         sizes = (self.total, *shape)
         if self._path is None:
-            return torch.zeros(sizes, dtype=dtype)
+            try:
+                return torch.zeros(sizes, dtype=dtype)
+            except (RuntimeError, MemoryError) as error:
+                raise AdapterError(f"There is no memory for features of sizes {list(sizes)}: give a path for files.") from error
         size = torch.Size(sizes).numel()
         file = self._path / name
         try:
@@ -339,6 +350,15 @@ class _Rows:
                 f"{self._path}: sample {other[0]} of the data is not the one whose features are there. Give the same data in "
                 "the same order, or another directory."
             )
+
+
+def _directory(path: object) -> Path:
+    try:
+        directory = Path(os.fsdecode(path))  # type: ignore[arg-type]
+        directory.exists()
+    except (OSError, TypeError, ValueError) as error:
+        raise AdapterFileError(f"{path!r}: is no path of a directory: {error}.") from error
+    return directory
 
 
 def _agree(path: Path, manifest: dict[str, Any]) -> None:

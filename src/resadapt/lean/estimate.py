@@ -84,7 +84,7 @@ class TrainingEstimate:
         return "\n".join(lines)
 
 
-def estimate_training(model: nn.Module, input_shape: Iterable[int]) -> TrainingEstimate:
+def estimate_training(model: nn.Module, input_shape: list[int] | tuple[int, ...]) -> TrainingEstimate:
     """Tells what a training step of an injected model takes, beside full fine-tuning, without computing one.
 
     The step is run on a copy of the model without elements: it takes no memory to speak of, and the time of the Python code.
@@ -107,7 +107,7 @@ def estimate_training(model: nn.Module, input_shape: Iterable[int]) -> TrainingE
         >>> round(estimate.adapters.saved_bytes / 2**20), round(estimate.full.saved_bytes / 2**20)
         (59, 165)
     """
-    shape = tuple(input_shape) if isinstance(input_shape, Iterable) else ()
+    shape = tuple(input_shape) if isinstance(input_shape, list | tuple) else ()
     if not shape or any(type(size) is not int or size < 1 for size in shape):
         raise AdapterError(f"input_shape={input_shape!r}: give the sizes of an input, the batch first, such as (8, 3, 224, 224).")
     ledger = ledger_of(model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from resadapt.base.errors import InjectionError
+from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.names import listing
 from resadapt.base.nested import map_tensors, named_in
 from resadapt.base.spec import SetSpec
@@ -199,13 +199,19 @@ def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
 
     Raises:
         InjectionError: Nothing comes before the set, the first modules are random, or the model cannot be run without them.
+        AdapterError: The model does not take the samples.
     """
     check_plain(inputs, "input")
     with _quiet(model):
         recorder = _Recorder(sum(1 for _ in named_in(inputs)))
         recorder.start(spec.name)
-        with intercepted(model, [spec], recorder):
-            expected = call(model, inputs)
+        try:
+            with intercepted(model, [spec], recorder):
+                expected = call(model, inputs)
+        except AdapterError:
+            raise
+        except Exception as error:  # a model of anyone's may raise anything
+            raise AdapterError(f"The model does not take what the data give: {type(error).__name__}: {error}.") from error
         if not recorder.calls or not recorder.parted:
             what = "Nothing comes before" if recorder.parted else "The model did not run"
             raise InjectionError(f"{what} the adapters, norms and head of the set {spec.name!r}: there are no features to keep.")
