@@ -44,6 +44,7 @@ def head_run(tiny_dataset: Path, stage1_file: Make, tmp_path_factory: pytest.Tem
         (["--lr-head", "nan"], "argument --lr-head: is nan, expected a number, 0 or more"),
         (["--weight-decay", "inf"], "argument --weight-decay: is inf, expected a number, 0 or more"),
         (["--adapter-options", "dora"], "argument --adapter-options: is dora, expected NAME=VALUE"),
+        (["--adapter-options", "layers=3"], "argument --adapter-options: is layers=3, which is no option of a family"),
         (["--adapter-budget", "0"], "argument --adapter-budget: is 0, expected 1 or more"),
         (["--adapter-budget", "100000"], "--adapter-budget goes with --use-adapters"),
         (["--blocks", "0"], "argument --blocks: is 0, expected 1 or more"),

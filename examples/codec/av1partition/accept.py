@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from resadapt import inject_adapters
+
 # NumPy takes no larger seeds, and none below 0.
 HIGHEST_SEED = 2**32 - 1
+_OWN_FLAGS = {*inspect.signature(inject_adapters).parameters, "cascade", "task", "size", "budget", "quantizer"}
 
 
 def whole(text: str) -> int:
@@ -45,6 +49,10 @@ def option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise argparse.ArgumentTypeError(f"is {text}, expected NAME=VALUE")
+    if name in _OWN_FLAGS:
+        raise argparse.ArgumentTypeError(
+            f"is {text}, which is no option of a family; see the flags with --adapter- and --quantizer"
+        )
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
