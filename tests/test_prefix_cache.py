@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import random
 import signal
 import subprocess
@@ -200,6 +201,19 @@ def test_files_are_used_again_and_what_is_damaged_is_computed_again(tmp_path: Pa
     (path / "0.bin").write_bytes(raw[:100])
     cache = cache_prefix(again, data(), path, batch_size=BATCH)
     assert all(torch.equal(cache[i][0], wanted[i]) for i in range(11))
+
+
+def test_workers_map_the_files_themselves(tmp_path: Path) -> None:
+    sizes = []
+    for path in (tmp_path / "features", None):
+        cache = cache_prefix(resnet(layers="layer4"), data(), path)
+        sent = pickle.dumps(cache)
+        sizes.append(len(sent))
+        copied = pickle.loads(sent)
+        assert all(torch.equal(copied[i][0], cache[i][0]) for i in range(11))
+        with pytest.raises(resadapt.InjectionError, match="copy of the features without the model"):
+            copied.forward(cache[0][0][None])
+    assert sizes[0] + 11 * 512 * 4 < sizes[1] < 100_000, "neither the model nor features in files"
 
 
 KILLED = """

@@ -280,10 +280,25 @@ class _Rows:
         }
         if self._path is not None:
             _agree(self._path, manifest)
-        self._arrays = [self._array(f"{number}.bin", dtype, shape) for number, (dtype, shape) in enumerate(shapes)]
+        self._shapes = shapes
+        self._open()
+        if self._path is not None:
+            self._compare(source)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what is in files: a worker of a DataLoader maps them itself."""
+        return self.__dict__ | ({} if self._path is None else {"_arrays": [], "_digests": None})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Maps the files again."""
+        self.__dict__ = state
+        if self._path is not None:
+            self._open()
+
+    def _open(self) -> None:
+        self._arrays = [self._array(f"{number}.bin", *array) for number, array in enumerate(self._shapes)]
         if self._path is not None:
             self._digests = self._array("digests.bin", torch.uint8, (2 * _DIGEST,))
-            self._compare(source)
 
     @property
     def nbytes(self) -> int:
