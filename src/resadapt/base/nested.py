@@ -40,8 +40,11 @@ def map_tensors(value: object, function: Callable[[Tensor], Tensor]) -> object:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
+        mapped = {key: map_tensors(item, function) for key, item in value.items()}
+        if type(value) is dict:
+            return mapped
         changed = copy.copy(value)  # of the same kind: an OrderedDict stays one
-        changed.update({key: map_tensors(item, function) for key, item in value.items()})
+        changed.update(mapped)
         return changed
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_tensors(item, function) for item in value))  # type: ignore[arg-type]
