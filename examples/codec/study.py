@@ -17,6 +17,7 @@ from pathlib import Path
 import ablation
 import diagnosis
 import evaluate
+import families
 import mystery
 import run_pipeline
 import torch
@@ -72,6 +73,7 @@ def steps() -> Iterator[Step]:
     both = "{runs}/stage1_study/stage1.pt {runs}/stage1_kinds/stage1.pt"
     flags = f"--stage1-models {both} --output-dir {{runs}}/diagnosis"
     yield Step("diagnosis", diagnosis.main, flags, "diagnosis/diagnosis.md", "diagnosis")
+    yield Step("families", families.main, "--runs-dir {runs} --jobs {jobs}", "families/families.md", "families")
     for name, stage1, variant, baseline in (
         ("stage2_study", "stage1_study", "v1", "frozen"),
         ("stage2", "stage1_kinds", STAGE2, "kinds-frozen-rare"),

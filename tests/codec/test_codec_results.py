@@ -8,6 +8,7 @@ from typing import Any
 
 import ablation
 import diagnosis
+import families
 import mystery
 import pytest
 import run_pipeline
@@ -27,6 +28,7 @@ def test_tables_are_those_of_the_figures() -> None:
     tables = {
         "ablation/ablation": table(read("ablation/ablation.json")),
         "diagnosis/diagnosis": diagnosis.table(read("diagnosis/diagnosis.json")["rows"]),
+        "families/families": families.table(read("families/families.json")),
         "mystery/mystery": mystery.table(read("mystery/mystery.json")["cases"]),
         **{f"{name}/pipeline": run_pipeline.table(read(f"{name}/pipeline.json")) for name in PIPELINES},
     }
@@ -46,6 +48,13 @@ def test_verdicts_follow_from_the_figures() -> None:
 def test_every_variant_and_every_part_was_made_with_the_flags_of_now() -> None:
     validation = read("ablation/ablation.json")["validation"]
     assert {name: each["flags"] for name, each in validation.items()} == {each.name: each.flags for each in VARIANTS}
+    found = read("families/families.json")
+    assert {name: each["flags"] for name, each in found["some"].items()} == {each.name: each.flags for each in families.methods()}
+    assert set(found["all"]) == set(families.finalists(found["some"]))
+    for each in (*found["some"].values(), *found["all"].values()):
+        assert set(each["rates"]) in ({*families.RATES}, {each["rate"]})
+        assert each["val"]["values"][0] == max(each["rates"].values()), "the rate is the best of the first seed"
+        assert len(each["val"]["values"]) == len(each["test"]["values"]) == len(families.SEEDS)
     made = read("study.json")
     assert list(made["commands"]) == [step.name for step in study.steps()]
     assert set(made["commands"]) == set(made["seconds"])
