@@ -5,7 +5,6 @@ $ .venv/bin/python benchmarks/reuse.py
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
-from training import CLASSES, machine, report, timed
+from training import CLASSES, command_line, machine, report, timed
 
 from resadapt import cache_prefix, forward_all, inject_adapters, optimize_backbone, set_active_adapters
 
@@ -92,13 +91,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, and write JSON and a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--size", type=int, default=224, help="pixels (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    options = command_line(__doc__, 7).parse_args()
     result = {
         "what": f"ResNet-18, adapters after the last stage and a head, {options.batch} pictures of {options.size} pixels, float32",
         "machine": machine(1, options.rounds),

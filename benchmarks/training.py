@@ -203,16 +203,22 @@ def report(name: str, result: dict[str, Any], text: str) -> None:
     print(text)
 
 
-def main() -> None:
-    """Measure, and write JSON and a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=BUILDS, default="resnet18", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--size", type=int, default=224, help="pixels (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
-    options = parser.parse_args()
+def command_line(about: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Flags of the benchmarks that run on one core, which this sees to, with the same random numbers each time."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--size", type=int, default=224, help="pixels (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
+    return parser
+
+
+def main() -> None:
+    """Measure, and write JSON and a table."""
+    parser = command_line(__doc__, 9)
+    parser.add_argument("--model", choices=BUILDS, default="resnet18", help="default: %(default)s")
+    options = parser.parse_args()
     result = {
         "what": f"{options.model}, {options.batch} pictures of {options.size} pixels, float32",
         "machine": machine(1, options.rounds),

@@ -50,7 +50,13 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     },
     {
         "parameters": (("trainable",), ("suggest", "summary")),
-        "lean": (("prefix", "estimate"), ("functions", "cache"), ("layers", "pairs"), ("blocks",), ("optimize",)),
+        "lean": (
+            ("absent", "samples", "estimate"),
+            ("functions", "prefix"),
+            ("layers", "pairs", "feature_rows"),
+            ("blocks", "cache"),
+            ("optimize",),
+        ),
         "deploy": (("plain_copy",), ("inference_copy", "fold")),
         "proof": (
             ("report", "ranks", "probe", "drift", "state"),

@@ -122,7 +122,7 @@ def test_other_outputs_and_inputs() -> None:
     video = injected(seeded(r3d_18, num_classes=3), "layer4", 4).eval()
     clips = torch.randn(3, 3, 4, 16, 16)
     cache = cache_prefix(video, TensorDataset(clips), batch_size=3)
-    (features,) = next(iter(DataLoader(cache, 3))) if isinstance(cache[0], tuple) else (next(iter(DataLoader(cache, 3))),)
+    features = next(iter(DataLoader(cache, 3)))
     assert torch.equal(cache.forward(features), video(clips))
 
     class Keywords(Dataset[Any]):
@@ -389,7 +389,6 @@ def test_other_sets_on_the_same_features() -> None:
     resadapt.set_active_adapters(model.eval(), "first")
     cache = cache_prefix(model, TensorDataset(x), batch_size=5)
     features = next(iter(DataLoader(cache, 5)))
-    features = features[0] if isinstance(features, list) else features
     for name in ("first", "later"):
         resadapt.set_active_adapters(model, name)
         assert torch.equal(cache.forward(features), model(x))

@@ -19,9 +19,11 @@ __all__ = [
     "is_sharded",
     "plain_parts",
     "raw_bytes",
+    "row_digests",
     "same_bits",
     "sha256",
     "sha256_of_each",
+    "stamp",
     "whole",
 ]
 
@@ -62,6 +64,11 @@ def address(tensor: Tensor) -> int:
         return id(tensor)
 
 
+def stamp(tensor: Tensor) -> tuple[int, int, int, torch.dtype]:
+    """Returns what changes when a tensor is another one, moved, cast, or written by other means than its `data`."""
+    return id(tensor), address(tensor), 0 if tensor.is_inference() else tensor._version, tensor.dtype
+
+
 def raw_bytes(tensor: Tensor) -> bytes | memoryview:
     """Returns the elements of a tensor, in row-major order, as bytes; of one that is not plain, the elements of its parts."""
     parts = [_plain_bytes(part) for part in plain_parts(tensor)]
@@ -80,6 +87,19 @@ def sha256_of_each(tensors: Iterable[Tensor]) -> list[str]:
         return [sha256(tensor) for tensor in tensors]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(sha256, tensors))
+
+
+def row_digests(tensors: Iterable[Tensor], rows: int) -> Tensor:
+    """Returns the SHA-256 digest of each row of some tensors together, uint8 [rows, 32]."""
+    columns = [memoryview(raw_bytes(tensor)) for tensor in tensors if tensor.numel()]
+    digests = bytearray()
+    for row in range(rows):
+        digest = hashlib.sha256()
+        for column in columns:
+            size = len(column) // rows
+            digest.update(column[row * size : (row + 1) * size])
+        digests += digest.digest()
+    return torch.frombuffer(digests, dtype=torch.uint8).reshape(rows, -1)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

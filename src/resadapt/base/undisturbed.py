@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EAGERLY", "call", "is_undisturbed", "random_state", "random_states_kept", "undisturbed"]
+__all__ = ["EAGERLY", "call", "in_evaluation", "is_undisturbed", "random_state", "random_states_kept", "undisturbed"]
 
 
 @contextmanager
@@ -23,9 +23,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Put back are training flags, buffers, `requires_grad`, gradients, and the random states.
     """
-    modules = list(nn.Module.modules(model))
-    training = [(module, module.training) for module in modules]
-    buffers = [(module, {key: (b, None if b is None else b.clone()) for key, b in module._buffers.items()}) for module in modules]
+    buffers = [
+        (module, {key: (b, None if b is None else b.clone()) for key, b in module._buffers.items()})
+        for module in nn.Module.modules(model)
+    ]
     parameters = [(p, p.requires_grad, p.grad) for p in nn.Module.parameters(model)]
     devices = {parameter.device for parameter, _, _ in parameters} or {torch.device("cpu")}
     with ExitStack() as stack:
@@ -35,19 +36,29 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.callback(_inside.reset, _inside.set(True))
         for kind in {device.type for device in devices} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(in_evaluation(model))
         try:
-            for module in modules:  # not model.eval(), which a model may have made do more than this
-                module.training = False
             yield
         finally:
-            for module, mode in training:
-                module.training = mode
             for module, before in buffers:
                 _put_back(module, before)
             for parameter, requires_grad, gradient in parameters:
                 if parameter.requires_grad is not requires_grad:
                     parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Runs the body in evaluation mode, and puts the training flags back."""
+    training = [(module, module.training) for module in nn.Module.modules(model)]
+    try:
+        for module, _ in training:  # not model.eval(), which a model may have made do more than this
+            module.training = False
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
 
 
 def random_state() -> bytes:

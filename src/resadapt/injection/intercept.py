@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -55,6 +56,7 @@ class Prefix:
             self.position += 1
 
 
+@dataclass(eq=False)
 class Intercept:
     """What stands in the place of a module's forward.
 
@@ -67,23 +69,25 @@ class Intercept:
         adapted: Sets that adapt its output.
     """
 
-    def __init__(
-        self, prefix: Prefix, place: str, run: Callable[..., Any], plain: bool, own: Collection[str], adapted: Collection[str]
-    ) -> None:
-        self._prefix, self._place, self._run, self._plain, self._own, self._adapted = prefix, place, run, plain, own, adapted
+    prefix: Prefix
+    place: str
+    run: Callable[..., Any]
+    plain: bool
+    own: Collection[str]
+    adapted: Collection[str]
 
     @property
     def only_passes_on(self) -> bool:
         """Whether a module that is not called at all, because another computes it too, is nothing that this needs to know."""
-        return self._plain and not self._adapted and isinstance(self._run, MethodType)
+        return self.plain and not self.adapted and isinstance(self.run, MethodType)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module, or what stands for it."""
-        prefix = self._prefix
-        if prefix.name in self._own:
+        prefix = self.prefix
+        if prefix.name in self.own:
             prefix.parted = True
-        output = prefix.arrive(self._place, self._run, args, kwargs) if self._plain else self._run(*args, **kwargs)
-        if prefix.name in self._adapted:
+        output = prefix.arrive(self.place, self.run, args, kwargs) if self.plain else self.run(*args, **kwargs)
+        if prefix.name in self.adapted:
             prefix.parted = True
         return output
 

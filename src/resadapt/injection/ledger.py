@@ -81,6 +81,13 @@ class Ledger:
         return None if self.active is None else self.sets[self.active]
 
     @property
+    def needed_set(self) -> AdapterSet:
+        """The set that the model runs with now, where there must be one."""
+        if self.active is None:
+            raise InjectionError("No adapter set is active. Call set_active_adapters(model, name) first.")
+        return self.sets[self.active]
+
+    @property
     def running(self) -> list[AdapterSet]:
         """The sets that a forward runs with now: the active one, in a mixed batch those of its samples."""
         return [self.sets[name] for name in ((self.active,) if self.mixing is None else self.mixing) if name is not None]

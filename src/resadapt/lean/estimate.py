@@ -61,26 +61,17 @@ class TrainingEstimate:
 
     def __str__(self) -> str:
         """Shows a table."""
-        one, other = self.adapters, self.full
-        rows = [
-            ("trained parameters", f"{one.trained:,}", f"{other.trained:,}", one.trained / max(1, other.trained)),
-            *(
-                (what, f"{mine / 2**20:,.1f} MiB", f"{theirs / 2**20:,.1f} MiB", mine / max(1, theirs))
-                for what, mine, theirs in (
-                    ("saved for backward", one.saved_bytes, other.saved_bytes),
-                    ("peak of all tensors", one.peak_bytes, other.peak_bytes),
-                )
-            ),
-            *(
-                (what, f"{mine / 1e9:,.2f} GFLOP", f"{theirs / 1e9:,.2f} GFLOP", mine / max(1, theirs))
-                for what, mine, theirs in (
-                    ("forward", one.forward_flops, other.forward_flops),
-                    ("backward", one.backward_flops, other.backward_flops),
-                )
-            ),
-        ]
         lines = [f"{'a training step':<20}{'this model':>16}{'full fine-tuning':>20}"]
-        lines += [f"{what:<20}{mine:>16}{theirs:>20}  ({share:.1%})" for what, mine, theirs, share in rows]
+        for what, name, unit, form in (
+            ("trained parameters", "trained", 1, "{:,.0f}"),
+            ("saved for backward", "saved_bytes", 2**20, "{:,.1f} MiB"),
+            ("peak of all tensors", "peak_bytes", 2**20, "{:,.1f} MiB"),
+            ("forward", "forward_flops", 1e9, "{:,.2f} GFLOP"),
+            ("backward", "backward_flops", 1e9, "{:,.2f} GFLOP"),
+        ):
+            mine, theirs = getattr(self.adapters, name), getattr(self.full, name)
+            shown = [form.format(each / unit) for each in (mine, theirs)]
+            lines.append(f"{what:<20}{shown[0]:>16}{shown[1]:>20}  ({mine / max(1, theirs):.1%})")
         return "\n".join(lines)
 
 
@@ -110,9 +101,7 @@ def estimate_training(model: nn.Module, input_shape: list[int] | tuple[int, ...]
     shape = tuple(input_shape) if isinstance(input_shape, list | tuple) else ()
     if not shape or any(type(size) is not int or size < 1 for size in shape):
         raise AdapterError(f"input_shape={input_shape!r}: give the sizes of an input, the batch first, such as (8, 3, 224, 224).")
-    ledger = ledger_of(model)
-    if ledger.active is None:
-        raise InjectionError("No adapter set is active. Call set_active_adapters(model, name) first.")
+    _ = ledger_of(model).needed_set
     try:
         with EAGERLY:
             adapted, full = (_without_elements(unwrap(model)) for _ in range(2))

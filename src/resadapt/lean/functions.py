@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from typing_extensions import override
 
-from resadapt.lean.prefix import Absent
+from resadapt.lean.absent import Absent
 
 __all__ = [
     "PLAIN",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from resadapt.base.tensors import stamp
 from resadapt.base.undisturbed import is_undisturbed
 from resadapt.injection.freeze import FOLDED, FrozenStatistics, Overlay
 from resadapt.injection.intercept import Intercept
@@ -40,10 +41,7 @@ class FoldedPair:
 
     def of(self, convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, ...]:
         """Returns weight and bias, which are made anew when a tensor they were made from was changed or moved."""
-        made_from = [
-            None if part is None else (id(part), part.data_ptr(), 0 if part.is_inference() else part._version, part.dtype)
-            for part in _parts(convolution, norm)
-        ]
+        made_from = [None if part is None else stamp(part) for part in _parts(convolution, norm)]
         tensors = self.tensors
         if not tensors or made_from != self._made_from:
             tensors = _fold(convolution, norm)

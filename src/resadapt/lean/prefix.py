@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -17,95 +17,16 @@ from resadapt.base.names import listing
 from resadapt.base.nested import map_tensors, named_in
 from resadapt.base.spec import SetSpec
 from resadapt.base.tensors import same_bits
-from resadapt.base.undisturbed import EAGERLY, call, random_states_kept
+from resadapt.base.undisturbed import EAGERLY, call, in_evaluation, random_states_kept
 from resadapt.injection.intercept import Prefix, intercepted
 from resadapt.injection.walk import backbone_modules
+from resadapt.lean.absent import Absent, Form, NeededError
 
-__all__ = ["Absent", "NeededError", "Plan", "check_plain", "continued", "plan_for", "values_for"]
-
-_FORM = {
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex),
-    *(torch.is_floating_point, torch.is_complex, torch.is_tensor),
-    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "layout", "requires_grad", "is_nested", "is_sparse")),
-}
-"""What can be asked of a tensor without its elements."""
-
-
-class NeededError(Exception):
-    """Something computed with tensors whose elements are not there."""
-
-    def __init__(self, numbers: Collection[int]) -> None:
-        super().__init__(f"values {sorted(numbers)} are needed")
-        self.numbers = {*numbers}
+__all__ = ["Plan", "continued", "plan_for", "values_for"]
 
 
 class _DoneError(Exception):
     """All that was wanted has been computed."""
-
-
-class Absent(Tensor):
-    """A tensor that has a form and no elements, and says so when something is computed with it."""
-
-    number: int
-    at: torch.device
-
-    @classmethod
-    def of(cls, form: Form, number: int, rows: int, at: torch.device) -> Absent:
-        """Makes one."""
-        absent = Tensor._make_subclass(cls, torch.empty(form.sizes(rows), dtype=form.dtype, device="meta"))
-        absent.number, absent.at = number, at
-        return absent
-
-    @override
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.device.__get__:
-            return args[0].at
-        if func in _FORM:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        raise NeededError({tensor.number for _, tensor in named_in((args, kwargs)) if isinstance(tensor, cls)})
-
-
-@dataclass(frozen=True)
-class Form:
-    """What is known of a tensor that one of the first modules returns.
-
-    Args:
-        name: Where it comes from, for messages.
-        shape: Sizes, of a batch of `batch`.
-        batch: Number of samples.
-        dtype: Of the elements.
-        channels_last: Whether its channels lie side by side in memory.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    batch: int
-    dtype: torch.dtype
-    channels_last: bool
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor, batch: int) -> Form:
-        """Looks at a tensor."""
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-        channels_last = last is not None and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
-        return cls(name, tuple(tensor.shape), batch, tensor.dtype, channels_last)
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether there is a row for each sample."""
-        return len(self.shape) > 0 and self.shape[0] == self.batch
-
-    def sizes(self, rows: int) -> tuple[int, ...]:
-        """Returns the sizes with another number of samples."""
-        return (rows, *self.shape[1:]) if self.has_rows else self.shape
-
-    def laid_out(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor of this form as the module would have it in memory."""
-        if not self.channels_last:
-            return tensor.contiguous()
-        return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d)
 
 
 @dataclass(frozen=True)
@@ -146,7 +67,7 @@ class _Recorder(Prefix):
     def call(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs the module."""
         output = run(*args, **kwargs)
-        check_plain(output, f"output of {place!r}")
+        _check_plain(output, f"output of {place!r}")
         self.calls.append((place, map_tensors(output, self._keep)))
         if len(self.calls) == self._stop:
             raise _DoneError
@@ -201,7 +122,7 @@ def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
         InjectionError: Nothing comes before the set, the first modules are random, or the model cannot be run without them.
         AdapterError: The model does not take the samples.
     """
-    check_plain(inputs, "input")
+    _check_plain(inputs, "input")
     with _quiet(model):
         recorder = _Recorder(sum(1 for _ in named_in(inputs)))
         recorder.start(spec.name)
@@ -228,7 +149,7 @@ def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
                 break
             if found.numbers <= {*plan.needed}:
                 raise InjectionError("The model does not call the same modules each time. Its features cannot be kept.")
-            plan = Plan(spec, plan.inputs, plan.calls, plan.forms, tuple(sorted({*plan.needed, *found.numbers})))
+            plan = replace(plan, needed=tuple(sorted({*plan.needed, *found.numbers})))
     if ragged := [forms[number].name for number in plan.needed if not forms[number].has_rows]:
         raise InjectionError(
             f"The model needs the {listing(ragged)}, which has no row for each sample. Its features cannot be kept."
@@ -275,7 +196,7 @@ def continued(model: nn.Module, plan: Plan, sets: Iterable[SetSpec], values: Map
         return needed
 
 
-def check_plain(value: object, what: str) -> None:
+def _check_plain(value: object, what: str) -> None:
     """Refuses a value that may have tensors in it where nobody sees them.
 
     Raises:
@@ -283,15 +204,15 @@ def check_plain(value: object, what: str) -> None:
     """
     if isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
-            check_plain(item, what)
+            _check_plain(item, what)
     elif not isinstance(value, Tensor | int | float | str | None):
         raise InjectionError(f"The {what} has {type(value).__name__} in it, where only tensors in dicts and lists can be kept.")
 
 
 def _check_repeats(model: nn.Module, spec: SetSpec, inputs: object, once: _Recorder) -> None:
     """Refuses first modules that do not return the same in training, where they must."""
+    _set_training(model, True)
     for _ in range(2):
-        _set_training(model, True)
         again = _Recorder(min(once.values), len(once.calls))
         again.start(spec.name)
         with intercepted(model, [spec], again), suppress(_DoneError):
@@ -315,14 +236,7 @@ def _set_training(model: nn.Module, training: bool) -> None:
 
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Runs the body without gradients, eagerly, and puts training flags and random states back."""
-    flags = [(module, module.training) for module in nn.Module.modules(model)]
+    """Runs the body in evaluation mode, without gradients, eagerly, and puts training flags and random states back."""
     devices = {parameter.device for parameter in nn.Module.parameters(model)} or {torch.device("cpu")}
-    try:
-        with torch.no_grad(), random_states_kept(devices), EAGERLY:
-            for module, _ in flags:
-                module.training = False
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+    with torch.no_grad(), random_states_kept(devices), EAGERLY, in_evaluation(model):
+        yield

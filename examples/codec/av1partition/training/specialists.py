@@ -119,16 +119,10 @@ def train_specialist(
     if what != "network":
         size, dropout = options.adapter_bottleneck, options.adapter_dropout
         layers = options.adapter_layers if what == "adapters" else ()
-        kind = (
-            {
-                "family": options.adapter_family,
-                "norm": options.adapter_norm,
-                "budget": options.adapter_budget,
-                **dict(options.adapter_options),
-            }
-            if what == "adapters"
-            else {}
-        )
+        kind = {}
+        if what == "adapters":
+            kind = {"family": options.adapter_family, "norm": options.adapter_norm, "budget": options.adapter_budget}
+            kind |= dict(options.adapter_options)
         adapt(cascade, task, size, dropout, layers=layers, quantizer=options.quantizer, **kind).to(device)
         rates["lr_adapter"] = options.lr_adapter
         model: nn.Module = Answers(cascade, task)

@@ -1,0 +1,109 @@
+"""A data set in batches that can be begun anywhere, or a refusal if it cannot be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from resadapt.base.errors import AdapterError
+from resadapt.base.nested import named_in
+from resadapt.base.tensors import raw_bytes, row_digests
+from resadapt.base.undisturbed import random_state, random_states_kept
+
+__all__ = ["Samples", "split"]
+
+_MOST = 1_000_000
+
+
+class Samples:
+    """The data, in batches that can be begun anywhere.
+
+    Raises:
+        AdapterError: They have no length, are random, or cannot be kept.
+    """
+
+    def __init__(self, data: Any, batch_size: int, num_workers: int, variants: int) -> None:
+        self._options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+        if isinstance(data, DataLoader):
+            self._options |= {"num_workers": data.num_workers, "collate_fn": data.collate_fn}
+            if data.batch_size is not None:
+                self._options["batch_size"] = data.batch_size
+            data = data.dataset
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("variants", variants, 1)):
+            if type(value) is not int or not least <= value <= _MOST:
+                raise AdapterError(f"{name}={value!r}: give a whole number from {least} to {_MOST:,}.")
+        if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            raise AdapterError(f"{type(data).__name__} has no samples by number, or no length: give a data set with both.")
+        try:
+            self.data, self.variants, self.length = data, variants, len(data)
+            few = [number * self.length // 3 for number in range(3)] if self.length else []
+            with random_states_kept([]):
+                before = random_state()
+                self.some, again = (split(self._batch(few)) for _ in range(2))
+                self.is_random = before != random_state() or _bytes_of(self.some) != _bytes_of(again)
+        except AdapterError:
+            raise
+        except Exception as error:  # a data set of anyone's may raise anything
+            raise AdapterError(f"{type(data).__name__} gives no batch of samples: {type(error).__name__}: {error}.") from error
+        if self.is_random and variants == 1:
+            raise AdapterError(
+                "The data are random: a sample draws random numbers, or is not twice the same (augmentation?). Take that out, or "
+                "give variants=, how many draws of each sample to keep."
+            )
+
+    def batches(self, row: int, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> Iterator[tuple[slice, Any]]:
+        """Walks the batches from a row on, with the rows that they are; the last of each draw has more samples, to be full."""
+        size = min(self._options["batch_size"], self.length)
+        while row < self.length * self.variants:
+            first = row % self.length
+            numbers = [*range(first, self.length)]
+            numbers += [numbers[-1]] * (-len(numbers) % size)  # kernels may round differently for another number of samples
+            own = None if self.is_random else torch.Generator()  # else a loader draws from torch's, even where nothing is random
+            for batch in progress(DataLoader(Subset(self.data, numbers), shuffle=False, generator=own, **self._options)):
+                end = min(row + size, row - row % self.length + self.length)
+                yield slice(row, end), batch
+                row = end
+
+    def digests(self, batch: Any) -> Tensor:
+        """Returns the digest of each sample of a batch; of what is not random of it."""
+        inputs, rest = split(batch)
+        parts = [*(() if self.is_random else (tensor for _, tensor in named_in(inputs))), *rest]
+        return row_digests(parts, _count(inputs))
+
+    def digests_of(self, numbers: list[int]) -> Tensor:
+        """Returns the digests of some samples."""
+        with random_states_kept([]):
+            return torch.cat([self.digests(self._batch([number])) for number in numbers])
+
+    def _batch(self, numbers: list[int]) -> Any:
+        options = self._options | {"batch_size": len(numbers), "num_workers": 0}
+        return next(iter(DataLoader(Subset(self.data, numbers), generator=torch.Generator(), **options)))
+
+
+def split(batch: Any) -> tuple[Any, list[Tensor]]:
+    """Divides a batch into the model's inputs and the rest."""
+    inputs, *rest = batch if isinstance(batch, list | tuple) else [batch]
+    count = _count(inputs)
+    for number, value in enumerate(rest, 1):
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != count:
+            raise AdapterError(
+                f"Part {number} of a sample is {type(value).__name__} in a batch, where a tensor with a row for each sample can be "
+                "kept. Return tensors and numbers."
+            )
+    return inputs, rest
+
+
+def _count(inputs: Any) -> int:
+    """Returns the number of samples in a batch."""
+    tensors = [tensor for _, tensor in named_in(inputs)]
+    if not tensors or any(tensor.ndim == 0 or len(tensor) != len(tensors[0]) for tensor in tensors):
+        raise AdapterError(f"The input of a batch is {type(inputs).__name__}: tensors with a row for each sample are needed.")
+    return len(tensors[0])
+
+
+def _bytes_of(samples: tuple[Any, list[Tensor]]) -> list[bytes]:
+    return [bytes(raw_bytes(tensor)) for _, tensor in named_in(samples)]
