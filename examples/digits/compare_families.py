@@ -68,6 +68,7 @@ ENTRIES = (
     Entry("norms: affine and statistics", norm="affine+stats"),
     Entry("ssf at norms", NORMS, "ssf"),
     Entry("series behind blocks 0-4", "blocks.[0-4].*", "series"),
+    Entry("parallel at 1x1 convolutions of blocks 0-2", "blocks.[0-2].*.conv_pw*", "parallel"),
     *(
         Entry(f"{about}, {budget:.0%}", layers, family, budget, norm, options)
         for budget in reversed(BUDGETS)
@@ -77,10 +78,10 @@ ENTRIES = (
             ("mona behind blocks", BLOCKS, "mona", "frozen", {}),
             ("conv behind 1x1 convolutions", POINTWISE, "conv", "frozen", {"scheme": "conv-sequential"}),
             ("lora at 1x1 convolutions", POINTWISE, "lora", "frozen", {}),
+            ("dora at 1x1 convolutions", POINTWISE, "lora", "frozen", {"dora": True}),
             ("lora, and own norms", POINTWISE, "lora", "affine+stats", {}),
             ("bottleneck, and own norms", BLOCKS, "bottleneck", "affine+stats", {}),
         )
-        if budget == max(BUDGETS) or family in ("pooled", "lora", "bottleneck")
     ),
 )
 
