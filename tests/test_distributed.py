@@ -61,6 +61,10 @@ DDP = """
     assert backbone_bytes(model.module, ("fc",)) == frozen
     if rank == 0:
         assert resadapt.save_adapters(model, out, rebuild=small_resnet).ok
+
+    lean = fit(nn.parallel.DistributedDataParallel(resadapt.optimize_backbone(injected())), mine())
+    assert torch.allclose(lean(x), expected, atol=1e-5), (lean(x) - expected).abs().max()
+    assert backbone_bytes(lean.module, ("fc",)) == frozen
 """
 
 DDP_MIXED = """
@@ -130,6 +134,9 @@ FSDP2 = """
     model = fit(sharded(injected()), mine())
     assert torch.allclose(model(x), expected, atol=1e-5), (model(x) - expected).abs().max()
     assert resadapt.check_backbone(model).ok
+    lean = fit(sharded(resadapt.optimize_backbone(injected())), mine())
+    assert torch.allclose(lean(x), expected, atol=1e-5), (lean(x) - expected).abs().max()
+    assert resadapt.check_backbone(lean).ok
     state = resadapt.adapter_state_dict(model)
     assert not any(hasattr(value, "full_tensor") for value in state.values())
     for key, value in resadapt.adapter_state_dict(eager).items():

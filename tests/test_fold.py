@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from support import images, picture, scramble, small_net, small_resnet
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torchvision.models import ResNet, resnet18, resnext50_32x4d
 
 import resadapt
+from resadapt.adapters import FAMILIES
 
 LINEAR: list[tuple[dict[str, Any], str]] = [
     ({"family": "series"}, "layer*.*.conv2"),
@@ -202,3 +204,121 @@ def test_sums_that_there_are_not(weights: Any, name: str, error: type[Exception]
     with pytest.raises(error, match=message):
         resadapt.combine_adapters(model, weights, name)
     assert picture(model) == before
+
+
+@pytest.mark.parametrize("active", ["a", "b", None])
+def test_a_sum_has_the_head_of_its_sets_whichever_is_active(active: str | None) -> None:
+    model, x = small_resnet(classes=5).eval(), images()
+    for name in ("a", "b"):
+        head = {"fc": nn.Sequential(nn.Linear(512, 4), nn.Sigmoid(), nn.Linear(4, 3))}
+        resadapt.inject_adapters(model, "layer4", 4, name=name, head=head)
+    resadapt.set_active_adapters(model, "a")
+    expected = model.eval()(x)
+    for order in (("a", "b"), ("b", "a")):
+        resadapt.set_active_adapters(model, active)
+        resadapt.combine_adapters(model, {name: float(name == "a") for name in order}, "sum")
+        assert torch.equal(model.eval()(x), expected)
+        assert [info.name for info in resadapt.list_adapters(model) if info.active] == ["sum"]
+        resadapt.remove_adapters(model, "sum")
+
+
+@pytest.mark.parametrize("name", ["a", "not a name", "train"])
+def test_a_sum_that_cannot_be_put_in_leaves_the_model_as_it_was(name: str) -> None:
+    model = resadapt.inject_adapters(small_resnet(), "layer4", 4, name="a", head="fc")
+    before = picture(model)
+    with pytest.raises(resadapt.AdapterError):
+        resadapt.combine_adapters(model, {"a": 1.0}, name)
+    assert picture(model) == before
+    assert resadapt.list_adapters(model)[0].active
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda module: module.weight, "folded returned Parameter"),
+        (lambda module: (module.weight[:1], None), "folded returned"),
+        (lambda module: (module.weight, torch.zeros(64)), "folded returned"),
+        (lambda module: None, "folded returned None"),
+        (lambda module: module.nothing, "AttributeError: .*nothing"),
+    ],
+)
+def test_what_a_family_of_ones_own_folds_into(result: Any, message: str) -> None:
+    class Odd(resadapt.Adapter):
+        def __init__(self, site: Any) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+        def folded(self, module: nn.Module) -> Any:
+            return result(module)
+
+    resadapt.register_family("odd")(Odd)
+    try:
+        model = resadapt.inject_adapters(small_resnet(), "layer1.0.conv1", family="odd")
+        with pytest.raises(resadapt.AdapterError, match=rf"'layer1.0.conv1' \(Conv2d\): {message}"):
+            resadapt.fold_adapters(model)
+    finally:
+        FAMILIES.pop("odd")
+
+
+def _pruned(module: nn.Module) -> None:
+    prune.l1_unstructured(module, "bias", amount=0.5)
+
+
+def _parametrized(module: nn.Module) -> None:
+    parametrize.register_parametrization(module, "bias", nn.Softplus())
+
+
+@pytest.mark.parametrize("computed", [_pruned, _parametrized])
+@pytest.mark.parametrize("family", ["series", "ssf", "lora", "parallel"])
+def test_a_bias_that_is_computed_cannot_take_anything_up(computed: Any, family: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    computed(model[0])
+    resadapt.inject_adapters(model, {"0": 2} if family == "lora" else "0", family=family)
+    model(torch.randn(1, 3, 8, 8))
+    with pytest.raises(resadapt.AdapterError, match=r"computes its (weight or )?bias from other tensors"):
+        resadapt.fold_adapters(model)
+
+
+class Elsewhere(nn.Module):
+    """Its weight is used once more, or only, by a function."""
+
+    def __init__(self, only: bool) -> None:
+        super().__init__()
+        self.conv, self.only = nn.Conv2d(3, 3, 3, padding=1), only
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x if self.only else self.conv(x), self.conv.weight, padding=1)
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_a_weight_that_is_used_elsewhere_too_is_found_out(only: bool) -> None:
+    model = resadapt.inject_adapters(Elsewhere(only).eval(), "conv", family="parallel", init="he")
+    before = picture(model)
+    with pytest.raises(resadapt.AdapterError, match="gives other outputs than the model"):
+        resadapt.fold_adapters(model)
+    assert picture(model) == before
+
+
+def test_a_sum_of_a_model_that_was_converted() -> None:
+    for convert in (nn.Module.half, nn.Module.double):
+        model = small_resnet()
+        for name in ("a", "b"):
+            resadapt.inject_adapters(model, "layer4", 4, name=name, head="fc", norm="affine")
+        convert(model)
+        states = [resadapt.adapter_state_dict(model, name) for name in ("a", "b")]
+        assert {t.dtype for state in states for t in state.values() if t.is_floating_point()} == {model.conv1.weight.dtype}
+        resadapt.combine_adapters(model, {"a": 0.3, "b": 0.7}, "sum")
+        total = resadapt.adapter_state_dict(model, "sum")
+        for key, tensor in total.items():
+            if tensor.is_floating_point():
+                expected = 0.3 * states[0][key].double() + 0.7 * states[1][key].double()
+                assert torch.equal(tensor, expected.to(tensor.dtype)), key
+
+
+def test_a_weight_of_a_sum_that_is_too_large() -> None:
+    model = resadapt.inject_adapters(small_resnet(), "layer4", 4, name="a")
+    with pytest.raises(resadapt.AdapterError, match="not a finite number"):
+        resadapt.combine_adapters(model, {"a": 10**400}, "c")

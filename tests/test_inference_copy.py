@@ -87,7 +87,7 @@ def test_hooks_of_ones_own_see_what_they_saw() -> None:
     expected = model.eval()(X)
     assert torch.equal(resadapt.inference_copy(model)(X), expected)
     for each in seen.values():
-        assert torch.equal(each[0], each[1])
+        assert torch.equal(each[0], each[-1])
     assert not torch.equal(seen["before"][0], seen["after"][0])
 
 
@@ -189,3 +189,11 @@ def test_a_site_that_takes_several_arguments() -> None:
     assert torch.equal(plain(X), model(X))
     assert torch.equal(torch.export.export(plain, (X,)).module()(X), model(X))
     assert isinstance(plain.block, nn.Sequential)
+
+
+def test_a_module_whose_attributes_are_read_by_the_one_around_it() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    resadapt.inject_adapters(model, "linear1", 2, family="lora", init="normal", example_input=x)
+    with pytest.raises(resadapt.AdapterError, match="The copy does not run where the model does: AttributeError"):
+        resadapt.inference_copy(model)

@@ -20,7 +20,7 @@ OPTIONAL = {"safetensors"}
 FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "base": (
-            ("version", "errors", "names", "spec", "tensors", "nested", "undisturbed"),
+            ("version", "errors", "names", "spec", "tensors", "nested", "undisturbed", "checkpointed"),
             ("arguments", "inputs", "module_record", "blueprint"),
             ("fingerprint",),
         ),
@@ -57,7 +57,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("blocks", "cache"),
             ("optimize",),
         ),
-        "deploy": (("plain_copy",), ("inference_copy", "fold")),
+        "deploy": (("plain_copy", "same_outputs"), ("inference_copy", "fold")),
         "proof": (
             ("report", "ranks", "probe", "drift", "state"),
             ("reconstruction", "evidence", "loading", "combine"),

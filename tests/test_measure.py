@@ -239,3 +239,9 @@ def test_sequences_with_the_batch_in_the_second_dimension() -> None:
     with pytest.raises(resadapt.InjectionError, match=r"'layer' has a MultiheadAttention with batch_first=False"):
         resadapt.inject_adapters(Sequences(False), "layer", 2)
     assert only_site(resadapt.inject_adapters(Sequences(True), "layer", 2)).channel_dim == -1
+
+
+def test_complex_numbers_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.complex64))
+    with pytest.raises(resadapt.InjectionError, match="'0' computes with complex numbers"):
+        resadapt.inject_adapters(model, "0", 2, family="lora")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 from functools import lru_cache
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import images, small_net
+from support import images, small_net, small_resnet
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import resadapt
+from resadapt.adapters import FAMILIES
 from resadapt.injection.ledger import adapter_tensors, ledger_of, own_tensors
 
 SETS: dict[str, dict[str, Any]] = {
@@ -218,3 +221,202 @@ def test_many_sets_on_one_backbone() -> None:
     model.eval()
     with resadapt.adapters_for(model, [f"s{63 - number}" for number in range(64)]):
         assert model(x)[:, 0].tolist() == [float(63 - number) for number in range(64)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations_are_computed_anew_with_the_same_sets(reentrant: bool) -> None:
+    """Or not at all: gradients of another set's numbers would be wrong ones."""
+
+    def built(checkpointed: bool) -> Any:
+        torch.manual_seed(0)
+        model = small_resnet()
+        for name in ("a", "b"):
+            resadapt.inject_adapters(model, "layer*.*", 8, name=name, head="fc", dropout=0.0)
+        if checkpointed:
+            layer4 = model.layer4.forward
+            model.layer4.forward = lambda x: checkpoint(layer4, x, use_reentrant=reentrant)
+        return model.train()
+
+    model, expected, x = built(True), built(False), images(3)
+    for each in (model, expected):
+        with resadapt.adapters_for(each, ["a", "b", "a"]):
+            each(x).square().sum().backward()
+    for name in ("a", "b"):
+        for key, gradient in gradients_of(model, name).items():
+            torch.testing.assert_close(gradient, gradients_of(expected, name)[key], msg=key)
+
+    outside = "computed anew for the backward pass, with 'b' where it was .* call backward before sets are switched"
+    with resadapt.adapters_for(model, ["a", "b", "a"]):
+        loss = model(x).square().sum()
+    with pytest.raises(resadapt.InjectionError, match=outside):
+        loss.backward()
+    resadapt.set_active_adapters(model, "a")
+    loss = model(x).square().sum()
+    resadapt.set_active_adapters(model, "b")
+    with pytest.raises(resadapt.InjectionError, match=outside):
+        loss.backward()
+    resadapt.set_active_adapters(model, "a")
+    loss = model(x).square().sum()
+    with torch.no_grad(), resadapt.adapters_disabled(model.eval()):  # an evaluation on the way changes nothing
+        model(x)
+    loss.backward()
+
+
+class Tiny(nn.Module):
+    """Channels that do not change, and a head of several layers."""
+
+    def __init__(self, *inside: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.fc = nn.Sequential(nn.Linear(8, 6), *inside, nn.Linear(6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+
+def tiny(*inside: nn.Module, names: tuple[str, ...] = ("a", "b", "c"), **arguments: Any) -> Any:
+    torch.manual_seed(0)
+    model = Tiny(*inside)
+    options = {"layers": "conv", "bottleneck": 4, "family": "bottleneck", "init": "normal", "head": "fc"} | arguments
+    for name in names:
+        resadapt.inject_adapters(model, name=name, **options)
+    return model.train()
+
+
+def trained(model: nn.Module) -> dict[str, bool]:
+    return {name: all(t.requires_grad for _, t in adapter_tensors(model, record.spec)) for name, record in _sets(model).items()}
+
+
+def reached(model: nn.Module) -> dict[str, set[bool]]:
+    return {name: {gradient is not None for gradient in gradients_of(model, name).values()} for name in _sets(model)}
+
+
+def _sets(model: nn.Module) -> Any:
+    return ledger_of(model).sets
+
+
+@pytest.mark.parametrize("active", ["a", "b", "c", None])
+@pytest.mark.parametrize("how", ["adapters_for", "forward_all"])
+@pytest.mark.parametrize("between", ["nothing", "disabled", "saved", "evaluated"])
+def test_every_step_trains_all_that_are_named(active: str | None, how: str, between: str, tmp_path: Any) -> None:
+    """Not the first alone: what temporarily runs another set leaves alone which ones are trained."""
+    model, x = tiny(), images(4)
+    resadapt.set_active_adapters(model, active)
+    for _ in range(3):
+        model.zero_grad()
+        if how == "adapters_for":
+            with resadapt.adapters_for(model, ["a", "b", "a", "b"]):
+                loss = model(x).square().sum()
+        else:
+            loss = sum(output.square().sum() for output in resadapt.forward_all(model, x, ["a", "b"]).values())
+        if between == "disabled":
+            with resadapt.adapters_disabled(model):
+                model(x)
+        elif between == "saved":
+            resadapt.save_adapters(model, tmp_path / "c", name="c")
+        elif between == "evaluated":
+            with torch.no_grad(), resadapt.adapters_for(model.eval(), ["c", "b", None, "a"]):
+                model(x)
+            model.train()
+        loss.backward()
+        assert reached(model) == {"a": {True}, "b": {True}, "c": {False}}
+    resadapt.set_active_adapters(model, "a")
+    assert trained(model) == {"a": True, "b": False, "c": False}
+    assert reached(model) == {"a": {True}, "b": {False}, "c": {False}}
+    resadapt.set_active_adapters(model, None)
+    assert trained(model) == {"a": False, "b": False, "c": False}
+
+
+def test_a_backward_pass_inside_of_a_plain_forward_reaches_the_adapters() -> None:
+    """As in distillation from the plain model."""
+    model, x = tiny(names=("a",)), images(2)
+    output = model(x)
+    with resadapt.adapters_disabled(model):
+        (output - model(x).detach()).square().sum().backward()
+    assert reached(model) == {"a": {True}}
+
+
+def test_inference_mode_makes_no_heads_that_cannot_be_trained() -> None:
+    model, x = tiny().double().eval(), images(2).double()
+    with torch.inference_mode(), resadapt.adapters_for(model, ["a", "b"]):
+        model(x)
+    resadapt.set_active_adapters(model, "a")
+    model.train()(x).sum().backward()
+    assert reached(model)["a"] == {True}
+
+
+def test_flags_and_hooks_inside_of_a_head_are_those_of_the_place() -> None:
+    model, x = tiny(nn.BatchNorm1d(6)), images(4)
+    resadapt.set_active_adapters(model, "a")
+    model.fc[1].eval()
+    model.fc[0].register_forward_hook(lambda _module, _args, output: 2 * output)
+    model.fc[2].register_forward_pre_hook(lambda _module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True)
+    before = resadapt.adapter_state_dict(model, "a")
+    expected = model(x)
+    with resadapt.adapters_for(model, ["a"] * 4):
+        torch.testing.assert_close(model(x), expected)
+    assert torch.equal(resadapt.forward_all(model, x, ["a"])["a"], expected)
+    for key, tensor in resadapt.adapter_state_dict(model, "a").items():
+        assert torch.equal(tensor, before[key]), key
+
+
+def test_a_family_that_reads_a_weight_reads_that_of_its_set() -> None:
+    class Reading(resadapt.Adapter):
+        reads = "weight"
+
+        def __init__(self, site: Any) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(site.channels, 1, 1))
+
+        def forward(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return y + self.scale * (weight + bias)[:, None, None]
+
+    resadapt.register_family("reading")(Reading)
+    try:
+        model = Tiny().eval()
+        resadapt.inject_adapters(model, "bn", family="reading", norm="affine", name="a")
+        with torch.no_grad():
+            model.bn.weight.add_(1)
+        expected = model(images(2))
+        with resadapt.adapters_for(model, ["a", "a"]):
+            torch.testing.assert_close(model(images(2)), expected)
+        assert torch.equal(resadapt.forward_all(model, images(2))["a"], expected)
+    finally:
+        FAMILIES.pop("reading")
+
+
+def test_heads_inside_of_heads() -> None:
+    model, x = tiny(names=("a",)).eval(), images(4)
+    resadapt.inject_adapters(model, "conv", 4, family="bottleneck", name="b", head={"fc.1": nn.Linear(6, 9)})
+    names = ["a", "b", None, "a"]
+    with resadapt.adapters_for(model, names):
+        rows = model(x)
+    for name, row, sample in zip(names, rows, x, strict=True):
+        resadapt.set_active_adapters(model, name)
+        torch.testing.assert_close(row, model(sample[None])[0])
+
+
+def test_no_copy_is_made_that_would_go_on_mixing() -> None:
+    model = tiny()
+    with resadapt.adapters_for(model, ["a"]):
+        for duplicate in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(resadapt.InjectionError, match="neither copied nor pickled"):
+                duplicate(model)
+    copy.deepcopy(model)
+
+
+def test_an_adapter_that_never_runs_is_named_in_a_mixed_batch_too() -> None:
+    class Idle(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Conv2d(3, 8, 1)
+
+    for run in (_in_a_mixture, resadapt.forward_all):
+        model = resadapt.inject_adapters(Idle(), ["conv", "unused"], 4, name="a")
+        with pytest.warns(resadapt.AdapterWarning, match="'unused' did not run"):
+            run(model, images(2))
+
+
+def _in_a_mixture(model: nn.Module, x: Tensor) -> None:
+    with resadapt.adapters_for(model, ["a"] * len(x)):
+        model(x)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import backbone_bytes, images, picture, small_net, small_resnet, train
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torchvision.models import resnet18, resnet50
 
 import resadapt
@@ -131,3 +132,54 @@ def test_norms_of_other_kinds() -> None:
 def test_unknown_policy() -> None:
     with pytest.raises(resadapt.InjectionError, match="'frozen', 'affine', 'stats', 'affine\\+stats'"):
         resadapt.inject_adapters(small_resnet(), norm="batch")
+
+
+@pytest.mark.parametrize("away", ["switched", "disabled", "mixed"])
+def test_starting_norms_anew_does_not_reach_the_adapters_of_other_sets(away: str) -> None:
+    model, x = small_net(), images(4)
+    resadapt.inject_adapters(model, "conv", family="series", batch_norm=True, init="he", name="a")
+    norm = resadapt.adapter_state_dict(model, "a")
+    for _ in range(3):
+        model.train()(x)
+    expected, state = model.eval()(x), resadapt.adapter_state_dict(model, "a")
+    assert not torch.equal(norm["adapters.conv.norm.running_mean"], state["adapters.conv.norm.running_mean"])
+    model.train()
+    if away == "switched":
+        resadapt.inject_adapters(model, layers=(), norm="stats", name="fog")
+        update_bn([x + 3], model)
+        resadapt.set_active_adapters(model, "a")
+    elif away == "disabled":
+        with resadapt.adapters_disabled(model):
+            update_bn([x + 3], model)
+    else:
+        resadapt.inject_adapters(model, layers=(), norm="stats", name="fog")
+        with resadapt.adapters_for(model, ["fog"] * 4):
+            update_bn([x + 3], model)
+        resadapt.set_active_adapters(model, "a")
+    for key, tensor in resadapt.adapter_state_dict(model, "a").items():
+        assert torch.equal(tensor, state[key]), key
+    assert torch.equal(model.eval()(x), expected)
+    for _ in range(2):  # and they move again
+        model.train()(x)
+    assert not torch.equal(
+        resadapt.adapter_state_dict(model, "a")["adapters.conv.norm.running_mean"], state["adapters.conv.norm.running_mean"]
+    )
+
+
+def test_a_norm_with_two_names() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.norm = self.bn
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x))
+
+    model = Twice().eval()
+    before = picture(model)
+    for policy in POLICIES:
+        resadapt.inject_adapters(model, layers=(), norm=policy, name=policy.replace("+", "-"))
+        model.train()(images())
+    assert resadapt.check_backbone(model).ok
+    assert picture(resadapt.remove_adapters(model)) == before

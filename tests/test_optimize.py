@@ -103,7 +103,8 @@ def compare(ours: Tensor, theirs: Tensor, fold: bool) -> None:
 
 def near(ours: Tensor, theirs: Tensor) -> None:
     """Gradients: as far as rounding lets them be, some of whose elements are differences of much larger numbers."""
-    assert (ours - theirs).norm() <= 0.01 * theirs.norm(), (ours, theirs)
+    allowed = 1e-7 if theirs.dtype is torch.float64 else 0.01
+    assert (ours - theirs).norm() <= allowed * theirs.norm(), (ours, theirs)
 
 
 def measured(model: nn.Module, x: Tensor) -> tuple[int, Tensor, list[Tensor]]:
@@ -143,6 +144,9 @@ def test_equal_to_the_plain_backbone_with_less_memory(name: str, training: bool,
     torch.manual_seed(0)
     family = "pooled" if layers.startswith("layer*") and "conv" not in layers else "bottleneck"
     model = resadapt.inject_adapters(build(), layers, 4, family=family, init="normal").train(training)
+    if fold:  # in float64, so that rounding, which differs by the machine, hides nothing
+        model, x = model.double(), x.double()
+        resadapt.accept_backbone(model)
     plain = measured(model, x)
     before = picture(model)
     lean = measured(resadapt.optimize_backbone(model, fold_norms=fold), x)

@@ -148,3 +148,145 @@ def test_state_besides_tensors_is_not_left_out_of_a_file(tmp_path: Path) -> None
     with pytest.raises(resadapt.AdapterFileError, match=r"adapter at 'layer4' .*keeps '_extra_state'"):
         resadapt.save_adapters(model, tmp_path / "own")
     assert not (tmp_path / "own").exists()
+
+
+class Lazy(Own):
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.inside = nn.LazyConv2d(site.channels, 1)
+
+
+class ReadsValues(Own):
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.steps = torch.linspace(0, 1, 3).tolist()
+
+
+class Expanded(Own):
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.wide = nn.Parameter(torch.zeros(1).expand(4))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        (Lazy, r"'inside.weight' has no size yet\. Give lazy modules their sizes"),
+        (ReadsValues, "on the meta device, where its constructor must run too"),
+        (Expanded, "elements of 'wide' share memory, as after expand: clone it"),
+    ],
+)
+def test_what_could_not_be_saved_is_refused_at_injection(family: Any, message: str) -> None:
+    resadapt.register_family("own")(family)
+    model = resadapt.inject_adapters(small_resnet(), "layer3", 4, name="there")
+    before = picture(model)
+    with pytest.raises(resadapt.InjectionError, match=message):
+        resadapt.inject_adapters(model, "layer4", family="own")
+    assert picture(model) == before
+    resadapt.remove_adapters(model)
+
+
+def test_two_tensors_of_one_name_are_refused() -> None:
+    class Nested(Own):
+        def __init__(self, site: Site) -> None:
+            super().__init__(site)
+            self.extend(nn.Module())
+
+        def extend(self, child: nn.Module) -> None:
+            child.beta = nn.Parameter(torch.zeros(1))
+            self.add_module("0", child)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("0", nn.Conv2d(3, 3, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.get_submodule("0")(x) + x
+
+    resadapt.register_family("own")(Nested)
+    model = nn.Sequential(Block(), nn.Conv2d(3, 3, 1))
+    before = picture(model)
+    with pytest.raises(resadapt.InjectionError, match=r"both have a tensor '0\.0\.beta'"):
+        resadapt.inject_adapters(model, ["0", "0.0"], family="own", example_input=images())
+    assert picture(model) == before
+
+
+class Tied(Own):
+    """Two convolutions with one weight, and one module under two names."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.down, self.up = (nn.Conv2d(site.channels, site.channels, 1, bias=False) for _ in range(2))
+        self.up.weight = self.down.weight
+        self.again = self.down
+
+    def forward(self, x: Tensor) -> Any:
+        return x + self.up(torch.relu(self.again(x)))
+
+
+def test_what_is_tied_stays_trained_and_tied(tmp_path: Path) -> None:
+    resadapt.register_family("own")(Tied)
+    model, x = small_resnet(), images()
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    resadapt.inject_adapters(model, "layer4", family="own")
+    for _ in range(2):
+        with resadapt.adapters_disabled(model):
+            pass
+        resadapt.inject_adapters(model, "layer3", 2, name="other")
+        resadapt.set_active_adapters(model, "default")
+        resadapt.remove_adapters(model, "other")
+    assert all(parameter.requires_grad for parameter in resadapt.trainable_parameters(model))
+    counted = resadapt.count_parameters(model)
+    assert counted.trainable == counted.adapters == 512 * 512 + 1
+    train(model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.1))
+    assert resadapt.save_adapters(model, tmp_path / "own").ok
+    fresh = small_resnet(seed=3)
+    fresh.load_state_dict(weights)
+    assert torch.equal(resadapt.load_adapters(fresh, tmp_path / "own").eval()(x), model.eval()(x))
+
+
+class Caching(Own):
+    """With a buffer that is not saved, and changes its size."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+        self.phase = nn.Parameter(torch.full((site.channels, 1, 1), 1j))
+
+    def forward(self, x: Tensor) -> Any:
+        self.cache = torch.zeros(x.shape[0])
+        return x * self.phase.abs() + self.beta
+
+
+def test_caches_are_not_saved_and_complex_numbers_stay_so(tmp_path: Path) -> None:
+    resadapt.register_family("own")(Caching)
+    model, x = small_resnet(), images(3)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    resadapt.inject_adapters(model, "layer4", family="own")
+    train(model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.1))
+    state = resadapt.adapter_state_dict(model)
+    assert {key: tensor.dtype for key, tensor in state.items()} == {
+        "adapters.layer4.beta": torch.float32,
+        "adapters.layer4.phase": torch.complex64,
+    }
+    assert resadapt.save_adapters(model, tmp_path / "own").ok
+    fresh = small_resnet(seed=3)
+    fresh.load_state_dict(weights)
+    assert torch.equal(resadapt.load_adapters(fresh, tmp_path / "own").eval()(x), model.eval()(x))
+
+
+class Taking(Own):
+    """Changes the option that it was given."""
+
+    def __init__(self, site: Site, *, steps: Any = None) -> None:
+        super().__init__(site)
+        self.first = steps["sizes"].pop() if steps else 0
+
+
+def test_options_are_those_that_were_given() -> None:
+    resadapt.register_family("own")(Taking)
+    model = resadapt.inject_adapters(small_resnet(), ["layer3", "layer4"], family="own", steps={"sizes": [1, 2, 3]})
+    assert [module.first for module in model.modules() if isinstance(module, Taking)] == [3, 3]
+    with pytest.raises(resadapt.InjectionError, match="would come back as"):
+        resadapt.inject_adapters(small_resnet(), "layer4", family="own", steps={"sizes": [1], 2: 3})

@@ -89,7 +89,7 @@ def test_nothing_to_train() -> None:
     model = resadapt.inject_adapters(small_resnet(), head="fc")
     with resadapt.adapters_disabled(model):
         assert list(resadapt.trainable_parameters(model)) == []
-        assert resadapt.count_parameters(model).trainable == 0
+        assert resadapt.count_parameters(model).adapters == 0
         assert resadapt.summary(model).rows == ()
         with pytest.raises(resadapt.AdapterKeyError, match="no parameter to train"):
             resadapt.parameter_groups(model, 0.1)

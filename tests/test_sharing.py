@@ -13,6 +13,7 @@ from support import images, small_net, small_resnet
 from test_mixture import SETS, gradients_of, mixed_model
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import efficientnet_b0
 from torchvision.models.segmentation import deeplabv3_resnet50
 
@@ -150,6 +151,22 @@ def test_compiled_and_wrapped_models() -> None:
     for wrapped in (compiled, DataParallel(model)):
         found = resadapt.forward_all(wrapped, images())
         assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations_are_refused_in_training(reentrant: bool) -> None:
+    model = resadapt.inject_adapters(small_resnet(), "layer4", 8, name="a", head="fc")
+    resadapt.inject_adapters(model, "layer3", 8, name="b", head="fc")
+    layer4, x = model.layer4.forward, images(2).requires_grad_()
+    model.layer4.forward = lambda x: checkpoint(layer4, x, use_reentrant=reentrant)
+    before = ledger_of(model).active
+    with pytest.raises(resadapt.InjectionError, match=r"Module 'layer4.*runs in torch.utils.checkpoint.*each set on its own"):
+        resadapt.forward_all(model.train(), x)
+    assert ledger_of(model).active == before
+    with torch.no_grad():  # nothing is computed again
+        outputs = resadapt.forward_all(model.eval(), x)
+        for name, output in outputs.items():
+            assert torch.equal(output, separately(model, x, name))
 
 
 def test_bad_names() -> None:

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import images, picture, small_resnet
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import resnet18
 
 import resadapt
 import resadapt.adapters.conv
@@ -113,3 +115,21 @@ def test_a_family_that_does_not_take_every_width_is_asked_for_few(monkeypatch: p
     assert len(built) < 500
     layers = resadapt.suggest_layers(MODEL, 110_000, **options)
     assert all(512 % width == 0 for width in layers.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"bottleneck": 3}, resadapt.InjectionError, "'bottleneck' is no option of a family"),
+        ({"init": "bogus"}, resadapt.InjectionError, "init='bogus' is not known"),
+        ({"layers": {"layer1": 3}}, resadapt.AdapterError, "the widths are what is chosen"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        resadapt.suggest_layers(resnet18(), 0.01, **arguments)
+
+
+def test_a_model_without_parameters() -> None:
+    chosen = resadapt.suggest_layers(nn.Sequential(nn.ReLU()), 500, layers="0", example_input=torch.randn(1, 3, 4, 4))
+    assert sum(chosen.parameters.values()) <= 500

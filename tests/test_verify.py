@@ -812,3 +812,22 @@ def test_a_save_beside_another_one_leaves_its_temporary_file_alone(model: nn.Mod
         assert first.exists()
     assert target.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_metric_that_fails_leaves_the_set_as_it_was(path: Path) -> None:
+    model = resadapt.inject_adapters(small_resnet(), "layer4", 4, head="fc")
+    resadapt.save_adapters(model, path)
+    before, bytes_before = resadapt.adapter_state_dict(model), path.read_bytes()
+
+    def metric(model: nn.Module) -> float:
+        with torch.no_grad():
+            for parameter in resadapt.trainable_parameters(model):
+                parameter.add_(1)
+        raise KeyError("after it had trained")
+
+    for call in (resadapt.save_adapters, resadapt.verify_adapters):
+        with pytest.raises(KeyError, match="after it had trained"):
+            call(model, path, metric=metric)
+        for key, tensor in resadapt.adapter_state_dict(model).items():
+            assert torch.equal(tensor, before[key]), key
+    assert path.read_bytes() == bytes_before

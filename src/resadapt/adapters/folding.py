@@ -42,6 +42,8 @@ def own_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
     weight, bias = own.get("weight"), own.get("bias")
     if weight is None:
         raise ValueError(f"{kind} has no weight of its own that could take it up")
+    if bias is None and getattr(module, "bias", None) is not None:
+        raise ValueError(f"this {kind} computes its bias from other tensors, so it cannot take this up")
     channels = getattr(module, "out_channels", weight.shape[0])
     last = isinstance(module, _CHANNELS_LAST) and not isinstance(module, LayerNorm2d)
     if channels != site.channels or (site.spatial_dims > 0 and last != (site.channel_dim == -1)):

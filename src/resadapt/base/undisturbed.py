@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EAGERLY", "call", "in_evaluation", "is_undisturbed", "random_state", "random_states_kept", "undisturbed"]
+__all__ = ["EAGERLY", "call", "in_evaluation", "is_undisturbed", "put_over", "random_state", "random_states_kept", "undisturbed"]
 
 
 @contextmanager
@@ -59,6 +59,20 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training:
             module.training = mode
+
+
+@contextmanager
+def put_over(module: nn.Module, attribute: str, value: object) -> Iterator[None]:
+    """Runs the body with an attribute of a module's own, such as another forward, over what is there."""
+    before = module.__dict__.get(attribute, _NOTHING)
+    module.__dict__[attribute] = value
+    try:
+        yield
+    finally:
+        if before is _NOTHING:
+            module.__dict__.pop(attribute, None)
+        else:
+            module.__dict__[attribute] = before
 
 
 def random_state() -> bytes:
@@ -115,6 +129,7 @@ class _Eagerly:
 
 
 EAGERLY = _Eagerly()
+_NOTHING = object()
 _inside: ContextVar[bool] = ContextVar("resadapt_undisturbed", default=False)
 
 

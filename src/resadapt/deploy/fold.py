@@ -13,6 +13,7 @@ from resadapt.base.errors import AdapterError
 from resadapt.base.names import reasons_listing
 from resadapt.base.tensors import address
 from resadapt.deploy.plain_copy import plain_copy
+from resadapt.deploy.same_outputs import check_outputs
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.walk import backbone_tensors, find_module
 
@@ -24,8 +25,8 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Each adapter becomes a change of the weight and bias of the module at its site; the set's head and norms stand in their places.
     The names are those of the backbone, so the ``state_dict`` loads into an untouched one with ``strict=True``. The changes are
-    computed in float64 and rounded once: outputs differ from those of the adapted model, in evaluation, by rounding only. The live
-    model stays as it is.
+    computed in float64 and rounded once: outputs differ from those of the adapted model, in evaluation, by rounding only, as both
+    are run to see on an input made up for them. The live model stays as it is.
 
     Args:
         model: An injected model.
@@ -37,7 +38,8 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
     Raises:
         InjectionError: Nothing was injected.
         AdapterKeyError: There is no such set.
-        AdapterError: An adapter is not linear, or its site has no tensor that could take it up; the message names all of them.
+        AdapterError: An adapter is not linear, or its site has no tensor that could take it up; the message names all of
+            them. Or the outputs are others all the same.
 
     References:
         Rebuffi et al. 2018, arXiv:1803.10082; LoRA: Hu et al. 2021, arXiv:2106.09685.
@@ -62,12 +64,14 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
         try:
             with torch.no_grad():
                 changes[owner] = adapter.double().folded(copy.deepcopy(module).double())
+            _check_shapes(module, changes[owner])
             _check_alone(module, copied.later_hooks[owner])
             for key, value in zip(("weight", "bias"), changes[owner], strict=True):
                 if value is not None and uses[address(getattr(module, key))] > 1:
                     raise ValueError(f"another module has its {key} too")
-        except ValueError as error:
-            refused[site_at[owner]] = f"({type(module).__name__}): {error}"
+        except Exception as error:  # a family of one's own may raise anything
+            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            refused[site_at[owner]] = f"({type(module).__name__}): {reason}"
     if refused:
         raise AdapterError(
             f"Adapters of family {record.spec.family!r} cannot be folded at {reasons_listing(refused)}. "
@@ -82,7 +86,21 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
     for path, tensor in backbone_tensors(copied.model):
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(copied.requires_grad.get(path, tensor.requires_grad))
+    check_outputs(model, record.spec.name, copied.model)
     return copied.model
+
+
+def _check_shapes(module: nn.Module, changed: object) -> None:
+    """Refuses what a family of one's own may return in place of a weight and a bias.
+
+    Raises:
+        ValueError: It is not a tuple of both, with the shapes that the module has.
+    """
+    there = tuple(getattr(module, key, None) for key in ("weight", "bias"))
+    shapes = [None if tensor is None else tuple(tensor.shape) for tensor in there]
+    given = [tuple(part.shape) if isinstance(part, Tensor) else part for part in changed] if isinstance(changed, tuple) else changed
+    if not isinstance(given, list) or len(given) != 2 or given[0] != shapes[0] or given[1] not in (None, shapes[1]):
+        raise ValueError(f"folded returned {given}, where a weight and a bias of shapes {shapes} are to be changed")
 
 
 def _check_alone(module: nn.Module, later: Collection[int]) -> None:

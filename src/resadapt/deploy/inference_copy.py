@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from resadapt.adapters.family import apply
 from resadapt.deploy.plain_copy import plain_copy
+from resadapt.deploy.same_outputs import check_outputs
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.walk import find_module
 
@@ -22,7 +23,8 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
     Norms have their stock classes, there are no hooks of this library and nothing to switch, and everything is in evaluation mode
     and needs no gradient. Where a module carries an adapter, the copy has a Sequential of the module and the adapter, so names
     inside that module get a ``.0``: ``layer4.1.conv1`` becomes ``layer4.1.0.conv1``. A module that takes several arguments gets a
-    Sequential that passes them on, which torch.jit.script cannot read. The outputs are the same.
+    Sequential that passes them on, which torch.jit.script cannot read. The outputs are the same, as both are run to see on an input
+    made up for them.
 
     Args:
         model: An injected model.
@@ -34,7 +36,7 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
     Raises:
         InjectionError: Nothing was injected, or a tensor has no values (offloaded).
         AdapterKeyError: There is no such set.
-        AdapterError: The model cannot be copied.
+        AdapterError: The model cannot be copied, or the copy does not give the same outputs.
 
     Example:
         >>> import torch
@@ -45,7 +47,8 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
         >>> torch.equal(plain(x), model(x)), type(plain.bn1).__name__
         (True, 'BatchNorm2d')
     """
-    copied = plain_copy(model, ledger_of(model).chosen(name).spec.name)
+    name = ledger_of(model).chosen(name).spec.name
+    copied = plain_copy(model, name)
     plain, adapters = copied.model, copied.adapters
     for owner in sorted(adapters, reverse=True):  # the inner ones first: their names are still those of the backbone
         parent, _, key = owner.rpartition(".")
@@ -54,7 +57,8 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
         pair = _PAIRS[adapter.reads] if _takes_one_argument(module) else Adapted
         adapted = find_module(plain, parent)._modules[key] = pair(module, adapter)
         _move_hooks(module, adapted, copied.later_hooks[owner])
-    return plain.eval().requires_grad_(False)
+    check_outputs(model, name, plain.eval().requires_grad_(False))
+    return plain
 
 
 class Adapted(nn.Sequential):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pickletools
+import re
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,16 @@ _ENTRY = "resadapt"
 _OPENING = f'"{_ENTRY}":"'.encode()
 _COMMENT = b"resadapt:"
 _DIGITS = 64
+_GLOBALS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_tensor_v[23]|torch(\.storage)? \w+Storage|torch u?int\d+|torch float\w+"
+)
+_OPCODES = frozenset(
+    {
+        *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BINPERSID", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINUNICODE"),
+        *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NEWFALSE", "NEWTRUE", "NONE", "BININT", "BININT1", "BININT2"),
+        *("LONG1", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    }
+)
 _BLANK = b"0" * _DIGITS
 
 
@@ -95,6 +107,9 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise ValueError("compressed content, which resadapt never writes")
+                for name in archive.namelist():
+                    if name.endswith("data.pkl"):
+                        _check_pickle(archive.read(name))
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             text, tensors = content["manifest"], content["tensors"]
         else:
@@ -112,6 +127,17 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except Exception as error:  # whatever the readers make of bytes that somebody sealed
         raise AdapterFileError(f"{path}: sealed, but its content cannot be read: {error}. Save it again.") from error
     return manifest, tensors
+
+
+def _check_pickle(data: bytes) -> None:
+    """Refuses a pickle that would make anything but a dictionary of texts and tensors: even an empty bytearray can be large.
+
+    Raises:
+        ValueError: It has what resadapt never writes.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in _OPCODES or (opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument))):
+            raise ValueError(f"{opcode.name} {str(argument)[:100]!r} in its pickle, which resadapt never writes")
 
 
 def _is_plain(tensor: object) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
@@ -16,12 +18,13 @@ from resadapt.adapters.family import options_of, takes
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import listing
 from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.base.tensors import is_dense
 from resadapt.injection.freeze import as_built
 from resadapt.injection.ledger import plain_module
 from resadapt.injection.measure import declared
 from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, named_tensors
 
-__all__ = ["adapter_shapes", "build", "family_named", "fitting_places", "plain_options", "weightless"]
+__all__ = ["adapter_shapes", "build", "family_named", "fitting_places", "plain_options", "saved_tensors", "weightless"]
 
 
 def family_named(name: str) -> type[Adapter]:
@@ -44,16 +47,27 @@ def plain_options(family: type[Adapter], given: dict[str, Any]) -> dict[str, Any
     Raises:
         InjectionError: One is no JSON value.
     """
+    if misplaced := sorted({"bottleneck", "dropout", "site"} & given.keys()):
+        raise InjectionError(f"{listing(misplaced)} is no option of a family. Leave it out.")
     options = options_of(family, given)
     for name, value in options.items():
         try:
             options[name] = json.loads(json.dumps(value, allow_nan=False))
+            if _lists(value) != options[name]:
+                raise ValueError(f"it would come back as {options[name]!r:.100}")
         except (TypeError, ValueError, RecursionError) as error:
             raise InjectionError(
                 f"{family.__name__}: {name}={value!r:.100} is no JSON value, and options travel in the file: {error}. Use dict, "
                 "list, str, int, finite float, bool, None."
             ) from error
     return options
+
+
+def _lists(value: Any) -> Any:
+    """Returns a value with lists in place of tuples."""
+    if isinstance(value, dict):
+        return {key: _lists(each) for key, each in value.items()}
+    return [_lists(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def build(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
@@ -72,8 +86,11 @@ def build(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, A
         adapter = _checked(model, spec, site, start)
     owner = find_module(model, site.owner)
     near = [t for m in (owner, model) for _, t in backbone_tensors(m) if isinstance(t, nn.Parameter) and t.is_floating_point()]
+    if not type(adapter).__module__.startswith("resadapt."):
+        weightless(model, spec, site)  # as it will be when a file is saved or loaded: better now than after training
     if near:
-        adapter.to(near[0].device, near[0].dtype)
+        like = near[0]
+        adapter._apply(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype))  # type: ignore[no-untyped-call]
     return adapter.train(model.training)
 
 
@@ -84,17 +101,25 @@ def adapter_shapes(model: nn.Module, spec: SetSpec, site: SiteSpec) -> dict[str,
         InjectionError: As `build`.
     """
     adapter = weightless(model, spec, site)
-    return {path: tuple(t.shape) for key, module in adapter.named_modules() for path, t in named_tensors(module, key)}
+    return {path: tuple(tensor.shape) for path, tensor in saved_tensors(adapter)}
 
 
-def weightless(model: nn.Module, spec: SetSpec, site: SiteSpec) -> Adapter:
+def saved_tensors(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Walks the parameters and persistent buffers of an adapter, also those that have two names."""
+    for key, module in adapter.named_modules(remove_duplicate=False):
+        for path, tensor in named_tensors(module, key):
+            if path.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield path, tensor
+
+
+def weightless(model: nn.Module, spec: SetSpec, site: SiteSpec, **start: Any) -> Adapter:
     """Returns an adapter whose tensors have sizes but no values, and take no memory.
 
     Raises:
         InjectionError: As `build`.
     """
     with torch.device("meta"), _NoStart():
-        return _checked(model, spec, site, {})
+        return _checked(model, spec, site, start)
 
 
 def buildable(model: nn.Module, spec: SetSpec, site: SiteSpec) -> bool:
@@ -122,6 +147,8 @@ def fitting_places(model: nn.Module, spec: SetSpec) -> str:
 def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
     try:
         adapter = _new(model, spec, site, start)
+    except InjectionError:
+        raise
     except TypeError as error:
         raise InjectionError(f"family {spec.family!r} does not take these options: {error}.") from error
     except ValueError as error:
@@ -131,8 +158,8 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
         ) from error
     except Exception as error:  # whatever sizes out of a file, or a family of one's own, bring about
         raise InjectionError(
-            f"family {spec.family!r}, bottleneck {site.bottleneck}: no adapter can be made for site {site.name!r}: "
-            f"{type(error).__name__}: {error}."
+            f"family {spec.family!r}, bottleneck {site.bottleneck}: no adapter can be made for site {site.name!r}"
+            f"{_where()}: {type(error).__name__}: {error}."
         ) from error
     _check_adapter(adapter, spec, plain_module(model, site.owner))
     if adapter.reads != "output" and site.owner != site.name:
@@ -141,6 +168,11 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
             f"block's input, not its own, which {spec.family!r} needs. Name a module itself. {fitting_places(model, spec)}".rstrip()
         )
     return adapter
+
+
+def _where() -> str:
+    on_meta = torch.empty(0).is_meta
+    return " on the meta device, where its constructor must run too and tensors have no values to read" if on_meta else ""
 
 
 def _check_adapter(adapter: Adapter, spec: SetSpec, owner: nn.Module) -> None:
@@ -153,6 +185,14 @@ def _check_adapter(adapter: Adapter, spec: SetSpec, owner: nn.Module) -> None:
         raise InjectionError(f"family {spec.family!r}: reads={adapter.reads!r}, where it is 'output', 'input' or 'weight'.")
     if adapter.reads == "weight" and not (hasattr(owner, "weight") and hasattr(owner, "bias")):
         raise InjectionError(f"family {spec.family!r} reads a weight and a bias, and {type(owner).__name__} has none.")
+    for path, tensor in (*adapter.named_parameters(), *adapter.named_buffers()):
+        if is_lazy(tensor):
+            raise InjectionError(
+                f"family {spec.family!r}: {path!r} has no size yet. Give lazy modules their sizes: the constructor is told them by "
+                "its site (channels, spatial_dims, module)."
+            )
+        if is_dense(tensor) and any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise InjectionError(f"family {spec.family!r}: elements of {path!r} share memory, as after expand: clone it.")
     theirs = {id(part) for part in (*nn.Module.modules(owner), *nn.Module.parameters(owner), *nn.Module.buffers(owner))}
     if any(id(part) in theirs for part in (*adapter.modules(), *adapter.parameters(), *adapter.buffers())):
         raise InjectionError(
@@ -164,7 +204,7 @@ def _check_adapter(adapter: Adapter, spec: SetSpec, owner: nn.Module) -> None:
 def _new(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
     family = family_named(spec.family)
     sizes = {"bottleneck": site.bottleneck, "dropout": spec.dropout}
-    arguments = {name: value for name, value in sizes.items() if takes(family, name)} | spec.options | dict(start)
+    arguments = copy.deepcopy(spec.options) | dict(start) | {name: value for name, value in sizes.items() if takes(family, name)}
     module = plain_module(model, site.name)
     with as_built(nn.Module.modules(module)):
         return family(Site(site.channels, site.spatial_dims, site.channel_dim, module), **arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from resadapt.base.errors import InjectionError
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, within
-from resadapt.base.spec import SetSpec
+from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.injection.building import build, family_named
 from resadapt.injection.freeze import (
     freeze_norm,
@@ -31,7 +31,7 @@ from resadapt.injection.owned import mark, own_copies
 from resadapt.injection.select import owner_of
 from resadapt.injection.sharding import sharded_tensors
 from resadapt.injection.slots import AdapterSlot
-from resadapt.injection.switching import activate, drop_gradients, on_plain
+from resadapt.injection.switching import activate, on_plain, train
 from resadapt.injection.walk import (
     backbone_modules,
     backbone_tensors,
@@ -80,6 +80,7 @@ def install(
     example: Any,
     heads: Mapping[str, nn.Module],
     fingerprint: Fingerprint | None = None,
+    fill: Callable[[], None] = lambda: None,
     **start: Any,
 ) -> None:
     """Injects the set that a description tells, all or nothing, and makes it the active one.
@@ -90,6 +91,7 @@ def install(
         example: Form of the example input, None if there is none.
         heads: The modules of which the set gets copies for its head, by their places.
         fingerprint: Of the model as it is now, if it is known; it counts for the first set.
+        fill: Called once the set is in the model, to put values into it; if it fails, the set is taken out again.
         **start: Options that only say how the adapters start.
 
     Raises:
@@ -104,6 +106,7 @@ def install(
         _check_set(model, spec)
         _check_together(ledger, spec, heads)
         adapters = {site: build(model, spec, site, start) for site in spec.sites}
+        _check_apart(adapters)
     record = AdapterSet(spec, example)
     if ledger is None:
         ledger = Ledger(
@@ -129,7 +132,9 @@ def install(
                 attach(find_module(model, site.owner)).insert(spec.name, site, adapter)
             activate(model, ledger, spec.name)
             watch(model)
-            drop_gradients(model, ledger, {before, *ledger.mixed})
+            fill()
+            ledger.trained.add(spec.name)
+            train(model, ledger, (spec.name,))
         except BaseException:
             uninstall(model, ledger, spec.name)
             if ledger.sets:
@@ -150,6 +155,7 @@ def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
             if not slot.sites:
                 detach(module)
     ledger.sets.pop(name, None)
+    ledger.trained.discard(name)
     mark(model, _owned(ledger))
     if not ledger.sets:
         _put_back(model, ledger)
@@ -200,6 +206,19 @@ def _check_together(ledger: Ledger | None, spec: SetSpec, heads: Mapping[str, nn
     for record in ledger.sets.values() if ledger else ():
         _check_inside(spec, record.spec, heads)
         _check_inside(record.spec, spec, record.parked)
+
+
+def _check_apart(adapters: Mapping[SiteSpec, nn.Module]) -> None:
+    """Refuses adapters of which two tensors would have one name in a file."""
+    paths: set[str] = set()
+    for site, adapter in adapters.items():
+        for path in (f"{site.name}.{key}" for key in (*dict(adapter.named_parameters()), *dict(adapter.named_buffers()))):
+            if path in paths:
+                raise InjectionError(
+                    f"The adapters at {site.name!r} and at the module around it both have a tensor {path!r}. Choose one of the two "
+                    "sites, or rename what the family calls its parts."
+                )
+            paths.add(path)
 
 
 def _check_inside(spec: SetSpec, other: SetSpec, modules: Mapping[str, nn.Module]) -> None:

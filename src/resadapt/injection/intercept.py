@@ -12,12 +12,11 @@ from torch import nn
 
 from resadapt.base.names import within
 from resadapt.base.spec import SetSpec
+from resadapt.base.undisturbed import put_over
 from resadapt.injection.slots import AdapterSlot
 from resadapt.injection.walk import behind_wrappers
 
-__all__ = ["Intercept", "Prefix", "intercepted", "put_over"]
-
-_NOTHING = object()
+__all__ = ["Intercept", "Prefix", "intercepted"]
 
 
 class Prefix:
@@ -115,20 +114,6 @@ def intercepted(model: nn.Module, sets: Iterable[SetSpec], prefix: Prefix) -> It
             intercept = Intercept(prefix, place, getattr(module, attribute), plain and not here, here, adapted.get(place, ()))
             stack.enter_context(put_over(module, attribute, intercept))
         yield
-
-
-@contextmanager
-def put_over(module: nn.Module, attribute: str, value: object) -> Iterator[None]:
-    """Runs the body with an attribute of a module's own, such as another forward, over what is there."""
-    before = module.__dict__.get(attribute, _NOTHING)
-    module.__dict__[attribute] = value
-    try:
-        yield
-    finally:
-        if before is _NOTHING:
-            module.__dict__.pop(attribute, None)
-        else:
-            module.__dict__[attribute] = before
 
 
 def _places(model: nn.Module, special: Collection[str], name: str = "") -> Iterator[tuple[str, nn.Module, bool]]:

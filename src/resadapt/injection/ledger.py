@@ -72,8 +72,8 @@ class Ledger:
 
     mixing: tuple[str, ...] | None = None
     """The sets that the samples of a batch run with now, if they have one each."""
-    mixed: set[str] = field(default_factory=set)
-    """Sets that mixed batches left trainable, so that a backward pass after them reaches these."""
+    trained: set[str] = field(default_factory=set)
+    """The sets whose adapters are trained: the one that was chosen last, and those of mixed batches since."""
 
     @property
     def active_set(self) -> AdapterSet | None:

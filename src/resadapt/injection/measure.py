@@ -61,6 +61,8 @@ def measure_sites(model: nn.Module, owners: Mapping[str, str], example_input: ob
             dim = channel_dim or _channel_dim(name, find_module(model, name), output.shape, tokens)
             shapes[name] = Shape(output.shape[dim], output.ndim - 2, dim)
         elif shape and channel_dim != -1:
+            if any(parameter.is_complex() for parameter in find_module(model, name).parameters()):
+                raise InjectionError(f"Site {name!r} computes with complex numbers, but an adapter needs floating-point ones.")
             shapes[name] = shape  # the first forward with a real input checks it
         else:
             raise InjectionError(

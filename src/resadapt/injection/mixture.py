@@ -25,6 +25,17 @@ class Mixture:
 
     def __init__(self, names: Iterable[str | None]) -> None:
         self.names = tuple(names)
+        self.own: dict[str, dict[str, nn.Module]] = {}
+        """The modules that some of the sets have as their own, by place and set."""
+
+    def __reduce__(self) -> Any:
+        """Refuses: a copy of the model would go on mixing for ever."""
+        raise InjectionError("Inside adapters_for a model can be neither copied nor pickled. Leave it first.")
+
+    @property
+    def turn(self) -> object:
+        """What runs now, to be compared: the same again gives the same numbers."""
+        return self.names
 
     def run(self, place: str, sets: Collection[str], function: Callable[[str | None, Any], Any], values: Any) -> Any:
         """Calls a function once for each set that is different at a place, with the rows of its samples.
@@ -78,10 +89,20 @@ class InTurns(Mixture):
         self.name: str | None = None
         """The set that runs now."""
 
+    @property
+    @override
+    def turn(self) -> object:
+        """The set that runs now."""
+        return self.name
+
     @override
     def run(self, place: str, sets: Collection[str], function: Callable[[str | None, Any], Any], values: Any) -> Any:
         """Calls a function once, with the set that runs now if it is different at a place."""
         return function(self.name if self.name in sets else None, values)
+
+
+class _Apart(list[Tensor]):
+    """Samples whose results have different shapes."""
 
 
 def _rows(rows: list[int], tensor: Tensor) -> Tensor:
@@ -89,7 +110,7 @@ def _rows(rows: list[int], tensor: Tensor) -> Tensor:
 
 
 def run_own(
-    like: nn.Module,
+    follow_flags: Callable[[nn.Module], None],
     place: str,
     own: Mapping[str, nn.Module],
     mixture: Mixture,
@@ -97,25 +118,24 @@ def run_own(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Forward of a module of which some sets have their own: each sample goes through its set's, in training if `like` is."""
+    """Forward of a module of which some sets have their own: each sample goes through its set's, with the flags of the place."""
 
     def run(name: str | None, values: Any) -> Any:
         rows, keywords = values
         if name is None:
             return plain(*rows, **keywords)
-        if own[name].training is not like.training:
-            own[name].train(like.training)
+        follow_flags(own[name])
         return own[name](*rows, **keywords)
 
     return mixture.run(place, own, run, (args, kwargs))
 
 
 def _joined(place: str, results: list[Any], rows: list[list[int]]) -> Any:
-    if not all(isinstance(result, Tensor) and len(result) == len(own) for result, own in zip(results, rows, strict=True)):
+    if not all(isinstance(result, Tensor | _Apart) and len(result) == len(own) for result, own in zip(results, rows, strict=True)):
         raise InjectionError(f"Module {place!r} does not return one tensor with a row for each sample, and cannot be mixed.")
     order = [row for own in rows for row in own]
     back = [order.index(row) for row in range(len(order))]
-    if len({result.shape[1:] for result in results}) == 1:
+    if all(isinstance(result, Tensor) for result in results) and len({result.shape[1:] for result in results}) == 1:
         return torch.cat(results)[back]
     apart = [sample for result in results for sample in result]
-    return [apart[position] for position in back]
+    return _Apart(apart[position] for position in back)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,16 +16,31 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import within
+from resadapt.base.undisturbed import put_over
 from resadapt.injection.slots import SLOT
 from resadapt.injection.walk import backbone_modules, backbone_tensors, check_values, find_module, find_slot
 
-__all__ = ["check_places", "exchange", "follow", "mark", "own_copies", "replaced", "settle", "tensors_in"]
+__all__ = [
+    "check_places",
+    "exchange",
+    "follow",
+    "follow_flags",
+    "in_place_of",
+    "mark",
+    "own_copies",
+    "replaced",
+    "settle",
+    "tensors_in",
+]
 
 _MARK = "_resadapt_head"
 """Attribute of every module that a set has as its own. One that was put there after the injection lacks it."""
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+_RUN = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_is_full_backward_hook"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
+_HOOKS = (
+    *(name for name in _RUN if name != "_is_full_backward_hook"),
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 _COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -93,7 +109,6 @@ def check_places(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     check_values(halves)
 
 
-@torch.inference_mode(False)  # what is converted here may be trained later
 def exchange(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Puts the content of modules in the places that their names tell; the modules have afterwards what was there.
 
@@ -124,11 +139,12 @@ def settle(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 def mark(model: nn.Module, names: Collection[str]) -> None:
     """Marks the modules that lie in one of these, and no others."""
-    for name, module in backbone_modules(model):
+    modules = list(backbone_modules(model))
+    for _, module in modules:
+        module.__dict__.pop(_MARK, None)
+    for name, module in modules:  # one may have two names
         if within(name, names):
             module.__dict__[_MARK] = True
-        else:
-            module.__dict__.pop(_MARK, None)
 
 
 def replaced(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -166,6 +182,7 @@ def _check_one_to_one(model: nn.Module, copies: Mapping[str, nn.Module]) -> None
                     )
 
 
+@torch.inference_mode(False)  # what is converted here may be trained later
 def follow(parked: nn.Module, live: nn.Module) -> None:
     """Converts a parked module as the model was converted meanwhile."""
     there = dict(backbone_tensors(live))
@@ -177,6 +194,47 @@ def follow(parked: nn.Module, live: nn.Module) -> None:
         dtype = like.dtype if tensor.is_floating_point() and like.is_floating_point() else tensor.dtype
         if (tensor.device, tensor.dtype) != (like.device, dtype):
             tensor.data = tensor.data.to(like.device, dtype)
+
+
+def follow_flags(live: nn.Module, parked: nn.Module) -> None:
+    """Gives a parked module the training flags of the place that it runs in."""
+    if parked.training is not live.training:
+        parked.training = live.training
+    for key, child in parked._modules.items():
+        if child is not None:
+            there = live._modules.get(key)
+            follow_flags(live if there is None else there, child)
+
+
+@contextmanager
+def in_place_of(live: nn.Module, parked: nn.Module) -> Iterator[None]:
+    """Runs the body with a parked module's children having the hooks of the modules in whose places they run."""
+    with ExitStack() as stack:
+        for key, child in parked._modules.items():
+            there = live._modules.get(key)
+            if child is None or there is None:
+                continue
+            for name in _RUN:
+                stack.enter_context(put_over(child, name, _hooks_there(child, there, name)))
+            stack.enter_context(in_place_of(there, child))
+        yield
+
+
+def _hooks_there(module: nn.Module, place: nn.Module, name: str) -> Any:
+    """Returns the hooks of the user's that a place has, with those of a module that are its content, or this library's."""
+    here, there = getattr(module, name), getattr(place, name)
+    if not isinstance(there, dict):
+        return there
+    return type(there)(
+        {
+            **{key: hook for key, hook in here.items() if _belongs_to_content(hook)},
+            **{key: hook for key, hook in there.items() if not _belongs_to_content(hook)},
+        }
+    )
+
+
+def _belongs_to_content(hook: Any) -> bool:
+    return isinstance(hook, _COMPUTING) or str(getattr(hook, "__module__", "")).startswith("resadapt.")
 
 
 def _computing(module: nn.Module) -> dict[int, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from resadapt.base.checkpointed import is_checkpointed
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.nested import map_tensors, named_in
 from resadapt.base.undisturbed import EAGERLY, call
@@ -33,7 +34,7 @@ def forward_all(model: nn.Module, inputs: object, names: Iterable[str | None] | 
     that is shared run once. Compiled modules run as they were before they were compiled.
 
     In training, the sets become trainable, as in `adapters_for`, and one backward pass of the sum of their losses reaches all of
-    them; checkpointed activations would be computed anew with the active set, so there run each set on its own.
+    them. Checkpointed activations would be computed anew with the active set, and are refused.
 
     Args:
         model: An injected model.
@@ -44,7 +45,8 @@ def forward_all(model: nn.Module, inputs: object, names: Iterable[str | None] | 
         The output of each, by name, in the order of `names`.
 
     Raises:
-        InjectionError: Nothing was injected, or the model is in DistributedDataParallel, which would average nothing.
+        InjectionError: Nothing was injected; or, in training, the model is in DistributedDataParallel, which would average nothing,
+            or checkpoints activations.
         AdapterKeyError: There is no such set.
         AdapterError: `names` is no list of names.
 
@@ -79,6 +81,7 @@ def forward_all(model: nn.Module, inputs: object, names: Iterable[str | None] | 
         stack.enter_context(intercepted(inner, specs.values(), shared))
         for name in turns.names:
             turns.name = name
+            ledger.mixing = () if name is None else (name,)
             shared.start(name)
             outputs[name] = call(inner, inputs)
     return outputs
@@ -105,6 +108,17 @@ class _Shared(Prefix):
         super().__init__()
         self._owners = {*owners}
         self._calls: list[_Call] = []
+        self._training = torch.is_grad_enabled()
+
+    @override
+    def arrive(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Refuses a call that would be computed again in the backward pass, when no set's turn can be told."""
+        if self._training and is_checkpointed():
+            raise InjectionError(
+                f"Module {place!r} runs in torch.utils.checkpoint, which computes it anew for the backward pass, with the active "
+                "set: run each set on its own, or call the model without checkpointing."
+            )
+        return super().arrive(place, run, args, kwargs)
 
     @override
     def call(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:

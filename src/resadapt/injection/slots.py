@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from typing_extensions import override
 
 from resadapt.adapters.family import apply
+from resadapt.base.checkpointed import is_checkpointed
 from resadapt.base.errors import InjectionError
 from resadapt.base.spec import SiteSpec
 from resadapt.injection.mixture import Mixture
@@ -31,6 +32,8 @@ class AdapterSlot(nn.Module):
         self.active: str | None = None
         self.mixture: Mixture | None = None
         """Which set's adapter each sample gets, while a batch is mixed."""
+        self._last: object = None
+        """What ran in the last forward that a backward pass may follow."""
 
     def insert(self, name: str, site: SiteSpec, adapter: nn.Module) -> None:
         """Takes in a set's adapter, which is not active yet."""
@@ -57,11 +60,25 @@ class AdapterSlot(nn.Module):
 
         Which adapter it is, is decided here and nowhere else: the active set's, or in a mixed batch that of each sample's set.
         """
+        if not torch.compiler.is_compiling():
+            self._check_again()
         if self.mixture is None:
             return self._adapted(self.active, owner, args, output)
         return self.mixture.run(
             self.running.owner, self.sites, lambda name, values: self._adapted(name, owner, *values), (args, output)
         )
+
+    def _check_again(self) -> None:
+        """Refuses to compute checkpointed activations anew with another set than they were computed with."""
+        now = self.active if self.mixture is None else self.mixture.turn
+        if torch._C._current_graph_task_id() == -1:  # no backward pass is going on
+            if self.training or torch.is_grad_enabled():
+                self._last = now
+        elif now != self._last and is_checkpointed():
+            raise InjectionError(
+                f"Activations around {self.running.owner!r} are computed anew for the backward pass, with {now!r} where it was "
+                f"{self._last!r}: call backward before sets are switched, and inside the body of adapters_for."
+            )
 
     def _adapted(self, name: str | None, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if name is None:
@@ -73,6 +90,8 @@ class AdapterSlot(nn.Module):
             raise InjectionError(
                 f"Site {site.name!r} was given its input by keyword, where its adapter cannot see it. Pass it as first argument."
             )
+        if self.mixture is not None:
+            owner = self.mixture.own.get(site.owner, {}).get(name, owner)
         adapted = apply(adapter, owner, args, output)
         if not isinstance(output, fx.Proxy):
             _check_adapted(adapted, output, site)

@@ -10,39 +10,36 @@ from torch import nn
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import listing
-from resadapt.injection.freeze import as_built, freeze_norms, is_held, running_as_built
-from resadapt.injection.intercept import put_over
-from resadapt.injection.ledger import AdapterSet, Ledger, adapter_tensors, find_ledger, own_tensors
+from resadapt.base.undisturbed import put_over
+from resadapt.injection.freeze import as_built, freeze_norm, freeze_norms, is_held, running_as_built, thaw_norm
+from resadapt.injection.ledger import AdapterSet, Ledger, adapter_of, adapter_tensors, find_ledger, own_tensors
 from resadapt.injection.mixture import Mixture, run_own
-from resadapt.injection.owned import check_places, exchange, follow, replaced
+from resadapt.injection.owned import check_places, exchange, follow, follow_flags, in_place_of, replaced
 from resadapt.injection.sharding import are_sharded
 from resadapt.injection.walk import backbone_modules, find_module, slots_of
 
-__all__ = ["activate", "activated", "check_intact", "check_switchable", "drop_gradients", "mixed", "on_plain", "switch"]
+__all__ = ["activate", "activated", "check_intact", "check_switchable", "mixed", "on_plain", "switch", "train"]
 
 
 def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
-    """Makes one set, or none, the one that the model runs with.
+    """Makes one set, or none, the one that the model runs with; which ones are trained stays as it is.
 
     Raises:
         InjectionError: Something of the sets is no longer in its place; nothing was changed.
     """
     if name == ledger.active and ledger.mixing is None:
         return
-    concerned = [ledger.sets[each] for each in ledger.sets.keys() & {name, ledger.active, *ledger.mixed}]
-    check_switchable(model, ledger, concerned)
-    for left in ledger.mixed & ledger.sets.keys():
-        _park_flags(model, ledger.sets[left])
+    check_switchable(model, ledger, [ledger.sets[each] for each in ledger.sets.keys() & {name, ledger.active}])
     if old := ledger.active_set:
         old.parked = exchange(model, ledger.parked_plain)
         ledger.parked_plain = {}
-        _park_flags(model, old)
+        _rest(model, old)
     ledger.active = name
     new = ledger.active_set
     if new:
         ledger.parked_plain = exchange(model, new.parked)
         new.parked = {}
-        _restore_flags(model, new)
+        _wake(model, new)
     for slot in slots_of(model):
         slot.activate(name)
     freeze_norms(model, running_as_built(new.spec) if new else ())
@@ -54,9 +51,26 @@ def switch(model: nn.Module, ledger: Ledger, name: str | None) -> None:
     Raises:
         InjectionError: As `activate`.
     """
-    left = {ledger.active, *ledger.mixed}
     activate(model, ledger, name)
-    drop_gradients(model, ledger, left)
+    train(model, ledger, () if name is None else (name,))
+
+
+def train(model: nn.Module, ledger: Ledger, names: Collection[str]) -> None:
+    """Has the adapters of some sets trained and those of no others, whose gradients go, so that no optimizer can apply them later.
+
+    Raises:
+        InjectionError: An adapter is no longer in its place; nothing was changed.
+    """
+    tensors = {name: dict(adapter_tensors(model, ledger.sets[name].spec)) for name in ledger.trained ^ {*names}}
+    for name, own in tensors.items():
+        record = ledger.sets[name]
+        if name in ledger.trained:
+            record.parked_requires_grad = {path: tensor.requires_grad for path, tensor in own.items()}
+            for tensor in (*own.values(), *own_tensors(model, record).values()):
+                tensor.grad = None
+        for path, tensor in own.items():
+            tensor.requires_grad_(name not in ledger.trained and record.parked_requires_grad.get(path, tensor.requires_grad))
+    ledger.trained = {*names}
 
 
 @contextmanager
@@ -91,26 +105,26 @@ def mixed(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
     mixing = tuple(name for name in dict.fromkeys(mixture.names) if name is not None)
     records = [ledger.sets[name] for name in mixing]
     check_switchable(model, ledger, records)
-    try:
-        with activated(model, ledger, None), ExitStack() as stack:
-            own: dict[str, dict[str, nn.Module]] = {}
-            for record in records:
-                _restore_flags(model, record)
-                for place, module in record.parked.items():
-                    follow(module, find_module(model, place))
-                    own.setdefault(place, {})[record.spec.name] = module
-            for slot in slots_of(model):
-                slot.mixture = mixture
-                stack.callback(setattr, slot, "mixture", None)
-            for place, modules in own.items():
+    train(model, ledger, ledger.trained | {*mixing})
+    with activated(model, ledger, None), ExitStack() as stack:
+        for record in records:
+            _wake(model, record)
+            stack.callback(_rest, model, record)
+            for place, module in record.parked.items():
                 here = find_module(model, place)
-                like = model if is_held(here) else here
-                stack.enter_context(put_over(here, "forward", partial(run_own, like, place, modules, mixture, here.forward)))
-            ledger.mixing = mixing
-            stack.callback(setattr, ledger, "mixing", None)
-            yield
-    finally:
-        ledger.mixed |= {*mixing} - {ledger.active}
+                follow(module, here)
+                stack.enter_context(in_place_of(here, module))
+                mixture.own.setdefault(place, {})[record.spec.name] = module
+        for slot in slots_of(model):
+            slot.mixture = mixture
+            stack.callback(setattr, slot, "mixture", None)
+        for place, modules in mixture.own.items():
+            here = find_module(model, place)
+            flags = partial(follow_flags, model if is_held(here) else here)
+            stack.enter_context(put_over(here, "forward", partial(run_own, flags, place, modules, mixture, here.forward)))
+        ledger.mixing = mixing
+        stack.callback(setattr, ledger, "mixing", None)
+        yield
 
 
 def check_intact(model: nn.Module, ledger: Ledger, records: Iterable[AdapterSet] | None = None) -> None:
@@ -145,22 +159,18 @@ def check_switchable(model: nn.Module, ledger: Ledger, records: Iterable[Adapter
         )
 
 
-def drop_gradients(model: nn.Module, ledger: Ledger, names: Collection[str | None]) -> None:
-    """Drops the gradients of those of some sets that are not active, so that no optimizer can apply them later."""
-    ledger.mixed -= {*names}
-    for name in ledger.sets.keys() & {*names} - {ledger.active}:
-        record = ledger.sets[name]
-        for tensor in (*dict(adapter_tensors(model, record.spec)).values(), *own_tensors(model, record).values()):
-            tensor.grad = None
+def _wake(model: nn.Module, record: AdapterSet) -> None:
+    """Lets the norms inside a set's adapters run as they were built."""
+    for site in record.spec.sites:
+        adapter = adapter_of(model, record.spec, site)
+        for module in adapter.modules():
+            if thaw_norm(module):
+                module.training = adapter.training
 
 
-def _park_flags(model: nn.Module, record: AdapterSet) -> None:
-    for path, tensor in adapter_tensors(model, record.spec):
-        record.parked_requires_grad.setdefault(path, tensor.requires_grad)  # it may be parked already
-        tensor.requires_grad_(False)
-
-
-def _restore_flags(model: nn.Module, record: AdapterSet) -> None:
-    for path, tensor in adapter_tensors(model, record.spec):
-        tensor.requires_grad_(record.parked_requires_grad.get(path, tensor.requires_grad))
-    record.parked_requires_grad = {}
+def _rest(model: nn.Module, record: AdapterSet) -> None:
+    """Fixes the statistics of the norms inside a set's adapters: what starts all of a model's norms anew must not reach these."""
+    for site in record.spec.sites:
+        for module in adapter_of(model, record.spec, site).modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                freeze_norm(module)

@@ -101,8 +101,12 @@ def check_rules(owner: nn.Module, slot: AdapterSlot, later: Collection[int]) -> 
 def check_first_forward(root: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the root: after a set's first forward, names the adapters that did not run or get no gradient."""
     forward, ledger = (None, None) if torch.compiler.is_compiling() else (_current.get(), root.__dict__.get(LEDGER))
-    if forward is None or forward.root != id(root) or not isinstance(ledger, Ledger) or not (record := ledger.active_set):
-        return
+    if forward is not None and forward.root == id(root) and isinstance(ledger, Ledger):
+        for record in ledger.running:
+            _check_first_of(root, record, forward, output)
+
+
+def _check_first_of(root: nn.Module, record: AdapterSet, forward: _Forward, output: object) -> None:
     first, training = not record.runs_checked, not record.gradients_checked and root.training and torch.is_grad_enabled()
     if not first and not training:
         return

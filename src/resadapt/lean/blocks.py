@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops.misc import Conv2dNormActivation, Conv3dNormActivation
 from typing_extensions import override
 
 from resadapt.injection.freeze import FrozenStatistics, Overlay
@@ -32,6 +33,14 @@ class LeanSequential(Overlay, nn.Sequential):
             else:
                 input = module(input)
         return input
+
+
+class LeanConv2dNormActivation(LeanSequential, Conv2dNormActivation):  # type: ignore[misc]
+    """torchvision's `Conv2dNormActivation` that folds its norm."""
+
+
+class LeanConv3dNormActivation(LeanSequential, Conv3dNormActivation):  # type: ignore[misc]
+    """torchvision's `Conv3dNormActivation` that folds its norm."""
 
 
 class LeanBasicBlock(Overlay, BasicBlock):  # type: ignore[misc]
@@ -76,6 +85,8 @@ class LeanResNet(Overlay, ResNet):  # type: ignore[misc]
 
 FOLDING: dict[type[nn.Module], type[nn.Module]] = {
     nn.Sequential: LeanSequential,
+    Conv2dNormActivation: LeanConv2dNormActivation,
+    Conv3dNormActivation: LeanConv3dNormActivation,
     BasicBlock: LeanBasicBlock,
     Bottleneck: LeanBottleneck,
     ResNet: LeanResNet,

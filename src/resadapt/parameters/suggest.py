@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -103,7 +103,9 @@ def suggest_layers(
     inner = unwrap(model)
     kind, total = family_named(family), count_parameters(model).total
     most = _limit("budget", budget, total)
-    family_options.pop("init", None)
+    if isinstance(layers, Mapping):
+        raise AdapterError("layers is a mapping: give names only, since the widths are what is chosen.")
+    start = {key: family_options.pop(key) for key in ("init",) if key in family_options}
     with on_plain(inner):
         sites = select_sites(inner, kind, layers, 1 if takes(kind, "bottleneck") else 64, example_input, channel_dim)
         if not sites:
@@ -117,7 +119,7 @@ def suggest_layers(
 
         def fits(chosen: Iterable[SiteSpec]) -> bool:
             for site in set(chosen) - costs.keys():
-                costs[site] = _cost(inner, spec, site, calls.get(site.name))
+                costs[site] = _cost(inner, spec, site, calls.get(site.name), start)
             return sum(costs[s][0] for s in chosen) <= most and sum(costs[s][1] for s in chosen) <= most_flops
 
         chosen, rule = _widest(sites, fits, cache(lambda site: buildable(inner, spec, site))), _ONE_FRACTION
@@ -132,7 +134,9 @@ def suggest_layers(
             )
     parameters = {site.name: costs[site][0] for site in chosen}
     counted = {site.name: costs[site][1] for site in chosen} if calls else {}
-    return SuggestedLayers({s.name: s.bottleneck for s in chosen}, parameters, counted, sum(parameters.values()) / total, rule)
+    return SuggestedLayers(
+        {s.name: s.bottleneck for s in chosen}, parameters, counted, sum(parameters.values()) / max(total, 1), rule
+    )
 
 
 def _widest(
@@ -161,9 +165,11 @@ def _widest(
     return with_fraction(low)
 
 
-def _cost(model: nn.Module, spec: SetSpec, site: SiteSpec, called: tuple[Any, Any] | None) -> tuple[int, int]:
+def _cost(
+    model: nn.Module, spec: SetSpec, site: SiteSpec, called: tuple[Any, Any] | None, start: dict[str, Any]
+) -> tuple[int, int]:
     """Returns the number of an adapter's parameters, and of its floating-point operations where its module's call is known."""
-    adapter = weightless(model, spec, site).eval()
+    adapter = weightless(model, spec, site, **start).eval()
     size = sum(parameter.numel() for parameter in adapter.parameters())
     if called is None:
         return size, 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,8 @@ from resadapt.base.errors import AdapterError, AdapterKeyError
 from resadapt.base.names import listing
 from resadapt.injection.installation import install
 from resadapt.injection.ledger import ledger_of
-from resadapt.injection.walk import find_module, unwrap
+from resadapt.injection.switching import activate
+from resadapt.injection.walk import unwrap
 from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict
 
 __all__ = ["combine_adapters"]
@@ -59,7 +61,7 @@ def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> 
         raise AdapterError(f"weights={weights!r}: give a mapping from names of sets to numbers.")
     for each, weight in weights.items():
         ledger.set_named(each)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= sys.float_info.max:
             raise AdapterError(f"weights: {each!r} has {weight!r}, not a finite number.")
     if not isinstance(name, str):
         raise AdapterError(f"name={name!r} is {type(name).__name__}: give the new set's name as text.")
@@ -74,10 +76,15 @@ def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> 
         raise AdapterError(
             f"weights: with these {listing(lost)} would be negative, and no variance is. Choose weights of one sign."
         )
-    heads = {path: record.parked[path] if path in record.parked else find_module(inner, path) for path in record.spec.head}
-    with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
-        install(inner, replace(record.spec, name=name), record.example, heads)
-    load_adapter_state_dict(model, total, name)
+    spec, active = replace(record.spec, name=name), ledger.active
+    try:
+        activate(inner, ledger, None)  # so that the head is not what stands in the model
+        heads = {path: record.parked[path] for path in spec.head}
+        with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
+            install(inner, spec, record.example, heads, fill=partial(load_adapter_state_dict, model, total, name))
+    except BaseException:
+        activate(inner, ledger, active)
+        raise
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from resadapt.base.undisturbed import undisturbed
 from resadapt.injection.ledger import adapter_of, ledger_of
 from resadapt.injection.switching import activated
 from resadapt.proof.probe import ProbeRun
-from resadapt.proof.state import adapter_state_dict
+from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict
 
 __all__ = ["Evidence", "Metric", "collect"]
 
@@ -60,10 +60,15 @@ def collect(
     ledger = ledger_of(model)
     with activated(model, ledger, name):
         tensors = adapter_state_dict(model, name)
-        with _running(bystander) as on_probe, _idle_sites(model, name) as idle:
-            outputs = run()
-        with _running(bystander) as in_metric:
-            value = None if metric is None else _evaluate(metric, model)
+        try:
+            with _running(bystander) as on_probe, _idle_sites(model, name) as idle:
+                outputs = run()
+            with _running(bystander) as in_metric:
+                value = None if metric is None else _evaluate(metric, model)
+        except BaseException:
+            with suppress(AdapterError):  # if it is still there, and of the form that it had
+                load_adapter_state_dict(model, tensors, name)
+            raise
     return Evidence(tensors, outputs, tuple(idle), value, tuple(on_probe), tuple(in_metric))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,10 +18,9 @@ from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, reasons_listing, within
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.injection.building import adapter_shapes
-from resadapt.injection.freeze import gradients_back_on_failure
-from resadapt.injection.installation import check_model, install, uninstall
-from resadapt.injection.ledger import backbone_differences, find_ledger, ledger_of, plain_modules, plain_tensors
-from resadapt.injection.switching import activate, on_plain, switch
+from resadapt.injection.installation import check_model, install
+from resadapt.injection.ledger import backbone_differences, find_ledger, plain_modules, plain_tensors
+from resadapt.injection.switching import on_plain, switch
 from resadapt.injection.walk import backbone_modules, unwrap
 from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, persistent_tensors
 
@@ -117,21 +117,12 @@ def _inject_from_file(
     model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor], name: str, fingerprint: Fingerprint | None
 ) -> None:
     spec = replace(info.set, name=name)
-    ledger = find_ledger(model)
-    active = ledger.active if ledger is not None else None
     try:
         with on_plain(model):
             _check_description(model, info, state)
             heads = _heads(model, info, state)
-        with gradients_back_on_failure(model), torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
-            install(model, spec, info.example, heads, fingerprint)
-            try:
-                load_adapter_state_dict(model, state, name)
-            except BaseException:
-                uninstall(model, ledger_of(model), name)
-                if ledger is not None:
-                    activate(model, ledger, active)
-                raise
+        with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
+            install(model, spec, info.example, heads, fingerprint, partial(load_adapter_state_dict, model, state, name))
     except InjectionError as error:
         raise AdapterFileError(f"{info.path}: cannot be injected into this {type(model).__name__}: {error}") from error
 

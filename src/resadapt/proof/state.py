@@ -12,10 +12,11 @@ from resadapt.base.module_record import other_state
 from resadapt.base.names import listing, reasons_listing, within
 from resadapt.base.spec import SetSpec
 from resadapt.base.tensors import address, dtype_name, is_dense, is_sharded, same_bits, whole
-from resadapt.injection.building import adapter_shapes
-from resadapt.injection.ledger import AdapterSet, adapter_of, adapter_tensors, ledger_of, own_modules
+from resadapt.injection.building import adapter_shapes, saved_tensors
+from resadapt.injection.ledger import AdapterSet, adapter_of, ledger_of, own_modules
+from resadapt.injection.owned import follow
 from resadapt.injection.sharding import reshard
-from resadapt.injection.walk import named_tensors, unwrap
+from resadapt.injection.walk import find_module, named_tensors, unwrap
 
 __all__ = ["adapter_state_dict", "fitting", "live_tensors", "load_adapter_state_dict", "persistent_tensors", "refuse_unsaved_state"]
 
@@ -94,7 +95,11 @@ def refuse_unsaved_state(model: nn.Module, record: AdapterSet) -> None:
 def live_tensors(model: nn.Module, record: AdapterSet) -> dict[str, Tensor]:
     """Returns a set's own tensors, parameters and persistent buffers, by their names in a file."""
     spec = record.spec
-    adapters = {f"adapters.{key}": tensor for key, tensor in adapter_tensors(model, spec)}
+    for place, module in record.parked.items():
+        follow(module, find_module(model, place))
+    adapters = {
+        f"adapters.{site.name}.{key}": tensor for site in spec.sites for key, tensor in saved_tensors(adapter_of(model, spec, site))
+    }
     described = {
         f"adapters.{site.name}.{key}": shape for site in spec.sites for key, shape in adapter_shapes(model, spec, site).items()
     }
