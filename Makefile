@@ -34,8 +34,10 @@ test: $(STAMP)  ## all tests, the examples in docstrings and docs, and branch co
 clients: $(CLIENTS)  ## tests against the libraries that models and training loops come from (timm, Lightning, captum, ONNX, ...)
 	"$(BIN)/python" -m pytest tests/clients --numprocesses auto --maxprocesses 4
 
-bench: $(CLIENTS)  ## time and memory of training and of files beside their rivals, into benchmarks/results: some minutes
+bench: $(CLIENTS)  ## time and memory of training and of files beside their rivals, into benchmarks/results: half an hour
 	"$(BIN)/python" benchmarks/training.py
+	"$(BIN)/python" benchmarks/variants.py
+	"$(BIN)/python" benchmarks/growth.py
 	"$(BIN)/python" benchmarks/reuse.py
 	"$(BIN)/python" benchmarks/files.py
 

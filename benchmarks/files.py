@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import machine, report, timed
 from torch import nn
 from torchvision.models import resnet18
-from training import CLASSES, machine, report, timed
+from ways import CLASSES
 
 from resadapt import inject_adapters, load_adapters, save_adapters
 

@@ -10,20 +10,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from measuring import command_line, machine, report, step, timed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
-from training import CLASSES, command_line, machine, report, timed
+from ways import CLASSES
 
 from resadapt import cache_prefix, forward_all, inject_adapters, optimize_backbone, set_active_adapters
 
+BATCH, SIZE = 8, 224
 SETS = (1, 4, 16, 64)
-
-
-def step(forward: Callable[[Any], Tensor], inputs: Any, labels: Tensor) -> None:
-    """Forward and backward."""
-    torch.autograd.backward(F.cross_entropy(forward(inputs), labels))
 
 
 def last_stage() -> nn.Module:
@@ -93,10 +89,10 @@ def main() -> None:
     """Measure, and write JSON and a table."""
     options = command_line(__doc__, 7).parse_args()
     result = {
-        "what": f"ResNet-18, adapters after the last stage and a head, {options.batch} pictures of {options.size} pixels, float32",
+        "what": f"ResNet-18, adapters after the last stage and a head, {BATCH} pictures of {SIZE} pixels, float32",
         "machine": machine(1, options.rounds),
-        "steps": steps(options.batch, options.size, options.rounds),
-        "sets": sets(options.batch, options.size, min(options.rounds, 3)),
+        "steps": steps(BATCH, SIZE, options.rounds),
+        "sets": sets(BATCH, SIZE, min(options.rounds, 3)),
     }
     report("reuse", result, table(result))
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from measuring import bytes_saved
 from support import picture, small_net, small_resnet
 from torch import Tensor, nn
 from torchvision.models import densenet121, efficientnet_b0, resnet18, resnet50, resnext50_32x4d
 from torchvision.models.video import r3d_18
-from training import bytes_saved
 
 import resadapt
 from resadapt import estimate_training

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from measuring import bytes_saved
 from support import images, picture, small_resnet
 from torch import Tensor, fx, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
-from training import bytes_saved
 
 import resadapt
+from resadapt.injection.freeze import Overlay
 from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, SmallIndexPool, packed, unpacked
 from resadapt.lean.layers import LeanMaxPool2d
 
@@ -27,11 +31,11 @@ from resadapt.lean.layers import LeanMaxPool2d
 @given(st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, float("nan"), float("inf"), -float("inf")]), max_size=40))
 def test_bits_are_those_of_the_mask(values: list[float]) -> None:
     x = torch.tensor(values, requires_grad=True)
-    bits = packed(x.detach())
+    bits = packed(torch.relu(x).detach())
     assert bits.dtype == torch.uint8
     assert len(bits) == (len(values) + 7) // 8
     (passes,) = torch.autograd.grad(torch.relu(x).sum(), x)
-    assert unpacked(bits, len(values)).tolist() == passes.bool().tolist()
+    assert (unpacked(bits, len(values), torch.float16) > 0).tolist() == passes.bool().tolist()
 
 
 @pytest.mark.parametrize("double", [gradcheck, gradgradcheck])
@@ -433,3 +437,155 @@ def test_a_parametrized_weight_keeps_its_gradient() -> None:
     convolution.parametrizations.weight.original1.requires_grad_()
     model.train()(images(4, 32)).square().mean().backward()
     assert convolution.parametrizations.weight.original1.grad.any()
+
+
+class Viewing(nn.Module):
+    """Its forward is nobody's but its own, and looks at how a feature map lies in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(*list(models.resnet18().children())[:-2])
+        self.plain = nn.Sequential(nn.Conv2d(512, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.fc = nn.Linear(8 * 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk(x)
+        x = self.plain(x.view(x.shape[0], 512, 2, 2))
+        return self.fc(x.view(x.shape[0], -1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nobody_notices_how_feature_maps_lie_in_memory(training: bool) -> None:
+    torch.manual_seed(0)
+    model = resadapt.inject_adapters(Viewing(), "trunk.7", 4, head="fc", init="normal", dropout=0.0).train(training)
+    x, seen = images(2, 64), []
+    model.trunk[5][0].register_forward_hook(lambda _module, _args, output: seen.append(output.stride()))
+    model.trunk[6][1].conv2.register_forward_pre_hook(lambda _module, args: seen.append(args[0].stride()))
+    plain = model(x)
+    compare(resadapt.optimize_backbone(model)(x), plain, True)
+    assert seen[:2] == seen[2:]
+
+
+@pytest.mark.parametrize("case", ["order", "segmentation", "maps"])
+def test_random_numbers_are_drawn_as_by_the_plain_backbone(case: str) -> None:
+    """In the same order, and for the same places."""
+    torch.manual_seed(0)
+    x, model = images(2, 64).double(), models.resnet18(num_classes=3)
+    if case == "order":
+        resadapt.inject_adapters(model, ["layer2.0.downsample.0", "layer2.0.conv1"], 64, init="normal", dropout=0.5)
+    elif case == "maps":
+        resadapt.inject_adapters(model, "layer*.*", 8, family="bottleneck", init="normal")
+        for place in ("layer1.0", "layer2.1"):
+            model.get_submodule(place).register_forward_hook(lambda _m, _a, output: nn.functional.dropout(output, 0.5))
+    else:
+        model = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
+        resadapt.inject_adapters(model, "backbone.layer4", 8, init="normal")
+    model.double().train()
+    resadapt.accept_backbone(model)
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        output = model(x)
+        outputs.append(output["out"] if isinstance(output, dict) else output)
+        resadapt.optimize_backbone(model)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-9, atol=1e-9 * float(outputs[0].abs().max()))
+
+
+def test_hooks_run_in_the_order_of_the_plain_backbone() -> None:
+    model = resadapt.inject_adapters(small_resnet(), "layer4", 4).eval()
+    order: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _m, _a, _o, name=name: order.append(name))
+    model(images())
+    plain = order.copy()
+    order.clear()
+    resadapt.optimize_backbone(model)(images())
+    assert order == plain
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+def test_a_weight_that_is_parametrized_afterwards() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), nn.Conv2d(8, 8, 1))
+    model: Any = resadapt.inject_adapters(net, "1", 4).eval()
+    resadapt.optimize_backbone(model)
+    x, convolution = images(), model[0][0]
+    model(x)
+    parametrize.register_parametrization(convolution, "weight", Scaled())
+    with torch.no_grad():
+        for factor in range(30):
+            convolution.parametrizations.weight[0].factor.fill_(factor)
+            expected = model[1](model[0][2](model[0][1](convolution(x))))
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    resadapt.restore_backbone(model)
+    assert type(convolution).__bases__ == (nn.Conv2d,)
+    resadapt.optimize_backbone(model)
+    resadapt.remove_adapters(model)
+    assert not any(issubclass(type(module), Overlay) for module in model.modules())
+
+
+def test_another_eps_is_noticed() -> None:
+    model = resadapt.optimize_backbone(resadapt.inject_adapters(small_resnet(), "layer4", 4)).eval()
+    x = images()
+    model(x)
+    model.layer1[0].bn1.eps = 0.1
+    compare(model(x), resadapt.restore_backbone(model)(x), True)
+
+
+@pytest.mark.parametrize("size", [{"kernel_size": (2,)}, {"stride": (2,)}, {"padding": (1,)}, {"stride": []}, {"dilation": [1]}])
+def test_poolings_with_sizes_of_one_number(size: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(**{"kernel_size": 3, **size}))
+    model, x = resadapt.inject_adapters(net, "0", 2, init="normal").eval(), images()
+    plain = torch.autograd.grad(model(x).square().sum(), list(resadapt.trainable_parameters(model)))
+    resadapt.optimize_backbone(model)
+    for ours, theirs in zip(
+        torch.autograd.grad(model(x).square().sum(), list(resadapt.trainable_parameters(model))), plain, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_convolution_with_two_norms_in_threads() -> None:
+    """As RetinaNet-like heads have it: each call folds another norm."""
+    torch.manual_seed(0)
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3)
+            self.one, self.other = (nn.Sequential(shared, nn.BatchNorm2d(8)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.one(h) - self.other(h)
+
+    model, x = Net(), images(1, 16)
+    for norm in (model.one[1], model.other[1]):
+        norm.running_var.uniform_(0.5, 4)  # type: ignore[operator, union-attr]
+    resadapt.inject_adapters(model, "first", 4)
+    expected = resadapt.optimize_backbone(model).eval()(x)
+    wrong: list[float] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(200):
+                if not torch.allclose(out := model(x), expected, atol=1e-5):
+                    wrong.append(float((out - expected).abs().max()))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert not wrong

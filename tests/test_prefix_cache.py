@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -188,15 +189,16 @@ def test_files_are_used_again_and_what_is_damaged_is_computed_again(tmp_path: Pa
     runs = counting(again, "layer2.0")
     shown: list[Any] = []
     cache = cache_prefix(again, data(), path, batch_size=BATCH, progress=lambda batches: shown.append(len(batches)) or batches)
-    assert not shown
+    assert shown == [3], "the data are compared"
     assert max(runs) == 3, "only the samples with which the plan is tried"
+    shown.clear()
     assert all(torch.equal(cache[i][0], wanted[i]) for i in range(11))
     del first, cache
     raw = bytearray((path / "0.bin").read_bytes())
     raw[5 * len(raw) // 11 + 3] ^= 1  # a bit of sample 5
     (path / "0.bin").write_bytes(raw)
     cache = cache_prefix(again, data(), path, batch_size=BATCH, progress=lambda batches: shown.append(len(batches)) or batches)
-    assert shown == [2], "from sample 5 on"
+    assert shown == [2, 2], "compared up to sample 5, computed from there on"
     torch.testing.assert_close(torch.stack([cache[i][0] for i in range(11)]), torch.stack(wanted))
     (path / "0.bin").write_bytes(raw[:100])
     cache = cache_prefix(again, data(), path, batch_size=BATCH)
@@ -242,7 +244,7 @@ def test_goes_on_after_a_kill(tmp_path: Path) -> None:
     shown: list[int] = []
     model = resnet(layers="layer4").eval()
     cache = cache_prefix(model, data(40), path, batch_size=4, progress=lambda batches: shown.append(len(batches)) or batches)
-    assert shown == [7], "12 of 40 were there"
+    assert shown == [3, 7], "12 of 40 were there"
     for features, _labels in DataLoader(cache, 40):
         torch.testing.assert_close(cache.forward(features), model(data(40).tensors[0]))
 
@@ -401,7 +403,7 @@ def test_other_sets_on_the_same_features() -> None:
     with pytest.raises(resadapt.InjectionError, match="No adapter set is active"):
         cache.forward(features)
     resadapt.set_active_adapters(model, "first")
-    with pytest.raises(resadapt.InjectionError, match="have shape"):
+    with pytest.raises(resadapt.InjectionError, match=r"The features are .*, where .* was kept"):
         cache.forward(features[:, :3])
     resadapt.optimize_backbone(model)
     with pytest.raises(resadapt.InjectionError, match="optimize_backbone changes them"):
@@ -454,3 +456,161 @@ def test_bad_arguments(tmp_path: Path) -> None:
         cache_prefix(small_net(), data())
     with pytest.raises(resadapt.InjectionError, match="data parallelism"):
         cache_prefix(nn.DataParallel(model), data())
+
+
+class Listed(Dataset[Any]):
+    """Samples as they are given."""
+
+    def __init__(self, samples: list[Any]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (lambda x: (x, 2.5), r"part 1 of a sample is torch.float64 \[\] in samples 34 to 35, where it was torch.int64 \[\]"),
+        (lambda x: (x, torch.tensor(2, dtype=torch.uint8)), "part 1 of a sample is torch.uint8"),
+        (lambda x: (x, torch.tensor([2])), r"part 1 of a sample is torch.int64 \[1\]"),
+        (lambda x: (x[:, :16], 2), "output of .* is torch.float32"),
+    ],
+)
+def test_samples_of_another_form_are_not_made_to_fit(odd: Callable[[Tensor], Any], message: str) -> None:
+    x = images(64)
+    samples = [(each, 1) if number not in (34, 35) else odd(each) for number, each in enumerate(x)]
+    with pytest.raises(resadapt.AdapterError, match=message):
+        cache_prefix(resnet(layers="layer3", head="fc"), Listed(samples), batch_size=2)
+
+
+def test_every_sample_is_compared_with_what_is_there(tmp_path: Path) -> None:
+    x, y = images(64), torch.arange(64) % 3
+    cache_prefix(resnet(layers="layer4", head="fc"), TensorDataset(x, y), tmp_path, batch_size=16)
+    mended = y.clone()
+    mended[37] = 2
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(resadapt.AdapterFileError, match="sample 37 of the data is not the one"):
+        cache_prefix(resnet(layers="layer4", head="fc"), TensorDataset(x, mended), tmp_path, batch_size=16)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_what_mixes_the_batch_is_refused() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False))
+            self.body, self.fc = nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.body(self.stem(x)).mean((2, 3)))
+
+    x = images(8) * torch.linspace(0.1, 5, 8)[:, None, None, None]
+    with pytest.raises(resadapt.InjectionError, match="'stem' returns something else for a sample in another batch"):
+        cache_prefix(resadapt.inject_adapters(Mixing(), "body", 4), x)
+
+    def centred(samples: list[Tensor]) -> Tensor:
+        batch = torch.stack(samples)
+        return batch - batch.mean(0)
+
+    with pytest.raises(resadapt.AdapterError, match="the collate function mixes samples"):
+        cache_prefix(resnet(layers="layer4"), DataLoader(Listed(list(x)), 4, collate_fn=centred))
+
+
+def test_threads_run_the_model_as_if_nothing_were_between() -> None:
+    model, x = resnet(layers="layer4", head="fc", init="normal").eval(), images(4)
+    cache = cache_prefix(model, x, batch_size=4)
+    features, expected = torch.stack([cache[i] for i in range(4)]), model(x)
+    failures: list[object] = []
+
+    def work(run: Callable[[], Tensor]) -> None:
+        try:
+            for _ in range(10):
+                if not torch.allclose(run(), expected, atol=1e-6):
+                    failures.append("other numbers")
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        runs = [lambda: cache.forward(features), lambda: model(x), lambda: cache.forward(features)]
+        threads = [threading.Thread(target=work, args=(run,)) for run in runs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def _other_stride(model: Any) -> None:
+    model.maxpool.stride = 1
+
+
+def _other_eps(model: Any) -> None:
+    model.layer2[0].bn1.eps = 0.1
+
+
+def _unfrozen(model: Any) -> None:
+    model.layer3.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(_other_stride, "'maxpool'"), (_other_eps, "'layer2.0.bn1'"), (_unfrozen, "is to be trained")]
+)
+def test_a_changed_setting_or_flag_is_found_out(change: Callable[[Any], None], message: str) -> None:
+    model = resnet(layers="layer4", head="fc")
+    cache = cache_prefix(model, data())
+    cache.forward(cache[0][0][None])
+    change(model)
+    with pytest.raises(resadapt.InjectionError, match=message):
+        cache.forward(cache[0][0][None])
+    with pytest.raises(resadapt.InjectionError, match=message):
+        cache_prefix(model, data())
+
+
+def test_features_are_left_as_they_were() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            out = self.second(h)
+            h *= 2
+            return self.fc((h + out).mean((2, 3)))
+
+    model, x = resadapt.inject_adapters(InPlace(), "second", 4, family="lora", head="fc").eval(), images(4)
+    cache = cache_prefix(model, x)
+    features = next(iter(DataLoader(cache, 4)))
+    for _ in range(3):
+        torch.testing.assert_close(cache.forward(features), model(x))
+
+
+@pytest.mark.parametrize("features", [None, {"a": torch.ones(1, 256, 2, 2)}, "text", numpy.ones((1, 256, 2, 2)), 3, [], [None]])
+def test_what_are_no_features(features: Any) -> None:
+    cache = cache_prefix(resnet(layers="layer4", head="fc"), data())
+    with pytest.raises(resadapt.InjectionError, match="give a batch of what the data set has"):
+        cache.forward(features)
+    with pytest.raises(resadapt.InjectionError, match="'float64"):
+        cache.forward(cache[0][0][None].double())
+
+
+@pytest.mark.parametrize(
+    "progress", [lambda batches: [], lambda batches: None, lambda batches: 5, lambda batches: list(batches)[1:]]
+)
+def test_progress_that_keeps_batches_back(progress: Any) -> None:
+    with pytest.raises(resadapt.AdapterError, match=r"^progress (returned|did not return)"):
+        cache_prefix(resnet(layers="layer4", head="fc"), data(), batch_size=4, progress=progress)
+
+
+def test_goes_on_after_a_kill_before_anything_is_described(tmp_path: Path) -> None:
+    (tmp_path / "features.json.new").write_text('{"resadapt_pre')
+    assert len(cache_prefix(resnet(layers="layer4", head="fc"), data(), tmp_path)) == 11

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
 from resadapt.base.errors import InjectionError
@@ -21,6 +22,7 @@ __all__ = [
     "FrozenStatistics",
     "Overlay",
     "as_built",
+    "class_of",
     "freeze_norm",
     "freeze_norms",
     "freeze_parameters",
@@ -29,6 +31,7 @@ __all__ = [
     "is_frozen",
     "is_held",
     "norms_of",
+    "put_class",
     "running_as_built",
     "set_trainable",
     "thaw_norm",
@@ -130,14 +133,14 @@ def thaw_norm(module: nn.Module) -> bool:
 @contextmanager
 def as_built(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Runs the body with modules of the classes that they were built with, for whom looks at what they are."""
-    covered = [(module, type(module), module.__dict__.get(FOLDED)) for module in modules if isinstance(module, Overlay)]
+    covered = [(module, class_of(module), module.__dict__.get(FOLDED)) for module in modules if isinstance(module, Overlay)]
     try:
         for module, *_ in covered:
             _uncover(module)
         yield
     finally:
         for module, kind, folded in covered:
-            module.__class__ = kind
+            put_class(module, kind)
             if folded is not None:
                 module.__dict__[FOLDED] = folded
 
@@ -202,7 +205,20 @@ def _uncover(module: nn.Module) -> None:
     """Takes off a module what this library put over its class."""
     if isinstance(module, Overlay):
         module.__dict__.pop(FOLDED, None)
-        module.__class__ = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("resadapt."))
+        put_class(module, next(cls for cls in type(module).__mro__ if not issubclass(cls, Overlay)))
+
+
+def put_class(module: nn.Module, kind: Any) -> None:
+    """Gives a module another class, under that which torch.nn.utils.parametrize has made for it alone, if there is one."""
+    if is_parametrized(module):
+        type(module).__bases__ = (kind,)
+    else:
+        module.__class__ = kind
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Returns a module's class, as `put_class` gives it."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

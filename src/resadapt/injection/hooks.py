@@ -16,7 +16,7 @@ from resadapt.injection.slots import SLOT, AdapterSlot
 from resadapt.injection.walk import find_slot
 from resadapt.injection.watch import begin_forward, check_first_forward, check_rules, count_run, end_forward
 
-__all__ = ["attach", "detach", "drop_hook", "later_hooks", "unwatch", "watch"]
+__all__ = ["apply_adapter", "attach", "detach", "drop_hook", "later_hooks", "unwatch", "watch"]
 
 
 def apply_adapter(module: nn.Module, args: Any, output: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import RLock, get_ident
 from types import MethodType
 from typing import Any
 
@@ -34,6 +35,12 @@ class Prefix:
         self.position = 0
         """Number of calls so far."""
         self._inside = False
+        self._thread = get_ident()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the thread whose forward it is: others run the model as it is."""
+        return get_ident() == self._thread
 
     def start(self, name: str | None) -> None:
         """Begins a forward with a set."""
@@ -83,12 +90,18 @@ class Intercept:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module, or what stands for it."""
         prefix = self.prefix
+        if not prefix.is_here:
+            return self.run(*args, **kwargs)
         if prefix.name in self.own:
             prefix.parted = True
         output = prefix.arrive(self.place, self.run, args, kwargs) if self.plain else self.run(*args, **kwargs)
         if prefix.name in self.adapted:
             prefix.parted = True
         return output
+
+
+_ONE_AT_A_TIME = RLock()
+"""Held while something stands between models and their modules: what two threads put there would come off in the wrong order."""
 
 
 @contextmanager
@@ -107,7 +120,7 @@ def intercepted(model: nn.Module, sets: Iterable[SetSpec], prefix: Prefix) -> It
             own.setdefault(place, set()).add(spec.name)
         for site in spec.sites:
             adapted.setdefault(site.owner, set()).add(spec.name)
-    with ExitStack() as stack:
+    with _ONE_AT_A_TIME, ExitStack() as stack:
         for place, module, plain in _places(model, {*own, *adapted}):
             here = own.get(place, ())
             attribute = _entry(module)

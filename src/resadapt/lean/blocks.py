@@ -1,10 +1,15 @@
 """Residual blocks of torchvision, and Sequentials, that compute each frozen convolution and the norm behind it in one step.
 
 Each takes the place of a stock class by the class alone, as in `resadapt.lean.layers`, and runs as the stock one where it cannot.
+
+On the CPU feature maps lie in channels_last between the folded convolutions of residual blocks, which is faster. Nobody else is to
+notice: before they are handed to a hook, to a module that may look at how they lie, or back to a caller that is none of
+these classes, they are laid out as they would be.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,26 +18,82 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops.misc import Conv2dNormActivation, Conv3dNormActivation
 from typing_extensions import override
 
+from resadapt.adapters import PooledAdapter
 from resadapt.injection.freeze import FrozenStatistics, Overlay
-from resadapt.lean.pairs import normalised
+from resadapt.injection.hooks import apply_adapter
+from resadapt.injection.walk import find_slot
+from resadapt.lean.functions import is_ordinary
+from resadapt.lean.layers import LEAN
+from resadapt.lean.pairs import has_hooks, in_one_step, is_channels_last, is_replaced
 
-__all__ = ["FOLDING"]
+__all__ = ["FOLDING", "layouts_inside"]
+
+_ANY_LAYOUT = frozenset(LEAN.values()) | {nn.Identity, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Conv2d, nn.Linear, nn.Flatten}
+"""What gives the same numbers however its input lies in memory, and lays out its output as its input."""
 
 
-class LeanSequential(Overlay, nn.Sequential):
+class _Inner(Overlay):
+    """A module whose output may lie in memory as it was computed, if one of these classes has called it."""
+
+    def inside(self, x: Any, given: Any) -> Any:
+        """Computes the output for an input that lies in memory in another way, perhaps, than one that was given: override it."""
+        raise NotImplementedError
+
+    def forward(self, x: Any) -> Any:
+        """Returns the output, laid out as the stock module's."""
+        return _as_given(self.inside(x, x), x)
+
+
+def _as_given(x: Any, given: Any) -> Any:
+    """Returns a feature map laid out as stock modules do it, from what was given to the outermost of them."""
+    if isinstance(x, Tensor) and is_channels_last(x) and isinstance(given, Tensor) and not is_channels_last(given):
+        return x.contiguous()
+    return x
+
+
+def _run(module: nn.Module, x: Any, given: Any) -> Any:
+    """Returns a module's output for a feature map that may lie in memory as it was computed."""
+    if is_ordinary(x) and not module._compiled_call_impl and not has_hooks(module, apply_adapter) and _takes_any(module):
+        if isinstance(module, _Inner) and "forward" not in module.__dict__:
+            out = module.inside(x, given)
+            return out if find_slot(module) is None else apply_adapter(module, (x,), out)
+        if isinstance(module, _Inner) or type(module) in _ANY_LAYOUT:
+            return module(x)
+    return module(_as_given(x, given))
+
+
+def _takes_any(module: nn.Module) -> bool:
+    """Tells whether a module's forward and its adapter give the same numbers, and draw the same, however a feature map lies."""
+    slot = find_slot(module)
+    if is_replaced(module) or (slot is not None and slot.mixture is not None):
+        return False
+    adapter = slot._modules[slot.active] if slot is not None and slot.active is not None else None
+    if adapter is None or isinstance(adapter, PooledAdapter):
+        return True
+    drops = adapter.training and any(isinstance(each, nn.Dropout) and each.p for each in adapter.modules())
+    return type(adapter).__module__.startswith("resadapt.") and not drops
+
+
+def _normalised(convolution: nn.Module, norm: nn.Module, x: Any, given: Any) -> Any:
+    """Returns what a norm makes of a convolution's output."""
+    out = in_one_step(convolution, norm, x, given)
+    return _run(norm, _run(convolution, x, given), given) if out is None else out
+
+
+class LeanSequential(_Inner, nn.Sequential):
     """`torch.nn.Sequential` that folds norms into the convolutions before them."""
 
     @override
-    def forward(self, input: Any) -> Any:
+    def inside(self, x: Any, given: Any) -> Any:
         """Runs the modules one after another."""
         modules = list(self)
         while modules:
             module, *modules = modules
             if modules and isinstance(modules[0], FrozenStatistics):
-                input = normalised(module, modules.pop(0), input)
+                x = _normalised(module, modules.pop(0), x, given)
             else:
-                input = module(input)
-        return input
+                x = _run(module, x, given)
+        return x
 
 
 class LeanConv2dNormActivation(LeanSequential, Conv2dNormActivation):  # type: ignore[misc]
@@ -43,32 +104,30 @@ class LeanConv3dNormActivation(LeanSequential, Conv3dNormActivation):  # type: i
     """torchvision's `Conv3dNormActivation` that folds its norm."""
 
 
-class LeanBasicBlock(Overlay, BasicBlock):  # type: ignore[misc]
+class LeanBasicBlock(_Inner, BasicBlock):  # type: ignore[misc]
     """torchvision's `BasicBlock` that folds its norms."""
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def inside(self, x: Tensor, given: Tensor) -> Tensor:
         """Returns the block's output for a feature map."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(normalised(self.conv1, self.bn1, x))
-        out = normalised(self.conv2, self.bn2, out)
-        out += shortcut
-        activated: Tensor = self.relu(out)
+        out = _run(self.relu, _normalised(self.conv1, self.bn1, x, given), given)
+        out = _normalised(self.conv2, self.bn2, out, given)
+        out += x if self.downsample is None else _run(self.downsample, x, given)
+        activated: Tensor = _run(self.relu, out, given)
         return activated
 
 
-class LeanBottleneck(Overlay, Bottleneck):  # type: ignore[misc]
+class LeanBottleneck(_Inner, Bottleneck):  # type: ignore[misc]
     """torchvision's `Bottleneck` that folds its norms."""
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def inside(self, x: Tensor, given: Tensor) -> Tensor:
         """Returns the block's output for a feature map."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(normalised(self.conv1, self.bn1, x))
-        out = self.relu(normalised(self.conv2, self.bn2, out))
-        out = normalised(self.conv3, self.bn3, out)
-        out += shortcut
-        activated: Tensor = self.relu(out)
+        out = _run(self.relu, _normalised(self.conv1, self.bn1, x, given), given)
+        out = _run(self.relu, _normalised(self.conv2, self.bn2, out, given), given)
+        out = _normalised(self.conv3, self.bn3, out, given)
+        out += x if self.downsample is None else _run(self.downsample, x, given)
+        activated: Tensor = _run(self.relu, out, given)
         return activated
 
 
@@ -77,9 +136,10 @@ class LeanResNet(Overlay, ResNet):  # type: ignore[misc]
 
     @override
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(normalised(self.conv1, self.bn1, x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        h = _normalised(self.conv1, self.bn1, x, x)
+        for module in (self.relu, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4, self.avgpool):
+            h = _run(module, h, x)
+        logits: Tensor = self.fc(torch.flatten(h, 1))
         return logits
 
 
@@ -92,3 +152,10 @@ FOLDING: dict[type[nn.Module], type[nn.Module]] = {
     ResNet: LeanResNet,
 }
 """The class that takes the place of one that holds convolutions and norms."""
+
+
+def layouts_inside(modules: Iterable[nn.Module]) -> dict[int, str]:
+    """Returns for what convolutions of residual blocks had better have feature maps in channels_last, by their identities."""
+    blocks = [module for module in modules if type(module) in (BasicBlock, Bottleneck, ResNet)]
+    layouts = "batches" if any(type(block) is Bottleneck for block in blocks) else "large"
+    return {id(module): layouts for block in blocks for child in block.children() for module in (child, *child.children())}

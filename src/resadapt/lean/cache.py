@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -17,8 +17,8 @@ from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, reasons_listing
 from resadapt.base.nested import map_tensors
-from resadapt.base.tensors import stamp
-from resadapt.injection.ledger import backbone_differences, ledger_of, plain_tensors
+from resadapt.base.tensors import dtype_name, stamp
+from resadapt.injection.ledger import backbone_differences, ledger_of, plain_modules, plain_tensors
 from resadapt.injection.switching import check_switchable
 from resadapt.injection.walk import unwrap
 from resadapt.lean.absent import NeededError
@@ -93,10 +93,11 @@ def cache_prefix(
     check_switchable(inner, ledger, [record])
     if drifted := backbone_differences(inner, ledger.fingerprint):
         raise InjectionError(f"The backbone is not what was injected into: {reasons_listing(drifted)}.")
+    _refuse_trained(inner)
     samples = Samples(data, batch_size, num_workers, variants)
     device = next((parameter.device for parameter in nn.Module.parameters(inner)), torch.device("cpu"))
-    plan = plan_for(inner, spec, _moved(samples.some[0], device))
-    rows = FeatureRows(plan, samples, ledger.fingerprint.without(spec.head).to_json(), path)
+    plan = plan_for(inner, spec, _moved(map_tensors(samples.some[0], lambda tensor: tensor[:_TRIED]), device))
+    rows = FeatureRows(plan, samples, ledger.fingerprint.without(spec.head).to_json(), path, progress)
     for where, batch in samples.batches(rows.filled, progress):
         inputs, rest = split(batch)
         values = values_for(inner, plan, _moved(inputs, device))
@@ -157,10 +158,16 @@ class PrefixCache(Dataset[Any]):
         self._check_backbone(model)
         tensors = list(features) if isinstance(features, list | tuple) else [features]
         forms = [plan.forms[number] for number in plan.needed]
-        if [tuple(tensor.shape[1:]) for tensor in tensors] != [form.shape[1:] for form in forms]:
-            wanted = listing([f"[N, {', '.join(map(str, form.shape[1:]))}]" for form in forms])
-            raise InjectionError(f"The features have shape {[list(t.shape) for t in tensors]}, where {wanted} was kept.")
-        values = {number: form.laid_out(tensor) for number, form, tensor in zip(plan.needed, forms, tensors, strict=True)}
+        given = [
+            _told(tensor.dtype, tensor.shape[1:]) if isinstance(tensor, Tensor) else type(tensor).__name__ for tensor in tensors
+        ]
+        if given != [_told(form.dtype, form.shape[1:]) for form in forms] or len({len(tensor) for tensor in tensors}) > 1:
+            wanted = listing([_told(form.dtype, form.shape[1:]) for form in forms])
+            raise InjectionError(
+                f"The features are {listing(given)}, where {wanted} was kept: give a batch of what the data set has."
+            )
+        # Copies: the model may change them in place.
+        values = {n: form.laid_out(tensor.clone()) for n, form, tensor in zip(plan.needed, forms, tensors, strict=True)}
         output = continued(model, plan, [plan.spec, active], values, len(tensors[0]))
         if isinstance(output, NeededError):
             names = listing([plan.forms[number].name for number in output.numbers])
@@ -173,6 +180,7 @@ class PrefixCache(Dataset[Any]):
     def _check_backbone(self, model: nn.Module) -> None:
         if self._stamps == (today := _stamps(model)):
             return
+        _refuse_trained(model)
         if drifted := backbone_differences(model, self._backbone):
             raise InjectionError(f"The backbone has changed since its features were kept: {reasons_listing(drifted)}.")
         self._stamps = today
@@ -182,6 +190,29 @@ def _moved(inputs: Any, device: torch.device) -> Any:
     return map_tensors(inputs, lambda tensor: tensor.to(device))
 
 
+def _told(dtype: torch.dtype, sizes: Iterable[int]) -> str:
+    return f"{dtype_name(torch.empty(0, dtype=dtype))} [N, {', '.join(map(str, sizes))}]"
+
+
 def _stamps(model: nn.Module) -> list[object]:
-    """Returns what changes when a tensor of the backbone is written or moved."""
-    return [stamp(tensor) for tensor in plain_tensors(model).values()]
+    """Returns what changes when a tensor or a setting of the backbone is written, moved or unfrozen."""
+    tensors = [(stamp(tensor), tensor.requires_grad) for tensor in plain_tensors(model).values()]
+    settings = [
+        (type(module), [item for item in vars(module).items() if type(item[1]) in _SETTINGS and item[0] != "training"])
+        for module in plain_modules(model).values()
+    ]
+    return [tensors, settings]
+
+
+_TRIED = 3
+"""So many samples the model is tried on."""
+_SETTINGS = (bool, int, float, str, tuple, type(None))
+
+
+def _refuse_trained(model: nn.Module) -> None:
+    """Refuses a backbone of which something is to be trained, which no gradient would reach."""
+    if trained := [path for path, tensor in plain_tensors(model).items() if tensor.requires_grad]:
+        raise InjectionError(
+            f"{listing(trained)} of the backbone is to be trained, and from kept features no gradient reaches it. Freeze it again, "
+            "requires_grad_(False)."
+        )

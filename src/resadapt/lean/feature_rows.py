@@ -15,14 +15,12 @@ from torch import Tensor
 from resadapt.base.errors import AdapterError, AdapterFileError, BackboneMismatchError
 from resadapt.base.tensors import dtype_name, row_digests
 from resadapt.lean.prefix import Plan
-from resadapt.lean.samples import Samples
+from resadapt.lean.samples import Progress, Samples
 
 __all__ = ["FeatureRows"]
 
 _FORMAT = 1
 _DIGEST = 32
-_LOOKED_AT = 16
-"""So many samples of the data are compared with a file that is opened."""
 
 
 class FeatureRows:
@@ -32,7 +30,7 @@ class FeatureRows:
     computed again.
     """
 
-    def __init__(self, plan: Plan, samples: Samples, backbone: Any, path: object) -> None:
+    def __init__(self, plan: Plan, samples: Samples, backbone: Any, path: object, progress: Progress) -> None:
         self.total = samples.length * samples.variants
         self._path = None if path is None else _directory(path)
         self._forms = [plan.forms[number] for number in plan.needed]
@@ -57,7 +55,7 @@ class FeatureRows:
         """How many rows, from the first on, have what was written into them."""
         if self._path is not None:
             self.filled = self._good_rows()
-            self._compare(samples)
+            self._compare(samples, progress)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what is in files: a worker of a DataLoader maps them itself."""
@@ -84,7 +82,18 @@ class FeatureRows:
         count = where.stop - where.start
         kept = len(self._forms)
         features = [form.kept(value) for form, value in zip(self._forms, values[:kept], strict=True)]
-        for array, value in zip(self._arrays, [*features, *values[kept:]], strict=True):
+        arrived = [*features, *values[kept:]]
+        forms = [(value.dtype, tuple(value.shape[1:])) for value in arrived]
+        if forms != self._shapes:
+            number, (found, known) = next(
+                (n, pair) for n, pair in enumerate(zip(forms, self._shapes, strict=True)) if len({*pair}) > 1
+            )
+            what = self._forms[number].name if number < kept else f"part {number - kept + 1} of a sample"
+            raise AdapterError(
+                f"The {what} is {found[0]} {list(found[1])} in samples {where.start} to {where.stop - 1}, where it was {known[0]} "
+                f"{list(known[1])}. Have every sample give tensors of one size, and numbers of one type."
+            )
+        for array, value in zip(self._arrays, arrived, strict=True):
             array[where] = value[:count].cpu()
         if self._path is not None:
             self._digests[where, _DIGEST:] = digests()[:count]
@@ -124,18 +133,17 @@ class FeatureRows:
                 return start + int(good.long().argmin())
         return self.total
 
-    def _compare(self, samples: Samples) -> None:
-        """Refuses a directory with the features of other data."""
-        if not self.filled:
-            return
-        numbers = sorted({number * self.filled // _LOOKED_AT for number in range(_LOOKED_AT)})
-        today = samples.digests_of([number % samples.length for number in numbers])
-        other = [number for number, digest in zip(numbers, today, strict=True) if not digest.equal(self._digests[number, _DIGEST:])]
-        if other:
-            raise AdapterFileError(
-                f"{self._path}: sample {other[0]} of the data is not the one whose features are there. Give the same data in "
-                "the same order, or another directory."
-            )
+    def _compare(self, samples: Samples, progress: Progress) -> None:
+        """Refuses a directory with the features of other data: every sample is looked at, of what is random only the rest."""
+        end = min(self.filled, samples.length)
+        for where, batch in samples.batches(0, progress, end) if end else ():
+            known = self._digests[where, _DIGEST:]
+            same = (samples.digests(batch)[: len(known)] == known).all(1)
+            if not same.all():
+                raise AdapterFileError(
+                    f"{self._path}: sample {where.start + int(same.long().argmin())} of the data is not the one whose features are "
+                    "there. Give the same data in the same order, or another directory."
+                )
 
 
 def _directory(path: object) -> Path:
@@ -157,7 +165,7 @@ def _agree(path: Path, manifest: dict[str, Any]) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            if any(path.iterdir()):
+            if any(each.name != "features.json.new" for each in path.iterdir()):  # which a killed run may have left
                 raise AdapterFileError(f"{path}: is a directory with other things in it. Give an empty or a new one.")
             temporary = path / "features.json.new"
             temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -155,9 +155,10 @@ class PackedReLU(Function):
         """Returns the gradient where the output is positive, or not a number, as PyTorch does."""
         (bits,) = ctx.saved_tensors
         shape, stride = ctx.form
-        flat = unpacked(bits, shape.numel())
-        mask = flat.as_strided(shape, stride) if ctx.dense else flat.reshape(shape)
-        return torch.where(mask, grad, 0.0), None
+        flat = unpacked(bits, shape.numel(), grad.dtype)
+        out = flat.as_strided(shape, stride) if ctx.dense else flat.reshape(shape)
+        # What the stock ReLU calls too, by some times faster than torch.where.
+        return torch.ops.aten.threshold_backward(grad, out, 0), None
 
 
 class SmallIndexPool(Function):
@@ -208,27 +209,28 @@ def _corners(out: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
 
 
 def packed(x: Tensor) -> Tensor:
-    """Returns a bit for each element, whether it is greater than zero or not a number: uint8, an eighth as many, rounded up.
+    """Returns a bit for each element, whether it is other than zero: uint8, an eighth as many, rounded up.
 
     Example:
-        >>> packed(torch.tensor([1.0, -1.0, 0.0, 2.0, float("nan")])).tolist()
+        >>> packed(torch.tensor([1.0, 0.0, 0.0, 2.0, float("nan")])).tolist()
         [25]
     """
-    words = torch.zeros((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
-    words.view(torch.uint8)[: x.numel()] = (x.reshape(-1) <= 0).logical_not_()
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
+    words[-1:] = 0
+    torch.ne(x.reshape(-1), 0, out=words.view(torch.bool)[: x.numel()])
     # Eight bytes of 0 or 1 times this number: their bits, next to each other, are the product's last byte.
     return words.mul_(_PACK).view(torch.uint8)[7::8].contiguous()
 
 
-def unpacked(bits: Tensor, count: int) -> Tensor:
-    """Returns what `packed` was given, as a flat mask.
+def unpacked(bits: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Returns numbers greater than zero where there was a bit, else zeros: flat.
 
     Example:
-        >>> unpacked(torch.tensor([25], dtype=torch.uint8), 5).tolist()
-        [True, False, False, True, True]
+        >>> unpacked(torch.tensor([25], dtype=torch.uint8), 5, torch.float32).sign().tolist()
+        [1.0, 0.0, 0.0, 1.0, 1.0]
     """
     words = torch.empty(len(bits), dtype=torch.int64, device=bits.device).copy_(bits)
-    return words.mul_(_SPREAD).bitwise_and_(_BIT_OF_BYTE).view(torch.uint8)[:count].ne(0)
+    return words.mul_(_SPREAD).bitwise_and_(_BIT_OF_BYTE).view(torch.uint8)[:count].to(dtype)
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -73,12 +73,13 @@ class LeanMaxPool2d(Overlay, nn.MaxPool2d):
         kernel = _pair(self.kernel_size)
         if self.return_indices or not can_be_lean(input) or input.ndim != 4 or math.prod(kernel) > 256:
             return super().forward(input)
-        geometry = (_pair(self.kernel_size if self.stride is None else self.stride), _pair(self.padding), _pair(self.dilation))
+        stride: Any = self.stride
+        geometry = (kernel if stride in (None, [], ()) else _pair(stride), _pair(self.padding), _pair(self.dilation))
         return SmallIndexPool.apply(input, kernel, *geometry, self.ceil_mode)[0]
 
 
 def _pair(size: Any) -> Any:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else (*size, *size)[:2]
 
 
 class LeanConv1d(_LeanConvolution, nn.Conv1d):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from resadapt.base.arguments import check_flag
-from resadapt.injection.freeze import FOLDED
+from resadapt.injection.freeze import FOLDED, class_of, put_class
 from resadapt.injection.ledger import ledger_of, plain_modules
 from resadapt.injection.walk import backbone_modules, unwrap
-from resadapt.lean.blocks import FOLDING
+from resadapt.lean.blocks import FOLDING, layouts_inside
 from resadapt.lean.layers import LEAN
 from resadapt.lean.pairs import FoldedPair
 
@@ -55,11 +55,13 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
     """
     check_flag("fold_norms", fold_norms)
     restore_backbone(model)
-    for module in _layers(model):
+    layers = _layers(model)
+    layouts = layouts_inside(layers)
+    for module in layers:
         if type(module) in LEAN:
             module.__class__ = LEAN[type(module)]
             if fold_norms and isinstance(module, nn.modules.conv._ConvNd):
-                module.__dict__[FOLDED] = FoldedPair()
+                module.__dict__[FOLDED] = FoldedPair(layouts.get(id(module), ""))
         elif fold_norms and type(module) in FOLDING:
             module.__class__ = FOLDING[type(module)]
     return model
@@ -87,7 +89,8 @@ def restore_backbone(model: nn.Module) -> nn.Module:
     stock = {lean: before for before, lean in (LEAN | FOLDING).items()}
     for module in _layers(model):
         module.__dict__.pop(FOLDED, None)
-        module.__class__ = stock.get(type(module), type(module))
+        if (kind := class_of(module)) in stock:
+            put_class(module, stock[kind])
     return model
 
 

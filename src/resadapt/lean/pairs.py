@@ -14,7 +14,7 @@ from resadapt.injection.freeze import FOLDED, FrozenStatistics, Overlay
 from resadapt.injection.intercept import Intercept
 from resadapt.lean.functions import PLAIN, is_ordinary
 
-__all__ = ["FoldedPair", "normalised"]
+__all__ = ["FoldedPair", "has_hooks", "in_one_step", "is_channels_last", "is_replaced"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORM = ("weight", "bias", "running_mean", "running_var")
@@ -24,36 +24,69 @@ class FoldedPair:
     """The weight and bias of a convolution with a norm behind it, and what they were made from.
 
     A copy of a module gets an empty one, and so does a pickled module.
+
+    Args:
+        layouts: For what the weight, and with it what it gives, lies in channels_last where the convolution's own does not:
+            "large" feature maps, large ones in large "batches", or nothing.
     """
 
-    def __init__(self) -> None:
-        self._made_from: Any = None
-        self.tensors: tuple[Tensor, ...] = ()
-        """Weight and bias, once they are made."""
+    def __init__(self, layouts: str = "") -> None:
+        self._layouts = layouts
+        self._made: tuple[Any, Any, tuple[Tensor, ...]] = (None, None, ())  # in one, which threads exchange at once
 
     def __deepcopy__(self, memo: Any) -> FoldedPair:
         """Returns an empty one."""
-        return FoldedPair()
+        return FoldedPair(self._layouts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Returns how to make an empty one."""
-        return FoldedPair, ()
+        return FoldedPair, (self._layouts,)
 
-    def of(self, convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, ...]:
-        """Returns weight and bias, which are made anew when a tensor they were made from was changed or moved."""
-        made_from = [None if part is None else stamp(part) for part in _parts(convolution, norm)]
-        tensors = self.tensors
-        if not tensors or made_from != self._made_from:
-            tensors = _fold(convolution, norm)
-            self.tensors, self._made_from = tensors, made_from
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Weight and bias, once they are made."""
+        return self._made[2]
+
+    def of(self, convolution: nn.Module, norm: nn.Module, given: Any) -> tuple[Tensor, ...]:
+        """Returns weight and bias, which are made anew when what they were made from was changed or moved."""
+        channels_last = self._in_channels_last(given)
+        parts = [part for part in _parts(convolution, norm) if part is not None]
+        today = [channels_last, norm.eps, *map(stamp, parts)]
+        made_from, _, tensors = self._made
+        if made_from != today:
+            tensors = _fold(convolution, norm, channels_last)
+            # Their memory is held, so that nothing else can come to lie where it is and be taken for it.
+            self._made = today, [part.detach() for part in parts], tensors
         return tensors
 
+    def _in_channels_last(self, given: Any) -> bool:
+        if not self._layouts or not isinstance(given, Tensor) or given.ndim != 4 or min(given.shape[2:]) < _LARGE:
+            return False
+        # On one thread torch has kernels for a few samples and kernels of one tap whose gradients are slow in this layout.
+        return self._layouts == "large" or torch.get_num_threads() > 1 or len(given) >= _BATCH or not torch.is_grad_enabled()
 
-def normalised(convolution: nn.Module, norm: nn.Module, x: Any) -> Any:
-    """Returns what a norm makes of a convolution's output: in one step where both are frozen and nothing is between them."""
+
+_LARGE, _BATCH = 96, 16
+"""Pixels of an image, and images of a batch, from which on it is faster to have feature maps in channels_last."""
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Tells whether a tensor has its channels side by side in memory, and not the other way too."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def in_one_step(convolution: nn.Module, norm: nn.Module, x: Any, given: Any) -> Any:
+    """Returns what a norm makes of a convolution's output, if both are frozen and nothing is between them; else None.
+
+    Args:
+        convolution: The convolution.
+        norm: The norm behind it.
+        x: What the convolution is given.
+        given: What the outermost module was given that runs such pairs.
+    """
     if not _are_one(convolution, norm) or not is_ordinary(x) or is_undisturbed():
-        return norm(convolution(x))
-    weight, bias = convolution.__dict__[FOLDED].of(convolution, norm)
+        return None
+    weight, bias = convolution.__dict__[FOLDED].of(convolution, norm, given)
     return convolution._conv_forward(x, weight, bias)  # type: ignore[operator]
 
 
@@ -64,15 +97,26 @@ def _are_one(convolution: nn.Module, norm: nn.Module) -> bool:
         and isinstance(convolution, Overlay)
         and isinstance(norm, FrozenStatistics)
         and norm.running_var is not None
+        and convolution.weight is convolution._parameters.get("weight")  # not one that is computed anew each time
+        and convolution.bias is convolution._parameters.get("bias")
         and all(part is None or (type(part) in PLAIN and not part.requires_grad) for part in _parts(convolution, norm))
-        and not any(module.__dict__.get(hooks) for module in (convolution, norm) for hooks in _HOOKS)
-        and not (_is_replaced(convolution) or _is_replaced(norm))
-        and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
-        and not (torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks)
+        and not (has_hooks(convolution) or has_hooks(norm))
+        and not (is_replaced(convolution) or is_replaced(norm))
     )
 
 
-def _is_replaced(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module, but: Any = None) -> bool:
+    """Tells whether something sees what a module is given or returns, besides one hook."""
+    return bool(
+        any(hook is not but for hooks in _HOOKS for hook in (module.__dict__.get(hooks) or {}).values())
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def is_replaced(module: nn.Module) -> bool:
     """Tells whether something stands in the place of a module's forward."""
     forward = module.__dict__.get("forward")
     return forward is not None and not (isinstance(forward, Intercept) and forward.only_passes_on)
@@ -85,7 +129,7 @@ def _parts(convolution: nn.Module, norm: nn.Module) -> list[Any]:
 
 @torch.inference_mode(False)  # it may be for training later
 @torch.no_grad()
-def _fold(convolution: Any, norm: Any) -> tuple[Tensor, Tensor]:
+def _fold(convolution: Any, norm: Any, channels_last: bool) -> tuple[Tensor, Tensor]:
     """Returns the weight and bias of a convolution that a norm follows, computed in float64 and rounded once."""
     weight: Any = convolution.weight
     bias: Any = 0.0 if convolution.bias is None else convolution.bias.double()
@@ -94,6 +138,6 @@ def _fold(convolution: Any, norm: Any) -> tuple[Tensor, Tensor]:
     factor = scale * (norm.running_var.double() + norm.eps).rsqrt()
     moved = (bias - norm.running_mean.double()) * factor + shift
     folded = (weight.double() * factor.reshape(-1, *[1] * (weight.ndim - 1))).to(weight.dtype)
-    if weight.ndim == 4 and (weight.device.type == "cpu" or weight.is_contiguous(memory_format=torch.channels_last)):
+    if weight.ndim == 4 and ((channels_last and weight.device.type == "cpu") or is_channels_last(weight)):
         folded = folded.contiguous(memory_format=torch.channels_last)  # oneDNN is faster so, and hands it on from layer to layer
     return folded, moved.to(weight.dtype)

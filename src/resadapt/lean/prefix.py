@@ -210,23 +210,45 @@ def _check_plain(value: object, what: str) -> None:
 
 
 def _check_repeats(model: nn.Module, spec: SetSpec, inputs: object, once: _Recorder) -> None:
-    """Refuses first modules that do not return the same in training, where they must."""
+    """Refuses first modules that do not return the same in training, where they must, or in another batch."""
     _set_training(model, True)
-    for _ in range(2):
-        again = _Recorder(min(once.values), len(once.calls))
-        again.start(spec.name)
-        with intercepted(model, [spec], again), suppress(_DoneError):
-            call(model, inputs)
-        numbers = count(min(once.values))
-        for place, output in once.calls:
-            for _, _tensor in named_in(output):
-                number = next(numbers)
-                if number not in again.values or not same_bits(once.values[number], again.values[number]):
-                    raise InjectionError(
-                        f"Module {place!r} is not the same in training as in evaluation, or not twice the same (dropout?), so its "
-                        "output cannot be kept. Set its probability to zero, or put an adapter before it."
-                    )
+    runs = [_run_again(model, spec, inputs, once) for _ in range(2)]
     _set_training(model, False)
+    alone = _run_again(model, spec, map_tensors(inputs, lambda tensor: tensor[:1].expand_as(tensor).clone()), once)
+    numbers = count(min(once.values))
+    for place, output in once.calls:
+        for _, _tensor in named_in(output):
+            number = next(numbers)
+            if not all(number in run and same_bits(once.values[number], run[number]) for run in runs):
+                raise InjectionError(
+                    f"Module {place!r} is not the same in training as in evaluation, or not twice the same (dropout?), so its "
+                    "output cannot be kept. Set its probability to zero, or put an adapter before it."
+                )
+            if not _is_near(once.values[number], alone.get(number)):
+                raise InjectionError(
+                    f"Module {place!r} returns something else for a sample in another batch (a norm without running "
+                    "statistics?), so its output cannot be kept. Put an adapter before it."
+                )
+
+
+def _run_again(model: nn.Module, spec: SetSpec, inputs: object, once: _Recorder) -> dict[int, Tensor]:
+    """Returns what the first modules return another time."""
+    again = _Recorder(min(once.values), len(once.calls))
+    again.start(spec.name)
+    with intercepted(model, [spec], again), suppress(_DoneError):
+        call(model, inputs)
+    return again.values
+
+
+def _is_near(batch: Tensor, other: Tensor | None) -> bool:
+    """Tells whether the first rows of two batches are the same, up to rounding."""
+    if other is None or batch.ndim == 0 or batch.shape != other.shape:
+        return False
+    row, alone = batch[:1], other[:1]
+    if not row.is_floating_point():
+        return torch.equal(row, alone)
+    allowed = torch.finfo(row.dtype).eps ** 0.5 * float(row.abs().max()) if row.numel() else 0.0
+    return torch.allclose(row.double(), alone.double(), rtol=0.0, atol=allowed, equal_nan=True)
 
 
 def _set_training(model: nn.Module, training: bool) -> None:

@@ -14,9 +14,12 @@ from resadapt.base.nested import named_in
 from resadapt.base.tensors import raw_bytes, row_digests
 from resadapt.base.undisturbed import random_state, random_states_kept
 
-__all__ = ["Samples", "split"]
+__all__ = ["Progress", "Samples", "split"]
 
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _MOST = 1_000_000
+_LOOKED_AT = 16
+"""So many samples are drawn twice, to see whether they are random."""
 
 
 class Samples:
@@ -40,44 +43,57 @@ class Samples:
             raise AdapterError(f"{type(data).__name__} has no samples by number, or no length: give a data set with both.")
         try:
             self.data, self.variants, self.length = data, variants, len(data)
-            few = [number * self.length // 3 for number in range(3)] if self.length else []
+            few = [number * self.length // _LOOKED_AT for number in range(_LOOKED_AT)] if self.length else []
             with random_states_kept([]):
                 before = random_state()
                 self.some, again = (split(self._batch(few)) for _ in range(2))
                 self.is_random = before != random_state() or _bytes_of(self.some) != _bytes_of(again)
+                mixed = not self.is_random and not self.digests(self._batch(few[:1])).equal(self.digests(self._batch(few))[:1])
         except AdapterError:
             raise
         except Exception as error:  # a data set of anyone's may raise anything
             raise AdapterError(f"{type(data).__name__} gives no batch of samples: {type(error).__name__}: {error}.") from error
+        if mixed:
+            raise AdapterError(
+                "A sample is another one in a batch than alone: the collate function mixes samples, or makes them as long as "
+                "others."
+            )
         if self.is_random and variants == 1:
             raise AdapterError(
                 "The data are random: a sample draws random numbers, or is not twice the same (augmentation?). Take that out, or "
                 "give variants=, how many draws of each sample to keep."
             )
 
-    def batches(self, row: int, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> Iterator[tuple[slice, Any]]:
-        """Walks the batches from a row on, with the rows that they are; the last of each draw has more samples, to be full."""
+    def batches(self, row: int, progress: Progress, end: int | None = None) -> Iterator[tuple[slice, Any]]:
+        """Walks the batches from a row on, with the rows that they are; the last of each draw has more samples, to be full.
+
+        Raises:
+            AdapterError: `progress` does not return the batches.
+        """
         size = min(self._options["batch_size"], self.length)
-        while row < self.length * self.variants:
+        end = self.length * self.variants if end is None else end
+        while row < end:
             first = row % self.length
-            numbers = [*range(first, self.length)]
+            stop = min(first + end - row, self.length)
+            numbers = [*range(first, stop)]
             numbers += [numbers[-1]] * (-len(numbers) % size)  # kernels may round differently for another number of samples
             own = None if self.is_random else torch.Generator()  # else a loader draws from torch's, even where nothing is random
-            for batch in progress(DataLoader(Subset(self.data, numbers), shuffle=False, generator=own, **self._options)):
-                end = min(row + size, row - row % self.length + self.length)
-                yield slice(row, end), batch
-                row = end
+            loader = DataLoader(Subset(self.data, numbers), shuffle=False, generator=own, **self._options)
+            shown, there = progress(loader), row
+            if not isinstance(shown, Iterable):
+                raise AdapterError(f"progress returned {type(shown).__name__}, not the batches that it was called with.")
+            for batch in shown:
+                until = min(row + size, row - row % self.length + stop)
+                yield slice(row, until), batch
+                row = until
+            if row - there != stop - first:
+                raise AdapterError("progress did not return all batches that it was called with.")
 
     def digests(self, batch: Any) -> Tensor:
         """Returns the digest of each sample of a batch; of what is not random of it."""
         inputs, rest = split(batch)
         parts = [*(() if self.is_random else (tensor for _, tensor in named_in(inputs))), *rest]
         return row_digests(parts, _count(inputs))
-
-    def digests_of(self, numbers: list[int]) -> Tensor:
-        """Returns the digests of some samples."""
-        with random_states_kept([]):
-            return torch.cat([self.digests(self._batch([number])) for number in numbers])
 
     def _batch(self, numbers: list[int]) -> Any:
         options = self._options | {"batch_size": len(numbers), "num_workers": 0}
