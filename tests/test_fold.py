@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -322,3 +323,41 @@ def test_a_weight_of_a_sum_that_is_too_large() -> None:
     model = resadapt.inject_adapters(small_resnet(), "layer4", 4, name="a")
     with pytest.raises(resadapt.AdapterError, match="not a finite number"):
         resadapt.combine_adapters(model, {"a": 10**400}, "c")
+
+
+def test_rounding_is_no_other_output() -> None:
+    """What cancels out leaves rounding alone; in half precision rounding may decide what a model does."""
+    torch.manual_seed(0)
+    tail = (nn.InstanceNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), *tail)
+    resadapt.inject_adapters(model, "2", 2, family="lora", init="normal")
+    resadapt.fold_adapters(model)
+
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, dtype=torch.bfloat16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x.bfloat16())
+            return (y > y.median()).float()
+
+    coarse = resadapt.inject_adapters(Deciding(), "conv", 2, family="lora", init="normal")
+    scramble(coarse.conv.resadapt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", resadapt.AdapterWarning)
+        resadapt.fold_adapters(coarse)
+
+
+def test_neither_model_nor_copy_is_used_up() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.runs = nn.Conv2d(3, 8, 3), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return self.conv(x).mean((2, 3))
+
+    model = resadapt.inject_adapters(Counting(), "conv", 2, family="lora")
+    assert (resadapt.fold_adapters(model).runs, resadapt.inference_copy(model).runs, model.runs) == (0, 0, 0)

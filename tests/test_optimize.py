@@ -589,3 +589,27 @@ def test_a_convolution_with_two_norms_in_threads() -> None:
         thread.join()
     sys.setswitchinterval(interval)
     assert not wrong
+
+
+def lies(x: Tensor) -> tuple[bool, bool]:
+    """How a tensor lies in memory: strides of sides of one pixel say nothing."""
+    return x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("inputs", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [32, 100])
+@pytest.mark.parametrize("fold", [True, False])
+def test_feature_maps_lie_as_those_of_the_plain_backbone(weights: Any, inputs: Any, size: int, fold: bool) -> None:
+    """Of feature maps where a hook sees them, of the output of a part, and of the gradient of the input."""
+    model = resadapt.inject_adapters(small_resnet(), "layer[24].*", family="ssf", head="fc").eval().to(memory_format=weights)
+    x = images(2, size).contiguous(memory_format=inputs).requires_grad_()
+    seen: list[Any] = []
+    for name in ("conv1", "maxpool", "layer2", "layer3.0", "layer4.0.conv1"):
+        model.get_submodule(name).register_forward_hook(lambda _m, args, output: seen.extend((lies(args[0]), lies(output))))
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(model(x).sum(), x)
+        trunk = nn.Sequential(*list(model.children())[:-2])
+        seen += [lies(gradient), lies(trunk(x))]
+        resadapt.optimize_backbone(model, fold_norms=fold)
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]

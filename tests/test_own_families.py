@@ -162,6 +162,12 @@ class ReadsValues(Own):
         self.steps = torch.linspace(0, 1, 3).tolist()
 
 
+class OnMeta(Own):
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.inside = nn.Conv2d(site.channels, 1, 1, device="meta")
+
+
 class Expanded(Own):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -173,6 +179,7 @@ class Expanded(Own):
     [
         (Lazy, r"'inside.weight' has no size yet\. Give lazy modules their sizes"),
         (ReadsValues, "on the meta device, where its constructor must run too"),
+        (OnMeta, "'inside.weight' is made on the meta device"),
         (Expanded, "elements of 'wide' share memory, as after expand: clone it"),
     ],
 )

@@ -614,3 +614,25 @@ def test_progress_that_keeps_batches_back(progress: Any) -> None:
 def test_goes_on_after_a_kill_before_anything_is_described(tmp_path: Path) -> None:
     (tmp_path / "features.json.new").write_text('{"resadapt_pre')
     assert len(cache_prefix(resnet(layers="layer4", head="fc"), data(), tmp_path)) == 11
+
+
+@pytest.mark.parametrize("build", [small_resnet, resnet50], ids=["18", "50"])
+@pytest.mark.parametrize("fold_norms", [None, False, True])
+def test_of_an_optimized_backbone_the_same_is_kept(build: Callable[..., nn.Module], fold_norms: bool | None) -> None:
+    model, x = resadapt.inject_adapters(build(), "layer4", 8, family="bottleneck", head="fc", init="normal").eval(), images(4, 128)
+    if fold_norms is not None:
+        resadapt.optimize_backbone(model, fold_norms=fold_norms)
+    cache = cache_prefix(model, x, batch_size=4)
+    assert repr(cache).count("output of") == 1, cache
+    assert "input" not in repr(cache)
+    with torch.no_grad():
+        assert torch.equal(cache.forward(next(iter(DataLoader(cache, 4)))), model(x))
+
+
+def test_a_damaged_digest_is_computed_again(tmp_path: Path) -> None:
+    cache_prefix(resnet(layers="layer4"), data(), tmp_path, batch_size=4)
+    for byte in (64 * 2 + 40, 64 * 3 + 4):
+        raw = bytearray((tmp_path / "digests.bin").read_bytes())
+        raw[byte] ^= 1
+        (tmp_path / "digests.bin").write_bytes(raw)
+        cache_prefix(resnet(layers="layer4"), data(), tmp_path, batch_size=4)

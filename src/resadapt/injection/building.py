@@ -191,6 +191,8 @@ def _check_adapter(adapter: Adapter, spec: SetSpec, owner: nn.Module) -> None:
                 f"family {spec.family!r}: {path!r} has no size yet. Give lazy modules their sizes: the constructor is told them by "
                 "its site (channels, spatial_dims, module)."
             )
+        if tensor.is_meta and not torch.empty(0).is_meta:
+            raise InjectionError(f"family {spec.family!r}: {path!r} is made on the meta device, without values. Leave device out.")
         if is_dense(tensor) and any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
             raise InjectionError(f"family {spec.family!r}: elements of {path!r} share memory, as after expand: clone it.")
     theirs = {id(part) for part in (*nn.Module.modules(owner), *nn.Module.parameters(owner), *nn.Module.buffers(owner))}

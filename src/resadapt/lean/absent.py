@@ -35,12 +35,13 @@ class Absent(Tensor):
 
     number: int
     at: torch.device
+    channels_last: bool
 
     @classmethod
     def of(cls, form: Form, number: int, rows: int, at: torch.device) -> Absent:
         """Makes one."""
         absent = Tensor._make_subclass(cls, torch.empty(form.sizes(rows), dtype=form.dtype, device="meta"))
-        absent.number, absent.at = number, at
+        absent.number, absent.at, absent.channels_last = number, at, form.channels_last
         return absent
 
     @override
@@ -48,6 +49,9 @@ class Absent(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.device.__get__:
             return args[0].at
+        if func is Tensor.is_contiguous:
+            last = (kwargs or {}).get("memory_format") in (torch.channels_last, torch.channels_last_3d)
+            return args[0].channels_last is last
         if func in _FORM:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))

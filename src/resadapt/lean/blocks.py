@@ -10,6 +10,7 @@ these classes, they are laid out as they would be.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from typing_extensions import override
 from resadapt.adapters import PooledAdapter
 from resadapt.injection.freeze import FrozenStatistics, Overlay
 from resadapt.injection.hooks import apply_adapter
+from resadapt.injection.intercept import Intercept
 from resadapt.injection.walk import find_slot
+from resadapt.lean.absent import Absent
 from resadapt.lean.functions import is_ordinary
 from resadapt.lean.layers import LEAN
-from resadapt.lean.pairs import has_hooks, in_one_step, is_channels_last, is_replaced
+from resadapt.lean.pairs import Given, has_hooks, in_one_step, is_channels_last
 
 __all__ = ["FOLDING", "layouts_inside"]
 
@@ -35,37 +38,63 @@ _ANY_LAYOUT = frozenset(LEAN.values()) | {nn.Identity, nn.AdaptiveAvgPool2d, nn.
 class _Inner(Overlay):
     """A module whose output may lie in memory as it was computed, if one of these classes has called it."""
 
-    def inside(self, x: Any, given: Any) -> Any:
+    def inside(self, x: Any, given: Given) -> Any:
         """Computes the output for an input that lies in memory in another way, perhaps, than one that was given: override it."""
         raise NotImplementedError
 
     def forward(self, x: Any) -> Any:
-        """Returns the output, laid out as the stock module's."""
-        return _as_given(self.inside(x, x), x)
+        """Returns the output, laid out as the stock module's unless one of these classes has called."""
+        if not is_ordinary(x):
+            return self.inside(x, Given(0, 0, True))
+        caller, knows = _caller.get()
+        if knows and caller is not None:
+            return self.inside(x, caller)
+        given = _given(self, x, caller)  # type: ignore[arg-type]
+        return _as_given(self.inside(x, given), given)
 
 
-def _as_given(x: Any, given: Any) -> Any:
-    """Returns a feature map laid out as stock modules do it, from what was given to the outermost of them."""
-    if isinstance(x, Tensor) and is_channels_last(x) and isinstance(given, Tensor) and not is_channels_last(given):
+_caller: ContextVar[tuple[Given | None, bool]] = ContextVar("resadapt_caller", default=(None, False))
+"""What the outermost of these classes was given, and whether one of them calls, or another module in between."""
+
+
+def _given(module: nn.Module, x: Any, outer: Given | None) -> Given:
+    """Returns what is known of the input of the outermost of these classes."""
+    if not is_ordinary(x) or x.ndim != 4:
+        return Given(0, 0, True)
+    size, batch = min(x.shape[2:]), len(x)
+    if outer is not None:
+        size, batch = max(size, outer.size), max(batch, outer.batch)
+    # A convolution returns channels_last for such an input, and for such a weight.
+    return Given(size, batch, is_channels_last(x) or any(map(is_channels_last, module.parameters())))
+
+
+def _as_given(x: Any, given: Given) -> Any:
+    """Returns a feature map laid out as stock modules do it."""
+    if isinstance(x, Tensor) and type(x) is not Absent and not given.channels_last and is_channels_last(x):
         return x.contiguous()
     return x
 
 
-def _run(module: nn.Module, x: Any, given: Any) -> Any:
+def _run(module: nn.Module, x: Any, given: Given) -> Any:
     """Returns a module's output for a feature map that may lie in memory as it was computed."""
-    if is_ordinary(x) and not module._compiled_call_impl and not has_hooks(module, apply_adapter) and _takes_any(module):
-        if isinstance(module, _Inner) and "forward" not in module.__dict__:
-            out = module.inside(x, given)
-            return out if find_slot(module) is None else apply_adapter(module, (x,), out)
-        if isinstance(module, _Inner) or type(module) in _ANY_LAYOUT:
-            return module(x)
-    return module(_as_given(x, given))
+    if not is_ordinary(x):  # nothing is folded then
+        return module(x)
+    known = not module._compiled_call_impl and not has_hooks(module, apply_adapter) and _takes_any(module)
+    if known and isinstance(module, _Inner) and "forward" not in module.__dict__:
+        out = module.inside(x, given)
+        return out if find_slot(module) is None else apply_adapter(module, (x,), out)
+    known = known and (isinstance(module, _Inner) or type(module) in _ANY_LAYOUT)
+    token = _caller.set((given, known))
+    try:
+        return module(x if known else _as_given(x, given))
+    finally:
+        _caller.reset(token)
 
 
 def _takes_any(module: nn.Module) -> bool:
     """Tells whether a module's forward and its adapter give the same numbers, and draw the same, however a feature map lies."""
-    slot = find_slot(module)
-    if is_replaced(module) or (slot is not None and slot.mixture is not None):
+    slot, forward = find_slot(module), module.__dict__.get("forward")
+    if (forward is not None and not isinstance(forward, Intercept)) or (slot is not None and slot.mixture is not None):
         return False
     adapter = slot._modules[slot.active] if slot is not None and slot.active is not None else None
     if adapter is None or isinstance(adapter, PooledAdapter):
@@ -74,7 +103,7 @@ def _takes_any(module: nn.Module) -> bool:
     return type(adapter).__module__.startswith("resadapt.") and not drops
 
 
-def _normalised(convolution: nn.Module, norm: nn.Module, x: Any, given: Any) -> Any:
+def _normalised(convolution: nn.Module, norm: nn.Module, x: Any, given: Given) -> Any:
     """Returns what a norm makes of a convolution's output."""
     out = in_one_step(convolution, norm, x, given)
     return _run(norm, _run(convolution, x, given), given) if out is None else out
@@ -84,7 +113,7 @@ class LeanSequential(_Inner, nn.Sequential):
     """`torch.nn.Sequential` that folds norms into the convolutions before them."""
 
     @override
-    def inside(self, x: Any, given: Any) -> Any:
+    def inside(self, x: Any, given: Given) -> Any:
         """Runs the modules one after another."""
         modules = list(self)
         while modules:
@@ -108,7 +137,7 @@ class LeanBasicBlock(_Inner, BasicBlock):  # type: ignore[misc]
     """torchvision's `BasicBlock` that folds its norms."""
 
     @override
-    def inside(self, x: Tensor, given: Tensor) -> Tensor:
+    def inside(self, x: Tensor, given: Given) -> Tensor:
         """Returns the block's output for a feature map."""
         out = _run(self.relu, _normalised(self.conv1, self.bn1, x, given), given)
         out = _normalised(self.conv2, self.bn2, out, given)
@@ -121,7 +150,7 @@ class LeanBottleneck(_Inner, Bottleneck):  # type: ignore[misc]
     """torchvision's `Bottleneck` that folds its norms."""
 
     @override
-    def inside(self, x: Tensor, given: Tensor) -> Tensor:
+    def inside(self, x: Tensor, given: Given) -> Tensor:
         """Returns the block's output for a feature map."""
         out = _run(self.relu, _normalised(self.conv1, self.bn1, x, given), given)
         out = _run(self.relu, _normalised(self.conv2, self.bn2, out, given), given)
@@ -136,9 +165,10 @@ class LeanResNet(Overlay, ResNet):  # type: ignore[misc]
 
     @override
     def _forward_impl(self, x: Tensor) -> Tensor:
-        h = _normalised(self.conv1, self.bn1, x, x)
+        given = _given(self, x, _caller.get()[0])
+        h = _normalised(self.conv1, self.bn1, x, given)
         for module in (self.relu, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4, self.avgpool):
-            h = _run(module, h, x)
+            h = _run(module, h, given)
         logits: Tensor = self.fc(torch.flatten(h, 1))
         return logits
 

@@ -97,7 +97,7 @@ class FeatureRows:
             array[where] = value[:count].cpu()
         if self._path is not None:
             self._digests[where, _DIGEST:] = digests()[:count]
-            self._digests[where, :_DIGEST] = row_digests([array[where] for array in self._arrays], count)
+            self._digests[where, :_DIGEST] = self._told_of(where)
 
     def read(self, row: int) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the features of a row, and the rest."""
@@ -127,11 +127,15 @@ class FeatureRows:
         """Returns how many rows, from the first on, have the content that their digests are of."""
         for start in range(0, self.total, 1024):
             where = slice(start, start + 1024)
-            known = self._digests[where, :_DIGEST]
-            good = (known == row_digests([array[where] for array in self._arrays], len(known))).all(1)
+            good = (self._digests[where, :_DIGEST] == self._told_of(where)).all(1)
             if not good.all():
                 return start + int(good.long().argmin())
         return self.total
+
+    def _told_of(self, where: slice) -> Tensor:
+        """Returns the digest of each row's content, and of what is known of its sample."""
+        content = [*(array[where] for array in self._arrays), self._digests[where, _DIGEST:]]
+        return row_digests(content, len(content[-1]))
 
     def _compare(self, samples: Samples, progress: Progress) -> None:
         """Refuses a directory with the features of other data: every sample is looked at, of what is random only the rest."""

@@ -77,6 +77,7 @@ class FrozenConvolution(Function):
         """Saves the weight."""
         x, weight, _, *ctx.geometry = inputs
         ctx.size = x.shape
+        ctx.channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         ctx.save_for_backward(weight)
 
     @override
@@ -85,6 +86,8 @@ class FrozenConvolution(Function):
         """Returns the gradient of the input."""
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
+        if ctx.channels_last:  # the stock gradient lies as the input does, of which nothing else is here to tell
+            weight = weight.contiguous(memory_format=torch.channels_last)
         like_input = grad.new_empty(1).expand(ctx.size)  # only its sizes count
         result = torch.ops.aten.convolution_backward(
             grad,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn.modules import module as torch_module
+from typing_extensions import override
 
 from resadapt.base.tensors import stamp
 from resadapt.base.undisturbed import is_undisturbed
@@ -14,10 +16,24 @@ from resadapt.injection.freeze import FOLDED, FrozenStatistics, Overlay
 from resadapt.injection.intercept import Intercept
 from resadapt.lean.functions import PLAIN, is_ordinary
 
-__all__ = ["FoldedPair", "has_hooks", "in_one_step", "is_channels_last", "is_replaced"]
+__all__ = ["FoldedPair", "Given", "has_hooks", "in_one_step", "is_channels_last"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+class Given(NamedTuple):
+    """What is known of the input of the outermost module that runs pairs.
+
+    Args:
+        size: Pixels of its smaller side; 0 if it is no batch of images.
+        batch: How many images.
+        channels_last: Whether stock modules would have feature maps in channels_last.
+    """
+
+    size: int
+    batch: int
+    channels_last: bool
 
 
 class FoldedPair:
@@ -47,7 +63,7 @@ class FoldedPair:
         """Weight and bias, once they are made."""
         return self._made[2]
 
-    def of(self, convolution: nn.Module, norm: nn.Module, given: Any) -> tuple[Tensor, ...]:
+    def of(self, convolution: nn.Module, norm: nn.Module, given: Given) -> tuple[Tensor, ...]:
         """Returns weight and bias, which are made anew when what they were made from was changed or moved."""
         channels_last = self._in_channels_last(given)
         parts = [part for part in _parts(convolution, norm) if part is not None]
@@ -59,11 +75,11 @@ class FoldedPair:
             self._made = today, [part.detach() for part in parts], tensors
         return tensors
 
-    def _in_channels_last(self, given: Any) -> bool:
-        if not self._layouts or not isinstance(given, Tensor) or given.ndim != 4 or min(given.shape[2:]) < _LARGE:
+    def _in_channels_last(self, given: Given) -> bool:
+        if not self._layouts or given.size < _LARGE:
             return False
         # On one thread torch has kernels for a few samples and kernels of one tap whose gradients are slow in this layout.
-        return self._layouts == "large" or torch.get_num_threads() > 1 or len(given) >= _BATCH or not torch.is_grad_enabled()
+        return self._layouts == "large" or torch.get_num_threads() > 1 or given.batch >= _BATCH or not torch.is_grad_enabled()
 
 
 _LARGE, _BATCH = 96, 16
@@ -75,19 +91,42 @@ def is_channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def in_one_step(convolution: nn.Module, norm: nn.Module, x: Any, given: Any) -> Any:
+def in_one_step(convolution: nn.Module, norm: nn.Module, x: Any, given: Given) -> Any:
     """Returns what a norm makes of a convolution's output, if both are frozen and nothing is between them; else None.
 
     Args:
         convolution: The convolution.
         norm: The norm behind it.
         x: What the convolution is given.
-        given: What the outermost module was given that runs such pairs.
+        given: What the outermost module that runs such pairs was given.
     """
     if not _are_one(convolution, norm) or not is_ordinary(x) or is_undisturbed():
         return None
     weight, bias = convolution.__dict__[FOLDED].of(convolution, norm, given)
+    if x.requires_grad and not given.channels_last and is_channels_last(weight) and not is_channels_last(x):
+        x = _ContiguousGradient.apply(x)
     return convolution._conv_forward(x, weight, bias)  # type: ignore[operator]
+
+
+class _ContiguousGradient(Function):
+    """Nothing, whose gradient lies in memory as that of an input of stock modules does."""
+
+    @override
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """Returns the input."""
+        return x.view_as(x)
+
+    @override
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Saves nothing."""
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Returns the gradient, laid out anew."""
+        return grad.contiguous()
 
 
 def _are_one(convolution: nn.Module, norm: nn.Module) -> bool:
@@ -101,7 +140,7 @@ def _are_one(convolution: nn.Module, norm: nn.Module) -> bool:
         and convolution.bias is convolution._parameters.get("bias")
         and all(part is None or (type(part) in PLAIN and not part.requires_grad) for part in _parts(convolution, norm))
         and not (has_hooks(convolution) or has_hooks(norm))
-        and not (is_replaced(convolution) or is_replaced(norm))
+        and not (_is_replaced(convolution) or _is_replaced(norm))
     )
 
 
@@ -116,7 +155,7 @@ def has_hooks(module: nn.Module, but: Any = None) -> bool:
     )
 
 
-def is_replaced(module: nn.Module) -> bool:
+def _is_replaced(module: nn.Module) -> bool:
     """Tells whether something stands in the place of a module's forward."""
     forward = module.__dict__.get("forward")
     return forward is not None and not (isinstance(forward, Intercept) and forward.only_passes_on)
