@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, report, timed
+from measuring import machine, markdown, report, timed
 from torch import nn
 from torchvision.models import resnet18
 from ways import CLASSES
@@ -47,11 +47,9 @@ def measure(folder: Path) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     """The figures in Markdown."""
-    lines = [f"{result['what']}. {result['machine']}", "", "| | time | of torch.save |", "|---|---|---|"]
     whole = result["seconds"]["torch.save of the whole model"]
-    for name, seconds in result["seconds"].items():
-        lines.append(f"| {name} | {1000 * seconds:.0f} ms | {seconds / whole:.1f} |")
-    return "\n".join(lines) + "\n"
+    rows = ([name, f"{1000 * seconds:.0f} ms", f"{seconds / whole:.1f}"] for name, seconds in result["seconds"].items())
+    return f"{result['what']}. {result['machine']}\n\n{markdown(('', 'time', 'of torch.save'), rows)}"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measuring import command_line, machine, report, step, timed
+from measuring import command_line, machine, markdown, report, step, timed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
@@ -74,15 +74,20 @@ def _ways(model: nn.Module, images: Tensor, count: int) -> dict[str, Callable[[]
 
 def table(result: dict[str, Any]) -> str:
     """The figures in Markdown."""
-    lines = [f"{result['what']}. {result['machine']}", "", "| training | step | full fine-tuning takes |", "|---|---|---|"]
     full = result["steps"]["full fine-tuning"]
-    for name, seconds in result["steps"].items():
-        lines.append(f"| {name} | {1000 * seconds:.1f} ms | {full / seconds:.1f} times as long |")
-    lines += ["", "| sets | one after another | `forward_all` | |", "|---|---|---|---|"]
-    for count, row in result["sets"].items():
-        apart, together = row["one after another"], row["forward_all"]
-        lines.append(f"| {count} | {1000 * apart:.0f} ms | {1000 * together:.0f} ms | {together / apart:.2f} |")
-    return "\n".join(lines) + "\n"
+    steps = markdown(
+        ("training", "step", "full fine-tuning takes"),
+        ([name, f"{1000 * s:.1f} ms", f"{full / s:.1f} times as long"] for name, s in result["steps"].items()),
+    )
+    taken = ((count, row["one after another"], row["forward_all"]) for count, row in result["sets"].items())
+    sets = markdown(
+        ("sets", "one after another", "`forward_all`", ""),
+        (
+            [count, f"{1000 * apart:.0f} ms", f"{1000 * together:.0f} ms", f"{together / apart:.2f}"]
+            for count, apart, together in taken
+        ),
+    )
+    return f"{result['what']}. {result['machine']}\n\n{steps}\n{sets}"
 
 
 def main() -> None:

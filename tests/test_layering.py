@@ -21,7 +21,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "base": (
             ("version", "errors", "names", "spec", "tensors", "nested", "undisturbed", "checkpointed"),
-            ("arguments", "inputs", "module_record", "blueprint"),
+            ("arguments", "inputs", "outputs", "module_record", "blueprint"),
             ("fingerprint",),
         ),
         "adapters": (
@@ -35,7 +35,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
         "injection": (
             ("mixture",),
             ("slots",),
-            ("walk",),
+            ("walk", "place"),
             ("sharding", "patterns", "freeze", "owned", "ledger"),
             ("watch", "intercept"),
             ("hooks",),

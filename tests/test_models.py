@@ -15,7 +15,8 @@ from torchvision import models
 from torchvision.models import detection, quantization, segmentation, video
 
 import resadapt
-from resadapt.proof.probe import outputs_of, same
+from resadapt.base.outputs import outputs_of
+from resadapt.proof.probe import same
 
 
 @dataclass

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import resadapt
 from resadapt.adapters import PooledAdapter
 from resadapt.base.inputs import describe, generate, guesses
-from resadapt.proof.probe import Probe, ProbeRun, compare_with_record, outputs_of, record_probe, same
+from resadapt.base.outputs import outputs_of
+from resadapt.proof.probe import Probe, ProbeRun, compare_with_record, record_probe, same
 
 X = images()
 _LIVE: list[nn.Module] = []

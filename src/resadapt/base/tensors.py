@@ -15,6 +15,7 @@ __all__ = [
     "address",
     "dtype_name",
     "dtype_named",
+    "is_channels_last",
     "is_dense",
     "is_sharded",
     "plain_parts",
@@ -67,6 +68,12 @@ def address(tensor: Tensor) -> int:
 def stamp(tensor: Tensor) -> tuple[int, int, int, torch.dtype]:
     """Returns what changes when a tensor is another one, moved, cast, or written by other means than its `data`."""
     return id(tensor), address(tensor), 0 if tensor.is_inference() else tensor._version, tensor.dtype
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Tells whether a feature map has its channels side by side in memory, and not in the usual way too."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    return last is not None and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
 
 
 def raw_bytes(tensor: Tensor) -> bytes | memoryview:

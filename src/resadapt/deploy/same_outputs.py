@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError, AdapterWarning
 from resadapt.base.inputs import generate, guesses
-from resadapt.base.nested import map_tensors, named_in
-from resadapt.base.undisturbed import call, undisturbed
+from resadapt.base.nested import map_tensors
+from resadapt.base.outputs import outputs_of
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.switching import activate
 from resadapt.injection.walk import backbone_modules, unwrap
 
 __all__ = ["check_outputs"]
+
+_COARSE = 1e-4
+"""Resolution of a dtype from which on rounding may decide what a model does."""
 
 
 def check_outputs(model: nn.Module, name: str, copied: nn.Module) -> None:
@@ -37,7 +40,7 @@ def check_outputs(model: nn.Module, name: str, copied: nn.Module) -> None:
     for form in [ledger.sets[name].example, *guesses(module for _, module in backbone_modules(live))]:
         try:
             inputs = map_tensors(generate(form), lambda tensor: tensor.to(device))
-            expected, again = _outputs(live, inputs), _outputs(live, inputs)
+            expected, again = outputs_of(live, inputs), outputs_of(live, inputs)
         except Exception:  # not an input for it
             continue
         if not _difference(expected, again, 0.0) > 0.0:
@@ -45,7 +48,7 @@ def check_outputs(model: nn.Module, name: str, copied: nn.Module) -> None:
     else:
         return
     try:
-        found = _outputs(copied, inputs)
+        found = outputs_of(copied, inputs)
     except Exception as error:
         raise AdapterError(f"The copy does not run where the model does: {type(error).__name__}: {error}") from error
     tensors = [*nn.Module.parameters(live), *expected.values()]
@@ -58,15 +61,6 @@ def check_outputs(model: nn.Module, name: str, copied: nn.Module) -> None:
         if eps < _COARSE:
             raise AdapterError(message)
         warnings.warn(f"{message} Or it is the rounding of half precision.", AdapterWarning, stacklevel=3)
-
-
-_COARSE = 1e-4
-
-
-def _outputs(model: nn.Module, inputs: object) -> dict[str, Tensor]:
-    own = map_tensors(inputs, torch.clone)  # which the model may change in place
-    with undisturbed(model):
-        return dict(named_in(call(model, own)))
 
 
 def _difference(expected: dict[str, Tensor], found: dict[str, Tensor], eps: float) -> float:

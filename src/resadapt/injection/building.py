@@ -22,7 +22,7 @@ from resadapt.base.tensors import is_dense
 from resadapt.injection.freeze import as_built
 from resadapt.injection.ledger import plain_module
 from resadapt.injection.measure import declared
-from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, named_tensors
+from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, persistent_tensors
 
 __all__ = ["adapter_shapes", "build", "family_named", "fitting_places", "plain_options", "saved_tensors", "weightless"]
 
@@ -107,9 +107,7 @@ def adapter_shapes(model: nn.Module, spec: SetSpec, site: SiteSpec) -> dict[str,
 def saved_tensors(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Walks the parameters and persistent buffers of an adapter, also those that have two names."""
     for key, module in adapter.named_modules(remove_duplicate=False):
-        for path, tensor in named_tensors(module, key):
-            if path.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                yield path, tensor
+        yield from persistent_tensors(module, key)
 
 
 def weightless(model: nn.Module, spec: SetSpec, site: SiteSpec, **start: Any) -> Adapter:
@@ -157,9 +155,10 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
             f"family {spec.family!r} cannot adapt site {site.name!r} ({kind}): {error}. {fitting_places(model, spec)}".rstrip()
         ) from error
     except Exception as error:  # whatever sizes out of a file, or a family of one's own, bring about
+        where = " on the meta device, where its constructor must run too and tensors have no values to read"
         raise InjectionError(
             f"family {spec.family!r}, bottleneck {site.bottleneck}: no adapter can be made for site {site.name!r}"
-            f"{_where()}: {type(error).__name__}: {error}."
+            f"{where if _is_on_meta() else ''}: {type(error).__name__}: {error}."
         ) from error
     _check_adapter(adapter, spec, plain_module(model, site.owner))
     if adapter.reads != "output" and site.owner != site.name:
@@ -170,9 +169,9 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
     return adapter
 
 
-def _where() -> str:
-    on_meta = torch.empty(0).is_meta
-    return " on the meta device, where its constructor must run too and tensors have no values to read" if on_meta else ""
+def _is_on_meta() -> bool:
+    """Tells whether tensors that are made now have no values."""
+    return torch.empty(0).is_meta
 
 
 def _check_adapter(adapter: Adapter, spec: SetSpec, owner: nn.Module) -> None:
@@ -191,7 +190,7 @@ def _check_adapter(adapter: Adapter, spec: SetSpec, owner: nn.Module) -> None:
                 f"family {spec.family!r}: {path!r} has no size yet. Give lazy modules their sizes: the constructor is told them by "
                 "its site (channels, spatial_dims, module)."
             )
-        if tensor.is_meta and not torch.empty(0).is_meta:
+        if tensor.is_meta and not _is_on_meta():
             raise InjectionError(f"family {spec.family!r}: {path!r} is made on the meta device, without values. Leave device out.")
         if is_dense(tensor) and any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
             raise InjectionError(f"family {spec.family!r}: elements of {path!r} share memory, as after expand: clone it.")

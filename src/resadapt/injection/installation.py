@@ -14,7 +14,7 @@ from resadapt.base.errors import InjectionError
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, within
 from resadapt.base.spec import SetSpec, SiteSpec
-from resadapt.injection.building import build, family_named
+from resadapt.injection.building import build, family_named, saved_tensors
 from resadapt.injection.freeze import (
     freeze_norm,
     freeze_parameters,
@@ -133,7 +133,6 @@ def install(
             activate(model, ledger, spec.name)
             watch(model)
             fill()
-            ledger.trained.add(spec.name)
             train(model, ledger, (spec.name,))
         except BaseException:
             uninstall(model, ledger, spec.name)
@@ -212,7 +211,7 @@ def _check_apart(adapters: Mapping[SiteSpec, nn.Module]) -> None:
     """Refuses adapters of which two tensors would have one name in a file."""
     paths: set[str] = set()
     for site, adapter in adapters.items():
-        for path in (f"{site.name}.{key}" for key in (*dict(adapter.named_parameters()), *dict(adapter.named_buffers()))):
+        for path in {f"{site.name}.{key}" for key, _ in saved_tensors(adapter)}:
             if path in paths:
                 raise InjectionError(
                     f"The adapters at {site.name!r} and at the module around it both have a tensor {path!r}. Choose one of the two "

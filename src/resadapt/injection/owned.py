@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import within
-from resadapt.base.undisturbed import put_over
+from resadapt.injection.place import HOOKS, computing
 from resadapt.injection.slots import SLOT
 from resadapt.injection.walk import backbone_modules, backbone_tensors, check_values, find_module, find_slot
 
@@ -24,8 +20,6 @@ __all__ = [
     "check_places",
     "exchange",
     "follow",
-    "follow_flags",
-    "in_place_of",
     "mark",
     "own_copies",
     "replaced",
@@ -35,17 +29,7 @@ __all__ = [
 
 _MARK = "_resadapt_head"
 """Attribute of every module that a set has as its own. One that was put there after the injection lacks it."""
-_RUN = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_is_full_backward_hook"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
-)
-_HOOKS = (
-    *(name for name in _RUN if name != "_is_full_backward_hook"),
-    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
-_COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
-"""Forward pre-hooks of torch's own that compute a module's tensors from others: they are content, and go where it goes."""
-_IN_PLACE = frozenset({*_HOOKS, "_is_full_backward_hook", "training", "_compiled_call_impl", "forward", "_modules", _MARK})
+_IN_PLACE = frozenset({*HOOKS, "_is_full_backward_hook", "training", "_compiled_call_impl", "forward", "_modules", _MARK})
 """What belongs to a place, not to the content that changes places: `training`, hooks, what was put over the forward."""
 
 
@@ -66,8 +50,8 @@ def own_copies(model: nn.Module, names: Iterable[str], given: Mapping[str, nn.Mo
     for name, source in sources.items():
         for _, module in backbone_modules(source, name):
             for key, value in module.__dict__.items():
-                if key in _HOOKS:
-                    memo[id(value)] = type(value)(_computing(module) if key == "_forward_pre_hooks" else ())
+                if key in HOOKS:
+                    memo[id(value)] = type(value)(computing(module) if key == "_forward_pre_hooks" else ())
                 elif isinstance(value, Tensor):  # computed, as by weight_norm, and computed anew in every forward
                     memo[id(value)] = value.detach().clone()
             if slot := find_slot(module):
@@ -196,51 +180,6 @@ def follow(parked: nn.Module, live: nn.Module) -> None:
             tensor.data = tensor.data.to(like.device, dtype)
 
 
-def follow_flags(live: nn.Module, parked: nn.Module) -> None:
-    """Gives a parked module the training flags of the place that it runs in."""
-    if parked.training is not live.training:
-        parked.training = live.training
-    for key, child in parked._modules.items():
-        if child is not None:
-            there = live._modules.get(key)
-            follow_flags(live if there is None else there, child)
-
-
-@contextmanager
-def in_place_of(live: nn.Module, parked: nn.Module) -> Iterator[None]:
-    """Runs the body with a parked module's children having the hooks of the modules in whose places they run."""
-    with ExitStack() as stack:
-        for key, child in parked._modules.items():
-            there = live._modules.get(key)
-            if child is None or there is None:
-                continue
-            for name in _RUN:
-                stack.enter_context(put_over(child, name, _hooks_there(child, there, name)))
-            stack.enter_context(in_place_of(there, child))
-        yield
-
-
-def _hooks_there(module: nn.Module, place: nn.Module, name: str) -> Any:
-    """Returns the hooks of the user's that a place has, with those of a module that are its content, or this library's."""
-    here, there = getattr(module, name), getattr(place, name)
-    if not isinstance(there, dict):
-        return there
-    return type(there)(
-        {
-            **{key: hook for key, hook in here.items() if _belongs_to_content(hook)},
-            **{key: hook for key, hook in there.items() if not _belongs_to_content(hook)},
-        }
-    )
-
-
-def _belongs_to_content(hook: Any) -> bool:
-    return isinstance(hook, _COMPUTING) or str(getattr(hook, "__module__", "")).startswith("resadapt.")
-
-
-def _computing(module: nn.Module) -> dict[int, Any]:
-    return {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _COMPUTING)}
-
-
 def _put_hooks(module: nn.Module, old: Collection[int], new: Mapping[int, Any]) -> None:
     others = {key: hook for key, hook in module._forward_pre_hooks.items() if key not in old}
     module._forward_pre_hooks.clear()
@@ -260,7 +199,7 @@ def _swap(one: nn.Module, other: nn.Module, done: set[int]) -> None:
     one.__dict__.update(theirs)
     other.__dict__.update(mine)
     one.__class__, other.__class__ = other.__class__, one.__class__
-    here, there = _computing(one), _computing(other)
+    here, there = computing(one), computing(other)
     if here.keys() != there.keys():
         _put_hooks(one, here, there)
         _put_hooks(other, there, here)

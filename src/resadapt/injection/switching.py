@@ -14,7 +14,8 @@ from resadapt.base.undisturbed import put_over
 from resadapt.injection.freeze import as_built, freeze_norm, freeze_norms, is_held, running_as_built, thaw_norm
 from resadapt.injection.ledger import AdapterSet, Ledger, adapter_of, adapter_tensors, find_ledger, own_tensors
 from resadapt.injection.mixture import Mixture, run_own
-from resadapt.injection.owned import check_places, exchange, follow, follow_flags, in_place_of, replaced
+from resadapt.injection.owned import check_places, exchange, follow, replaced
+from resadapt.injection.place import follow_flags, in_place_of
 from resadapt.injection.sharding import are_sharded
 from resadapt.injection.walk import backbone_modules, find_module, slots_of
 

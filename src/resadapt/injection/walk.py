@@ -24,6 +24,7 @@ __all__ = [
     "find_slot",
     "is_leaf",
     "named_tensors",
+    "persistent_tensors",
     "slots_of",
     "unwrap",
 ]
@@ -64,6 +65,13 @@ def named_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Te
     for key, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield f"{prefix}.{key}" if prefix else key, tensor
+
+
+def persistent_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Walks the parameters and buffers of one module that it saves, without its children."""
+    for path, tensor in named_tensors(module, prefix):
+        if path.rpartition(".")[2] not in module._non_persistent_buffers_set:
+            yield path, tensor
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:

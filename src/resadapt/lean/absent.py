@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from resadapt.base.nested import named_in
+from resadapt.base.tensors import is_channels_last
 
 __all__ = ["Absent", "Form", "NeededError"]
 
@@ -79,9 +80,7 @@ class Form:
     @classmethod
     def of(cls, name: str, tensor: Tensor, batch: int) -> Form:
         """Looks at a tensor."""
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-        channels_last = last is not None and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
-        return cls(name, tuple(tensor.shape), batch, tensor.dtype, channels_last)
+        return cls(name, tuple(tensor.shape), batch, tensor.dtype, is_channels_last(tensor))
 
     @property
     def has_rows(self) -> bool:

@@ -20,6 +20,7 @@ from torchvision.ops.misc import Conv2dNormActivation, Conv3dNormActivation
 from typing_extensions import override
 
 from resadapt.adapters import PooledAdapter
+from resadapt.base.tensors import is_channels_last
 from resadapt.injection.freeze import FrozenStatistics, Overlay
 from resadapt.injection.hooks import apply_adapter
 from resadapt.injection.intercept import Intercept
@@ -27,7 +28,7 @@ from resadapt.injection.walk import find_slot
 from resadapt.lean.absent import Absent
 from resadapt.lean.functions import is_ordinary
 from resadapt.lean.layers import LEAN
-from resadapt.lean.pairs import Given, has_hooks, in_one_step, is_channels_last
+from resadapt.lean.pairs import Given, has_hooks, in_one_step
 
 __all__ = ["FOLDING", "layouts_inside"]
 
@@ -45,7 +46,7 @@ class _Inner(Overlay):
     def forward(self, x: Any) -> Any:
         """Returns the output, laid out as the stock module's unless one of these classes has called."""
         if not is_ordinary(x):
-            return self.inside(x, Given(0, 0, True))
+            return self.inside(x, _ANYTHING)
         caller, knows = _caller.get()
         if knows and caller is not None:
             return self.inside(x, caller)
@@ -53,6 +54,8 @@ class _Inner(Overlay):
         return _as_given(self.inside(x, given), given)
 
 
+_ANYTHING = Given(0, 0, channels_last=True)
+"""Of what is no feature map, or not computed here: nothing is laid out anew."""
 _caller: ContextVar[tuple[Given | None, bool]] = ContextVar("resadapt_caller", default=(None, False))
 """What the outermost of these classes was given, and whether one of them calls, or another module in between."""
 
@@ -60,7 +63,7 @@ _caller: ContextVar[tuple[Given | None, bool]] = ContextVar("resadapt_caller", d
 def _given(module: nn.Module, x: Any, outer: Given | None) -> Given:
     """Returns what is known of the input of the outermost of these classes."""
     if not is_ordinary(x) or x.ndim != 4:
-        return Given(0, 0, True)
+        return _ANYTHING
     size, batch = min(x.shape[2:]), len(x)
     if outer is not None:
         size, batch = max(size, outer.size), max(batch, outer.batch)

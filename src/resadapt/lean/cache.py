@@ -28,6 +28,11 @@ from resadapt.lean.samples import Samples, split
 
 __all__ = ["PrefixCache", "cache_prefix"]
 
+_TRIED = 3
+"""So many samples the model is tried on."""
+_SETTINGS = (bool, int, float, str, tuple, type(None))
+"""Kinds of a module's attributes that it computes by."""
+
 
 def cache_prefix(
     model: nn.Module,
@@ -161,10 +166,10 @@ class PrefixCache(Dataset[Any]):
         given = [
             _told(tensor.dtype, tensor.shape[1:]) if isinstance(tensor, Tensor) else type(tensor).__name__ for tensor in tensors
         ]
-        if given != [_told(form.dtype, form.shape[1:]) for form in forms] or len({len(tensor) for tensor in tensors}) > 1:
-            wanted = listing([_told(form.dtype, form.shape[1:]) for form in forms])
+        kept = [_told(form.dtype, form.shape[1:]) for form in forms]
+        if given != kept or len({len(tensor) for tensor in tensors}) > 1:
             raise InjectionError(
-                f"The features are {listing(given)}, where {wanted} was kept: give a batch of what the data set has."
+                f"The features are {listing(given)}, where {listing(kept)} was kept: give a batch of what the data set has."
             )
         # Copies: the model may change them in place.
         values = {n: form.laid_out(tensor.clone()) for n, form, tensor in zip(plan.needed, forms, tensors, strict=True)}
@@ -202,11 +207,6 @@ def _stamps(model: nn.Module) -> list[object]:
         for module in plain_modules(model).values()
     ]
     return [tensors, settings]
-
-
-_TRIED = 3
-"""So many samples the model is tried on."""
-_SETTINGS = (bool, int, float, str, tuple, type(None))
 
 
 def _refuse_trained(model: nn.Module) -> None:

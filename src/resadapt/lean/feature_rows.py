@@ -140,7 +140,7 @@ class FeatureRows:
     def _compare(self, samples: Samples, progress: Progress) -> None:
         """Refuses a directory with the features of other data: every sample is looked at, of what is random only the rest."""
         end = min(self.filled, samples.length)
-        for where, batch in samples.batches(0, progress, end) if end else ():
+        for where, batch in samples.batches(0, progress, end):
             known = self._digests[where, _DIGEST:]
             same = (samples.digests(batch)[: len(known)] == known).all(1)
             if not same.all():

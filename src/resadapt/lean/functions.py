@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from typing_extensions import override
 
+from resadapt.base.tensors import is_channels_last
 from resadapt.lean.absent import Absent
 
 __all__ = [
@@ -77,7 +78,7 @@ class FrozenConvolution(Function):
         """Saves the weight."""
         x, weight, _, *ctx.geometry = inputs
         ctx.size = x.shape
-        ctx.channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        ctx.channels_last = x.ndim == 4 and is_channels_last(x)
         ctx.save_for_backward(weight)
 
     @override

@@ -10,13 +10,13 @@ from torch.autograd import Function
 from torch.nn.modules import module as torch_module
 from typing_extensions import override
 
-from resadapt.base.tensors import stamp
+from resadapt.base.tensors import is_channels_last, stamp
 from resadapt.base.undisturbed import is_undisturbed
 from resadapt.injection.freeze import FOLDED, FrozenStatistics, Overlay
 from resadapt.injection.intercept import Intercept
 from resadapt.lean.functions import PLAIN, is_ordinary
 
-__all__ = ["FoldedPair", "Given", "has_hooks", "in_one_step", "is_channels_last"]
+__all__ = ["FoldedPair", "Given", "has_hooks", "in_one_step"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORM = ("weight", "bias", "running_mean", "running_var")
@@ -84,11 +84,6 @@ class FoldedPair:
 
 _LARGE, _BATCH = 96, 16
 """Pixels of an image, and images of a batch, from which on it is faster to have feature maps in channels_last."""
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Tells whether a tensor has its channels side by side in memory, and not the other way too."""
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def in_one_step(convolution: nn.Module, norm: nn.Module, x: Any, given: Given) -> Any:

@@ -46,9 +46,10 @@ class Samples:
             few = [number * self.length // _LOOKED_AT for number in range(_LOOKED_AT)] if self.length else []
             with random_states_kept([]):
                 before = random_state()
-                self.some, again = (split(self._batch(few)) for _ in range(2))
+                batch, again = self._batch(few), split(self._batch(few))
+                self.some = split(batch)
                 self.is_random = before != random_state() or _bytes_of(self.some) != _bytes_of(again)
-                mixed = not self.is_random and not self.digests(self._batch(few[:1])).equal(self.digests(self._batch(few))[:1])
+                mixed = not self.is_random and not self.digests(self._batch(few[:1])).equal(self.digests(batch)[:1])
         except AdapterError:
             raise
         except Exception as error:  # a data set of anyone's may raise anything

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from resadapt.base.errors import BackboneMismatchError
 from resadapt.base.names import listing
+from resadapt.base.outputs import outputs_of
 from resadapt.base.tensors import same_bits
 from resadapt.files.adapter_file import AdapterInfo
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.sets import remove_adapters
 from resadapt.proof.evidence import Evidence, Metric, collect
 from resadapt.proof.loading import load_file_content
-from resadapt.proof.probe import ProbeRun, compare_with_record, input_digest, outputs_of, probe_forms, run_again, run_probe, same
+from resadapt.proof.probe import ProbeRun, compare_with_record, input_digest, probe_forms, run_again, run_probe, same
 from resadapt.proof.reconstruction import Reconstruction, replaced_forwards
 from resadapt.proof.report import Check, VerificationReport, report_of
 

@@ -22,7 +22,7 @@ from resadapt.injection.installation import check_model, install
 from resadapt.injection.ledger import backbone_differences, find_ledger, plain_modules, plain_tensors
 from resadapt.injection.switching import on_plain, switch
 from resadapt.injection.walk import backbone_modules, unwrap
-from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, persistent_tensors
+from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, tensors_to_save
 
 __all__ = ["load_adapters", "load_file_content"]
 
@@ -138,12 +138,12 @@ def _heads(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> 
         stored = {key: tensor for key, tensor in state.items() if within(key, (f"head.{name}",))}
         blueprint = spec.blueprints.get(name)
         if blueprint is None or blueprint_of(plain[name]) == blueprint:
-            fitting(persistent_tensors(backbone_modules(plain[name], name), spec), stored, spec.name)
+            fitting(tensors_to_save(backbone_modules(plain[name], name), spec), stored, spec.name)
             heads[name] = plain[name]
             continue
         try:
             with torch.device("meta"):  # no memory for it before its sizes are known to be those of the file
-                form = persistent_tensors(backbone_modules(build_from(blueprint), name), spec)
+                form = tensors_to_save(backbone_modules(build_from(blueprint), name), spec)
             if {key: tensor.shape for key, tensor in form.items()} != {key: tensor.shape for key, tensor in stored.items()}:
                 raise ValueError("its tensors are others")
             heads[name] = built.setdefault(id(plain[name]), build_from(blueprint))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from resadapt.base.errors import AdapterError
 from resadapt.base.inputs import generate, guesses
 from resadapt.base.nested import map_tensors, named_in
-from resadapt.base.tensors import plain_parts, raw_bytes, same_bits
-from resadapt.base.undisturbed import call, undisturbed
+from resadapt.base.outputs import outputs_of
+from resadapt.base.tensors import raw_bytes, same_bits
 from resadapt.files.adapter_file import ProbeRecord
 from resadapt.injection.walk import backbone_modules
 
@@ -24,7 +24,6 @@ __all__ = [
     "ProbeRun",
     "compare_with_record",
     "input_digest",
-    "outputs_of",
     "probe_forms",
     "record_probe",
     "run_again",
@@ -112,13 +111,6 @@ def run_again(model: nn.Module, probe: Probe) -> ProbeRun:
         return ProbeRun(None, unusable=f"{type(error).__name__}: {error}")
 
 
-def outputs_of(model: nn.Module, inputs: object) -> dict[str, Tensor]:
-    """Runs a model in evaluation mode and returns every tensor of its output by its place there; the model is left as it was."""
-    own = map_tensors(inputs, torch.clone)  # which the model may change in place
-    with undisturbed(model):
-        return dict(_plain_outputs(call(model, own)))
-
-
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Tells whether two models' outputs have the same tensors, bit for bit."""
     return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
@@ -178,16 +170,6 @@ def _judged(probe: Probe, outputs: dict[str, Tensor]) -> ProbeRun:
     elif any(_has_nan(tensor) for tensor in outputs.values()):
         unusable = f"the outputs on {where} contain NaN, which proves nothing: pass a probe= without"
     return ProbeRun(probe, outputs, unusable)
-
-
-def _plain_outputs(output: object) -> Iterator[tuple[str, Tensor]]:
-    """Walks the dense tensors of an output; a sparse, nested or quantized one is walked part by part."""
-    for place, tensor in named_in(output):
-        parts = list(plain_parts(tensor))
-        if len(parts) == 1:
-            yield place, parts[0]
-        else:
-            yield from ((f"{place}.part{number}", part) for number, part in enumerate(parts))
 
 
 def _sample(tensor: Tensor, step: int) -> Tensor:

@@ -16,9 +16,9 @@ from resadapt.injection.building import adapter_shapes, saved_tensors
 from resadapt.injection.ledger import AdapterSet, adapter_of, ledger_of, own_modules
 from resadapt.injection.owned import follow
 from resadapt.injection.sharding import reshard
-from resadapt.injection.walk import find_module, named_tensors, unwrap
+from resadapt.injection.walk import find_module, persistent_tensors, unwrap
 
-__all__ = ["adapter_state_dict", "fitting", "live_tensors", "load_adapter_state_dict", "persistent_tensors", "refuse_unsaved_state"]
+__all__ = ["adapter_state_dict", "fitting", "live_tensors", "load_adapter_state_dict", "refuse_unsaved_state", "tensors_to_save"]
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -110,19 +110,18 @@ def live_tensors(model: nn.Module, record: AdapterSet) -> dict[str, Tensor]:
             "parametrized, quantized or flattened: make the first two permanent (torch.nn.utils.prune.remove, "
             "parametrize.remove_parametrizations), save before the others."
         )
-    live = adapters | persistent_tensors(own_modules(model, record), spec)
+    live = adapters | tensors_to_save(own_modules(model, record), spec)
     if gone := [key for key, tensor in live.items() if tensor.is_meta]:
         raise AdapterKeyError(f"Tensors of set {spec.name!r} have no values here (offloaded?): {listing(gone)}. Bring them back.")
     return live
 
 
-def persistent_tensors(modules: Iterable[tuple[str, nn.Module]], spec: SetSpec) -> dict[str, Tensor]:
+def tensors_to_save(modules: Iterable[tuple[str, nn.Module]], spec: SetSpec) -> dict[str, Tensor]:
     """Returns the tensors of a set's own modules by their names in a file, without the buffers that a module does not save."""
     return {
         f"{'head' if within(name, spec.head) else 'norms'}.{path}": tensor
         for name, module in modules
-        for path, tensor in named_tensors(module, name)
-        if path.rpartition(".")[2] not in module._non_persistent_buffers_set
+        for path, tensor in persistent_tensors(module, name)
     }
 
 
