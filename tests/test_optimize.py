@@ -613,3 +613,13 @@ def test_feature_maps_lie_as_those_of_the_plain_backbone(weights: Any, inputs: A
         seen += [lies(gradient), lies(trunk(x))]
         resadapt.optimize_backbone(model, fold_norms=fold)
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+
+
+def test_the_gradient_of_the_input_lies_as_ever_where_nothing_is_seen_on_the_way() -> None:
+    model, x = resadapt.inject_adapters(small_resnet(), "layer*.*", family="ssf").eval(), images(2, 96).requires_grad_()
+    gradients = []
+    for _ in range(2):
+        gradients += torch.autograd.grad(model(x).sum(), x)
+        resadapt.optimize_backbone(model)
+    assert lies(gradients[0]) == lies(gradients[1])
+    compare(gradients[1], gradients[0], True)
