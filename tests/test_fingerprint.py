@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import warnings
 from collections import OrderedDict
@@ -21,7 +22,7 @@ from torchvision.ops import StochasticDepth
 import resadapt
 from resadapt.base.fingerprint import Fingerprint, tensor_differences
 from resadapt.base.module_record import ModuleRecord
-from resadapt.base.tensors import raw_bytes, same_bits
+from resadapt.base.tensors import raw_bytes, same_bits, sha256_of_each
 
 X = images(2, 8)
 
@@ -532,3 +533,10 @@ def test_a_copy_has_a_fingerprint_of_its_own() -> None:
     twin.conv.weight.data.add_(1)
     assert resadapt.check_backbone(model).ok
     assert resadapt.check_backbone(twin).drifted == ["conv.weight"]
+
+
+def test_digests_of_several_tensors_are_those_of_each() -> None:
+    """Large ones are computed in threads, small ones are not."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(size) for size in (3, 1 << 18, 70_000, 0, 100_000, 5)]
+    assert sha256_of_each(tensors) == [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors]

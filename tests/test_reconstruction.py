@@ -38,7 +38,7 @@ def test_without_rebuild_the_report_says_that_a_copy_served(path: Path) -> None:
     assert report["reconstruction"] == resadapt.Check(
         "reconstruction",
         "not checked",
-        "a copy of the live model; pass rebuild= to prove that the backbone can be built without it",
+        "a copy of the live model over the same weights; pass rebuild= to prove that the backbone can be built without it",
     )
     assert report.ok
     assert outcomes(report)["outputs"] == "passed"
@@ -424,3 +424,66 @@ def test_saving_in_two_threads_leaves_compilation_as_it_was(tmp_path: Path) -> N
     torch._dynamo.reset()
     torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.ones(3))
     assert compiled
+
+
+def test_the_copy_takes_no_memory_for_frozen_weights(path: Path) -> None:
+    """Nor for the adapters of other sets; and what is done to the copy's flags stays with the copy."""
+    model = trained()
+    for name in ("other", "third"):
+        resadapt.inject_adapters(model, "c2", 2, name=name)
+    resadapt.set_active_adapters(model, "default")
+    before, seen = picture(model), []
+
+    def metric(m: Any) -> float:
+        m.c2.weight.requires_grad_(True)
+        seen.append((m, m.c2.weight.data_ptr(), [type(each) for each in m.c2.resadapt.children()]))
+        return 0.0
+
+    assert resadapt.save_adapters(model, path, metric=metric).ok
+    (live, *its), (copied, *the_copys) = seen
+    assert live is model
+    assert copied is not model
+    assert its[0] == the_copys[0] == model.c2.weight.data_ptr()
+    assert (len(its[1]), len(the_copys[1])) == (3, 1)
+    assert picture(model) == before
+
+
+def test_a_forward_that_moves_weights_is_found_out(path: Path) -> None:
+    model = trained()
+    model.c2.register_forward_pre_hook(lambda m, _: m.weight.data.clamp_(max=0.05))
+    with pytest.raises(resadapt.BackboneDriftError, match=r"c2\.weight"):
+        resadapt.save_adapters(model, path)
+    assert not list(path.parent.iterdir())
+
+
+def test_a_metric_that_writes_to_the_weights_of_the_reloaded_model_alone_is_found_out(path: Path) -> None:
+    model = trained()
+
+    def metric(m: Any) -> float:
+        if m is not model:
+            m.c2.weight.data.mul_(2)
+        return 0.0
+
+    with pytest.raises(resadapt.VerificationError, match="the metric or the probe changed the live model"):
+        resadapt.save_adapters(model, path, metric=metric)
+    assert not list(path.parent.iterdir())
+
+
+class Fragile(nn.Conv2d):
+    """Copies itself with other weights."""
+
+    def __deepcopy__(self, memo: object) -> Any:
+        fresh = Fragile(4, 4, 1)
+        fresh.load_state_dict(self.state_dict())
+        with torch.no_grad():
+            fresh.weight[0] += 1e-3
+        return fresh
+
+
+def test_a_copy_with_other_weights_is_compared(path: Path) -> None:
+    """Digests of the live model's weights are taken for those of the copy's only where both are the same memory."""
+    model = small_net()
+    model.c2 = Fragile(4, 4, 1)
+    resadapt.inject_adapters(model, "conv", 2)
+    with pytest.raises(resadapt.VerificationError, match=r"backbone +failed .*c2\.weight"):
+        resadapt.save_adapters(model, path)

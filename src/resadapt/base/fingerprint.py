@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +35,10 @@ class TensorRecord:
     def of(cls, tensor: Tensor) -> TensorRecord:
         """Returns the record of a tensor; all processes that share a sharded one must call together."""
         return cls(dtype_name(tensor), tuple(tensor.shape), sha256(tensor))
+
+    def to_json(self) -> list[Any]:
+        """Returns the record as JSON values."""
+        return [self.dtype, list(self.shape), self.sha256]
 
     def difference_of_form(self, tensor: Tensor) -> str | None:
         """Says why a tensor cannot have the recorded elements, None if it can."""
@@ -76,15 +80,23 @@ class Fingerprint:
     caches: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> Self:
+    def of(
+        cls,
+        modules: Mapping[str, nn.Module],
+        tensors: Mapping[str, Tensor],
+        known: Mapping[Tensor, TensorRecord] | None = None,
+    ) -> Self:
         """Takes the fingerprint of a backbone.
 
         Args:
             modules: Its modules by name.
             tensors: Its parameters and buffers by name.
+            known: Records of some of them that need not be taken again.
         """
-        names = _non_persistent(modules)
-        return cls(record_tensors(tensors), record_modules(modules.items()), tuple(n for n in tensors if n in names))
+        names, known = _non_persistent(modules), known or {}
+        taken = record_tensors({name: tensor for name, tensor in tensors.items() if tensor not in known})
+        records = {name: taken.get(name) or known[tensor] for name, tensor in tensors.items()}
+        return cls(records, record_modules(modules.items()), tuple(n for n in tensors if n in names))
 
     def __contains__(self, tensor: object) -> bool:
         """Tells whether a parameter or buffer of this name was recorded."""
@@ -132,8 +144,8 @@ class Fingerprint:
     def to_json(self) -> dict[str, Any]:
         """Returns the fingerprint as JSON values."""
         return {
-            "tensors": {name: list(asdict(record).values()) for name, record in self.tensors.items()},
-            "modules": {name: list(asdict(record).values()) for name, record in (self.modules or {}).items()},
+            "tensors": {name: record.to_json() for name, record in self.tensors.items()},
+            "modules": {name: [each.type, each.config, each.state] for name, each in (self.modules or {}).items()},
             "caches": list(self.caches),
         }
 

@@ -88,12 +88,18 @@ def sha256(tensor: Tensor) -> str:
 
 
 def sha256_of_each(tensors: Iterable[Tensor]) -> list[str]:
-    """Returns the digests of several tensors, computed in threads; all processes that share a sharded one must call together."""
+    """Returns the digests of several tensors, large ones' from threads; processes that share a sharded one must call together."""
     tensors = list(tensors)
-    if any(map(is_sharded, tensors)):  # gathered one after another, in the same order by all processes
+    large = [tensor for tensor in tensors if tensor.numel() > _LARGE]
+    if len(large) < 2 or any(map(is_sharded, tensors)):  # gathered one after another, in the same order by all processes
         return [sha256(tensor) for tensor in tensors]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(sha256, tensors))
+        ahead = iter(list(pool.map(sha256, large)))
+    return [next(ahead) if tensor.numel() > _LARGE else sha256(tensor) for tensor in tensors]
+
+
+_LARGE = 1 << 16
+"""Elements from which on another thread pays."""
 
 
 def row_digests(tensors: Iterable[Tensor], rows: int) -> Tensor:

@@ -172,7 +172,7 @@ def encode_adapter_file(
         "versions": {"resadapt": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
         "set": set_spec.to_json(),
         "backbone": backbone.to_json(),
-        "tensors": {name: list(asdict(record).values()) for name, record in record_tensors(tensors).items()},
+        "tensors": {name: record.to_json() for name, record in record_tensors(tensors).items()},
         "example": example,
         "probe": asdict(probe) if probe is not None else None,
         "metadata": dict(metadata),

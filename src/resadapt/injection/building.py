@@ -24,7 +24,15 @@ from resadapt.injection.ledger import plain_module
 from resadapt.injection.measure import declared
 from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, persistent_tensors
 
-__all__ = ["adapter_shapes", "build", "family_named", "fitting_places", "plain_options", "saved_tensors", "weightless"]
+__all__ = [
+    "build",
+    "family_named",
+    "fitting_places",
+    "plain_options",
+    "saved_shapes",
+    "saved_tensors",
+    "weightless",
+]
 
 
 def family_named(name: str) -> type[Adapter]:
@@ -94,20 +102,15 @@ def build(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, A
     return adapter.train(model.training)
 
 
-def adapter_shapes(model: nn.Module, spec: SetSpec, site: SiteSpec) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the parameters and buffers that an adapter has, without memory for them.
-
-    Raises:
-        InjectionError: As `build`.
-    """
-    adapter = weightless(model, spec, site)
-    return {path: tuple(tensor.shape) for path, tensor in saved_tensors(adapter)}
-
-
 def saved_tensors(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Walks the parameters and persistent buffers of an adapter, also those that have two names."""
     for key, module in adapter.named_modules(remove_duplicate=False):
         yield from persistent_tensors(module, key)
+
+
+def saved_shapes(adapter: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of `saved_tensors`."""
+    return {path: tuple(tensor.shape) for path, tensor in saved_tensors(adapter)}
 
 
 def weightless(model: nn.Module, spec: SetSpec, site: SiteSpec, **start: Any) -> Adapter:

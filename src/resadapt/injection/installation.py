@@ -14,7 +14,7 @@ from resadapt.base.errors import InjectionError
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, within
 from resadapt.base.spec import SetSpec, SiteSpec
-from resadapt.injection.building import build, family_named, saved_tensors
+from resadapt.injection.building import build, family_named, saved_shapes
 from resadapt.injection.freeze import (
     freeze_norm,
     freeze_parameters,
@@ -107,7 +107,8 @@ def install(
         _check_together(ledger, spec, heads)
         adapters = {site: build(model, spec, site, start) for site in spec.sites}
         _check_apart(adapters)
-    record = AdapterSet(spec, example)
+    shapes = {f"{site.name}.{key}": shape for site, adapter in adapters.items() for key, shape in saved_shapes(adapter).items()}
+    record = AdapterSet(spec, example, shapes)
     if ledger is None:
         ledger = Ledger(
             fingerprint=fingerprint or Fingerprint.of(dict(backbone_modules(model)), dict(backbone_tensors(model))),
@@ -211,7 +212,7 @@ def _check_apart(adapters: Mapping[SiteSpec, nn.Module]) -> None:
     """Refuses adapters of which two tensors would have one name in a file."""
     paths: set[str] = set()
     for site, adapter in adapters.items():
-        for path in {f"{site.name}.{key}" for key, _ in saved_tensors(adapter)}:
+        for path in {f"{site.name}.{key}" for key in saved_shapes(adapter)}:
             if path in paths:
                 raise InjectionError(
                     f"The adapters at {site.name!r} and at the module around it both have a tensor {path!r}. Choose one of the two "

@@ -49,6 +49,8 @@ class AdapterSet:
     spec: SetSpec
     example: Any = None
     """Form of the example input, from which a probe can be made."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The shapes of its adapters' tensors as they were built, by ``site.tensor``."""
     parked: dict[str, nn.Module] = field(default_factory=dict)
     """Its own head and norms, by their places, while they are not in them."""
     parked_requires_grad: dict[str, bool] = field(default_factory=dict)

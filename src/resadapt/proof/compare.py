@@ -55,7 +55,7 @@ class Comparison:
         if clean is None:
             return report_of(self.info.path, checks, "there is no clean backbone to restore the file on")
         try:
-            load_file_content(clean, self.info, self.stored, self.info.set.name)
+            load_file_content(clean, self.info, self.stored, self.info.set.name, reconstruction.known)
         except BackboneMismatchError as error:
             checks.append(Check("backbone", "failed", str(error)))
             return report_of(self.info.path, checks, "the backbone is another one")

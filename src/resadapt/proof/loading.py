@@ -14,10 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from resadapt.base.blueprint import blueprint_of, build_from
 from resadapt.base.errors import AdapterError, AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError
-from resadapt.base.fingerprint import Fingerprint
+from resadapt.base.fingerprint import Fingerprint, TensorRecord
 from resadapt.base.names import listing, reasons_listing, within
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
-from resadapt.injection.building import adapter_shapes
+from resadapt.injection.building import saved_shapes, weightless
 from resadapt.injection.installation import check_model, install
 from resadapt.injection.ledger import backbone_differences, find_ledger, plain_modules, plain_tensors
 from resadapt.injection.switching import on_plain, switch
@@ -75,13 +75,26 @@ def load_adapters(model: ModelT, path: str | bytes | os.PathLike[str], *, name: 
     return model
 
 
-def load_file_content(model: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor], name: str) -> None:
+def load_file_content(
+    model: nn.Module,
+    info: AdapterInfo,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    known: Mapping[Tensor, TensorRecord] | None = None,
+) -> None:
     """Puts the content of a file into a model under a set name, all or nothing.
+
+    Args:
+        model: The model.
+        info: What the file says.
+        tensors: The file's tensors.
+        name: The set to put them into.
+        known: Records of some of the model's tensors that need not be taken again.
 
     Raises:
         AdapterFileError, BackboneMismatchError, AdapterKeyError: As `load_adapters`.
     """
-    today = _fingerprint(model)
+    today = _fingerprint(model, known)
     same = today is not None and today.without(info.set.head) == info.backbone
     if not same and (wrong := backbone_differences(model, info.backbone, info.set.head)):
         raise BackboneMismatchError(
@@ -105,12 +118,12 @@ def load_file_content(model: nn.Module, info: AdapterInfo, tensors: Mapping[str,
     load_adapter_state_dict(model, state, name)
 
 
-def _fingerprint(model: nn.Module) -> Fingerprint | None:
+def _fingerprint(model: nn.Module, known: Mapping[Tensor, TensorRecord] | None) -> Fingerprint | None:
     """Returns the fingerprint of a model that nothing was injected into; None of another, or where tensors have no values."""
     tensors = plain_tensors(model)
     if find_ledger(model) is not None or any(is_lazy(tensor) or tensor.is_meta for tensor in tensors.values()):
         return None
-    return Fingerprint.of(plain_modules(model), tensors)
+    return Fingerprint.of(plain_modules(model), tensors, known)
 
 
 def _inject_from_file(
@@ -155,7 +168,8 @@ def _heads(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> 
 def _check_description(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> None:
     """Compares the adapters that a file describes with the tensors that it has, before memory is given to any of them."""
     for site in info.set.sites:
-        described = {f"adapters.{site.name}.{key}": shape for key, shape in adapter_shapes(model, info.set, site).items()}
+        shapes = saved_shapes(weightless(model, info.set, site))
+        described = {f"adapters.{site.name}.{key}": shape for key, shape in shapes.items()}
         if wrong := [key for key, shape in described.items() if key not in state or tuple(state[key].shape) != shape]:
             raise AdapterFileError(
                 f"{info.path}: it describes an adapter at site {site.name!r} whose tensors it does not have: {listing(wrong)}. "

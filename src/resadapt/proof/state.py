@@ -12,7 +12,7 @@ from resadapt.base.module_record import other_state
 from resadapt.base.names import listing, reasons_listing, within
 from resadapt.base.spec import SetSpec
 from resadapt.base.tensors import address, dtype_name, is_dense, is_sharded, same_bits, whole
-from resadapt.injection.building import adapter_shapes, saved_tensors
+from resadapt.injection.building import saved_tensors
 from resadapt.injection.ledger import AdapterSet, adapter_of, ledger_of, own_modules
 from resadapt.injection.owned import follow
 from resadapt.injection.sharding import reshard
@@ -100,9 +100,7 @@ def live_tensors(model: nn.Module, record: AdapterSet) -> dict[str, Tensor]:
     adapters = {
         f"adapters.{site.name}.{key}": tensor for site in spec.sites for key, tensor in saved_tensors(adapter_of(model, spec, site))
     }
-    described = {
-        f"adapters.{site.name}.{key}": shape for site in spec.sites for key, shape in adapter_shapes(model, spec, site).items()
-    }
+    described = {f"adapters.{key}": shape for key, shape in record.shapes.items()}
     found = {key: tuple(tensor.shape) for key, tensor in adapters.items() if is_sharded(tensor) or is_dense(tensor)}
     if changed := sorted({key for key, _ in described.items() ^ found.items()} | (adapters.keys() - described.keys())):
         raise AdapterKeyError(

@@ -47,7 +47,7 @@ def save_adapters(
 
     The file is written beside the target, flushed to disk, read back and restored on a clean backbone; tensors are compared bit
     for bit, outputs on a probe bit for bit, and the metric on live and reloaded model. Then it is renamed over the target.
-    Whatever fails, the previous file is intact and the model is as it was. Memory for one more model is needed.
+    Whatever fails, the previous file is intact and the model is as it was.
 
     Args:
         model: An injected model. If it is sharded (FSDP2), all processes must call; rank 0 writes, and `rebuild` is needed.
@@ -65,7 +65,8 @@ def save_adapters(
         metadata: Entries of your own, JSON values.
         verify: False skips all comparisons; the report then says "not checked".
         rebuild: A function that builds the plain backbone, with its weights, as another process would. The file is then proven
-            on what it returns. None takes a copy of the live model, which may share code or state with it; the report says so.
+            on what it returns. None takes a copy of the live model over the same weights, which may share code or state with
+            it; the report says so.
 
     Returns:
         What was compared.
@@ -95,13 +96,16 @@ def save_adapters(
     target = on_one_rank(sharded, lambda: _writable(path))
     entries = as_json(metadata, target)
     refuse_unsaved_state(inner, record)
-    _refuse_drift(inner)
+    if metric is not None:  # before it takes its time
+        _refuse_drift(inner)
     forms = probe_forms(inner, record.example)
     evidence = collect(inner, record.spec.name, lambda: run_probe(inner, probe, forms), metric)
     _refuse_changes(inner, target, evidence, record, metric)
+    if metric is None:
+        _refuse_drift(inner)
 
     def write_and_prove() -> VerificationReport:
-        reconstruction = reconstruct(inner, rebuild) if verify else None
+        reconstruction = reconstruct(inner, rebuild, ledger.fingerprint) if verify else None
         if reconstruction and reconstruction.model is None:
             raise _failure(report_of(target, [reconstruction.check], "there is no clean backbone to restore the file on"))
         kept, samples = record_probe(evidence.run)
@@ -122,6 +126,8 @@ def save_adapters(
             report = Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(reconstruction)
             if not report.ok:
                 raise _failure(report)
+            if metric is not None and rebuild is None:  # the reloaded model had the live one's weights
+                _refuse_changes(inner, target, evidence, record, metric)
         return report
 
     return on_one_rank(sharded, write_and_prove)
