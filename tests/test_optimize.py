@@ -615,6 +615,28 @@ def test_feature_maps_lie_as_those_of_the_plain_backbone(weights: Any, inputs: A
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
 
 
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("inputs", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("batch", [2, 16])
+def test_the_gradient_of_a_convolution_lies_as_the_stock_ones(
+    batch: int, kernel: int, stride: int, groups: int, inputs: Any, weights: Any
+) -> None:
+    """torch has other kernels for small batches, and tells from the input's strides, which are not there, how to lay it out."""
+    torch.manual_seed(0)
+    weight = torch.randn(8, 8 // groups, kernel, kernel).contiguous(memory_format=weights)
+    x = torch.randn(batch, 8, 6, 5).contiguous(memory_format=inputs).requires_grad_()
+    geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1), groups)
+    outputs = [torch.nn.functional.conv2d(x, weight, None, *geometry), FrozenConvolution.apply(x, weight, None, *geometry)]
+    gradients = [torch.autograd.grad(out, x, torch.ones_like(outputs[0]))[0] for out in outputs]
+    assert torch.equal(*outputs)
+    assert lies(outputs[0]) == lies(outputs[1])
+    assert torch.equal(*gradients)
+    assert lies(gradients[0]) == lies(gradients[1])
+
+
 def test_the_gradient_of_the_input_lies_as_ever_where_nothing_is_seen_on_the_way() -> None:
     model, x = resadapt.inject_adapters(small_resnet(), "layer*.*", family="ssf").eval(), images(2, 96).requires_grad_()
     gradients = []

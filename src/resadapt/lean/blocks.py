@@ -30,7 +30,7 @@ from resadapt.lean.functions import is_ordinary
 from resadapt.lean.layers import LEAN
 from resadapt.lean.pairs import Given, has_hooks, in_one_step
 
-__all__ = ["FOLDING", "layouts_inside"]
+__all__ = ["FOLDING", "in_residual_blocks"]
 
 _ANY_LAYOUT = frozenset(LEAN.values()) | {nn.Identity, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Conv2d, nn.Linear, nn.Flatten}
 """What gives the same numbers however its input lies in memory, and lays out its output as its input."""
@@ -54,7 +54,7 @@ class _Inner(Overlay):
         return _as_given(self.inside(x, given), given)
 
 
-_ANYTHING = Given(0, 0, channels_last=True)
+_ANYTHING = Given(0, channels_last=True)
 """Of what is no feature map, or not computed here: nothing is laid out anew."""
 _caller: ContextVar[tuple[Given | None, bool]] = ContextVar("resadapt_caller", default=(None, False))
 """What the outermost of these classes was given, and whether one of them calls, or another module in between."""
@@ -64,11 +64,9 @@ def _given(module: nn.Module, x: Any, outer: Given | None) -> Given:
     """Returns what is known of the input of the outermost of these classes."""
     if not is_ordinary(x) or x.ndim != 4:
         return _ANYTHING
-    size, batch = min(x.shape[2:]), len(x)
-    if outer is not None:
-        size, batch = max(size, outer.size), max(batch, outer.batch)
+    size = max(min(x.shape[2:]), 0 if outer is None else outer.size)
     # A convolution returns channels_last for such an input, and for such a weight.
-    return Given(size, batch, is_channels_last(x) or any(map(is_channels_last, module.parameters())))
+    return Given(size, is_channels_last(x) or any(map(is_channels_last, module.parameters())))
 
 
 def _as_given(x: Any, given: Given) -> Any:
@@ -187,8 +185,7 @@ FOLDING: dict[type[nn.Module], type[nn.Module]] = {
 """The class that takes the place of one that holds convolutions and norms."""
 
 
-def layouts_inside(modules: Iterable[nn.Module]) -> dict[int, str]:
-    """Returns for what convolutions of residual blocks had better have feature maps in channels_last, by their identities."""
+def in_residual_blocks(modules: Iterable[nn.Module]) -> set[int]:
+    """Returns the identities of the modules of residual blocks, between which feature maps had better lie in channels_last."""
     blocks = [module for module in modules if type(module) in (BasicBlock, Bottleneck, ResNet)]
-    layouts = "batches" if any(type(block) is Bottleneck for block in blocks) else "large"
-    return {id(module): layouts for block in blocks for child in block.children() for module in (child, *child.children())}
+    return {id(module) for block in blocks for child in block.children() for module in (child, *child.children())}

@@ -202,8 +202,8 @@ def _told(dtype: torch.dtype, sizes: Iterable[int]) -> str:
 def _stamps(model: nn.Module) -> list[object]:
     """Returns what changes when a tensor or a setting of the backbone is written, moved or unfrozen."""
     tensors = [(stamp(tensor), tensor.requires_grad) for tensor in plain_tensors(model).values()]
-    settings = [
-        (type(module), [item for item in vars(module).items() if type(item[1]) in _SETTINGS and item[0] != "training"])
+    settings = [  # of copies, since another thread may put something over a forward meanwhile
+        (type(module), [item for item in vars(module).copy().items() if type(item[1]) in _SETTINGS and item[0] != "training"])
         for module in plain_modules(model).values()
     ]
     return [tensors, settings]

@@ -89,6 +89,9 @@ class FrozenConvolution(Function):
         stride, padding, dilation, groups = ctx.geometry
         if ctx.channels_last:  # the stock gradient lies as the input does, of which nothing else is here to tell
             weight = weight.contiguous(memory_format=torch.channels_last)
+            # A weight of one tap lies so in any case, but only its strides say it.
+            channels, height, width = weight.shape[1:]
+            weight = weight.as_strided(weight.shape, (channels * height * width, 1, channels * width, channels))
         like_input = grad.new_empty(1).expand(ctx.size)  # only its sizes count
         result = torch.ops.aten.convolution_backward(
             grad,

@@ -8,7 +8,7 @@ from resadapt.base.arguments import check_flag
 from resadapt.injection.freeze import FOLDED, class_of, put_class
 from resadapt.injection.ledger import ledger_of, plain_modules
 from resadapt.injection.walk import backbone_modules, unwrap
-from resadapt.lean.blocks import FOLDING, layouts_inside
+from resadapt.lean.blocks import FOLDING, in_residual_blocks
 from resadapt.lean.layers import LEAN
 from resadapt.lean.pairs import FoldedPair
 
@@ -56,12 +56,12 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
     check_flag("fold_norms", fold_norms)
     restore_backbone(model)
     layers = _layers(model)
-    layouts = layouts_inside(layers)
+    inside = in_residual_blocks(layers)
     for module in layers:
         if type(module) in LEAN:
             module.__class__ = LEAN[type(module)]
             if fold_norms and isinstance(module, nn.modules.conv._ConvNd):
-                module.__dict__[FOLDED] = FoldedPair(layouts.get(id(module), ""))
+                module.__dict__[FOLDED] = FoldedPair(id(module) in inside)
         elif fold_norms and type(module) in FOLDING:
             module.__class__ = FOLDING[type(module)]
     return model

@@ -27,12 +27,10 @@ class Given(NamedTuple):
 
     Args:
         size: Pixels of its smaller side; 0 if it is no batch of images.
-        batch: How many images.
         channels_last: Whether stock modules would have feature maps in channels_last.
     """
 
     size: int
-    batch: int
     channels_last: bool
 
 
@@ -42,21 +40,21 @@ class FoldedPair:
     A copy of a module gets an empty one, and so does a pickled module.
 
     Args:
-        layouts: For what the weight, and with it what it gives, lies in channels_last where the convolution's own does not:
-            "large" feature maps, large ones in large "batches", or nothing.
+        lays_out: Whether the weight, and with it what it gives, lies in channels_last for images of some size, where the
+            convolution's own does not.
     """
 
-    def __init__(self, layouts: str = "") -> None:
-        self._layouts = layouts
+    def __init__(self, lays_out: bool = False) -> None:
+        self._lays_out = lays_out
         self._made: tuple[Any, Any, tuple[Tensor, ...]] = (None, None, ())  # in one, which threads exchange at once
 
     def __deepcopy__(self, memo: Any) -> FoldedPair:
         """Returns an empty one."""
-        return FoldedPair(self._layouts)
+        return FoldedPair(self._lays_out)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Returns how to make an empty one."""
-        return FoldedPair, (self._layouts,)
+        return FoldedPair, (self._lays_out,)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -65,7 +63,7 @@ class FoldedPair:
 
     def of(self, convolution: nn.Module, norm: nn.Module, given: Given) -> tuple[Tensor, ...]:
         """Returns weight and bias, which are made anew when what they were made from was changed or moved."""
-        channels_last = self._in_channels_last(given)
+        channels_last = self._lays_out and given.size >= _LARGE
         parts = [part for part in _parts(convolution, norm) if part is not None]
         today = [channels_last, norm.eps, *map(stamp, parts)]
         made_from, _, tensors = self._made
@@ -75,15 +73,9 @@ class FoldedPair:
             self._made = today, [part.detach() for part in parts], tensors
         return tensors
 
-    def _in_channels_last(self, given: Given) -> bool:
-        if not self._layouts or given.size < _LARGE:
-            return False
-        # On one thread torch has kernels for a few samples and kernels of one tap whose gradients are slow in this layout.
-        return self._layouts == "large" or torch.get_num_threads() > 1 or given.batch >= _BATCH or not torch.is_grad_enabled()
 
-
-_LARGE, _BATCH = 96, 16
-"""Pixels of an image, and images of a batch, from which on it is faster to have feature maps in channels_last."""
+_LARGE = 96
+"""Pixels of an image from which on it is faster to have feature maps in channels_last."""
 
 
 def in_one_step(convolution: nn.Module, norm: nn.Module, x: Any, given: Given) -> Any:
