@@ -51,7 +51,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "parameters": (("trainable",), ("suggest", "summary")),
         "lean": (
-            ("absent", "samples", "estimate"),
+            ("absent", "samples", "bits", "estimate"),
             ("functions", "prefix"),
             ("layers", "pairs", "feature_rows"),
             ("blocks", "cache"),

@@ -24,7 +24,8 @@ from torchvision import models
 
 import resadapt
 from resadapt.injection.freeze import Overlay
-from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, SmallIndexPool, packed, unpacked
+from resadapt.lean.bits import packed, unpacked
+from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, SmallIndexPool
 from resadapt.lean.layers import LeanMaxPool2d
 
 
@@ -359,11 +360,28 @@ def test_tools_that_take_models_apart() -> None:
             near(ours, theirs)
 
 
-def test_compiled_it_is_the_stock_backbone() -> None:
+@pytest.mark.parametrize(("layers", "family"), [(("layer1", "layer3"), "pooled"), ("conv1", "ssf")])
+def test_compiled_it_keeps_as_little(layers: Any, family: str) -> None:
+    """As without compiling, where a compiler keeps of stock layers what they keep; the second time with sizes of its choice."""
+    start = {"init": "normal"} if family == "pooled" else {}
+    model = resadapt.inject_adapters(small_resnet(), layers, family=family, head="fc", dropout=None, **start).eval()
+    stock = torch.compile(copy.deepcopy(model), backend="aot_eager_decomp_partition")
+    lean = torch.compile(resadapt.optimize_backbone(model), backend="aot_eager_decomp_partition", fullgraph=True)
+    for x in (images(4, 64), images(6, 48)):
+        kept, *results = zip(measured(stock, x), measured(lean, x), strict=True)
+        assert kept[1] * (20 if family == "pooled" else 2) < kept[0]
+        compare(results[0][1], results[0][0], fold=True)
+        for theirs, ours in zip(*results[1], strict=True):
+            compare(ours, theirs, fold=True)
+
+
+def test_exported_it_is_the_stock_backbone() -> None:
     model = resadapt.optimize_backbone(resadapt.inject_adapters(small_resnet(), init="normal")).eval()
     x = images()
-    found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
-    torch.testing.assert_close(found, model(x))
+    for strict in (True, False):
+        program = torch.export.export(model, (x,), strict=strict)
+        assert not [node for node in program.graph.nodes if "resadapt" in str(node.target) and node.op == "call_function"]
+        torch.testing.assert_close(program.module()(x), model(x))
 
 
 def test_folded_norms_follow_what_they_were_made_from() -> None:

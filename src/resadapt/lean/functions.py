@@ -13,20 +13,19 @@ from typing_extensions import override
 
 from resadapt.base.tensors import is_channels_last
 from resadapt.lean.absent import Absent
+from resadapt.lean.bits import packed, packed_in_graph, unpacked, unpacked_in_graph
 
 __all__ = [
     "PLAIN",
+    "CompiledReLU",
     "FrozenConvolution",
     "FrozenNorm",
     "PackedReLU",
     "SmallIndexPool",
     "can_be_lean",
+    "is_compiled",
     "is_ordinary",
-    "packed",
-    "unpacked",
 ]
-
-_PACK, _SPREAD, _BIT_OF_BYTE = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
 
 Pair = tuple[int, int]
 
@@ -37,7 +36,7 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: 
 def can_be_lean(x: Tensor, *constants: Tensor | None) -> bool:
     """Tells whether a layer is called in ordinary training, with constants, and an input of which a gradient is wanted."""
     return (
-        is_ordinary(x)
+        (is_ordinary(x) or is_compiled(x))
         and x.requires_grad
         and torch.is_grad_enabled()
         and all(part is None or (type(part) in PLAIN and not part.requires_grad) for part in constants)
@@ -52,6 +51,17 @@ def is_ordinary(x: object) -> bool:
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
+    )
+
+
+def is_compiled(x: object) -> bool:
+    """Tells whether a layer is taken apart by torch.compile, which keeps what stock layers keep, and not by torch.export."""
+    return (
+        hasattr(torch.compiler, "is_exporting")  # from torch 2.7
+        and torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
+        and type(x) is Tensor
     )
 
 
@@ -168,6 +178,32 @@ class PackedReLU(Function):
         return torch.ops.aten.threshold_backward(grad, out, 0), None
 
 
+class CompiledReLU(Function):
+    """The same for torch.compile, which knows what a number is but not how to pack bits."""
+
+    @override
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes the positive part; and the bits, which are no output of the layer's."""
+        out = x.relu()
+        return out, packed_in_graph(out)
+
+    @override
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Saves the bits, in row-major order: compilers lay tensors out as they like."""
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:
+        """Returns the gradient where the output is positive."""
+        (bits,) = ctx.saved_tensors
+        result: Tensor = torch.ops.aten.threshold_backward(grad, unpacked_in_graph(bits, grad), 0)
+        return result
+
+
 class SmallIndexPool(Function):
     """A 2-D max pooling that saves one byte an element: which place in its window the maximum had."""
 
@@ -213,31 +249,6 @@ def _corners(out: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
     top = torch.arange(height, device=out.device) * stride[0] - padding[0]
     left = torch.arange(width, device=out.device) * stride[1] - padding[1]
     return top[:, None], left
-
-
-def packed(x: Tensor) -> Tensor:
-    """Returns a bit for each element, whether it is other than zero: uint8, an eighth as many, rounded up.
-
-    Example:
-        >>> packed(torch.tensor([1.0, 0.0, 0.0, 2.0, float("nan")])).tolist()
-        [25]
-    """
-    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
-    words[-1:] = 0
-    torch.ne(x.reshape(-1), 0, out=words.view(torch.bool)[: x.numel()])
-    # Eight bytes of 0 or 1 times this number: their bits, next to each other, are the product's last byte.
-    return words.mul_(_PACK).view(torch.uint8)[7::8].contiguous()
-
-
-def unpacked(bits: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Returns numbers greater than zero where there was a bit, else zeros: flat.
-
-    Example:
-        >>> unpacked(torch.tensor([25], dtype=torch.uint8), 5, torch.float32).sign().tolist()
-        [1.0, 0.0, 0.0, 1.0, 1.0]
-    """
-    words = torch.empty(len(bits), dtype=torch.int64, device=bits.device).copy_(bits)
-    return words.mul_(_SPREAD).bitwise_and_(_BIT_OF_BYTE).view(torch.uint8)[:count].to(dtype)
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Stock layers, whose backward passes keep no more than they need while the layers are frozen.
 
 Each takes a stock layer's place by its class alone: parameters, buffers, hooks and names are the same objects as before. Wherever a
-layer is trained, compiled, traced or transformed, it runs as the stock one.
+layer is trained, exported, traced or transformed, it runs as the stock one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from resadapt.injection.freeze import (
     FrozenSyncBatchNorm,
     Overlay,
 )
-from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, SmallIndexPool, can_be_lean
+from resadapt.lean.functions import (
+    CompiledReLU,
+    FrozenConvolution,
+    FrozenNorm,
+    PackedReLU,
+    SmallIndexPool,
+    can_be_lean,
+    is_compiled,
+)
 
 __all__ = ["LEAN"]
 
@@ -60,7 +68,7 @@ class LeanReLU(Overlay, nn.ReLU):
         """Returns the positive part."""
         if not can_be_lean(input):
             return super().forward(input)
-        out: Tensor = PackedReLU.apply(input, self.inplace)
+        out: Tensor = CompiledReLU.apply(input)[0] if is_compiled(input) else PackedReLU.apply(input, self.inplace)
         return out
 
 

@@ -23,8 +23,8 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
     be done and undone at any time, and what is trained so loads anywhere.
 
     Convolutions, BatchNorms, ReLUs and 2-D max poolings of torch.nn are served, and torchvision's 3-D convolutions; other layers
-    stay as they are. A layer that is trained (a head, a set's own norms), compiled, traced or transformed by torch.func runs as the
-    stock one.
+    stay as they are. A layer that is trained (a head, a set's own norms), exported, traced or transformed by torch.func runs as the
+    stock one. Under torch.compile nothing is folded but by the compiler.
 
     Args:
         model: An injected model; it is changed in place.
