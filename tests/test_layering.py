@@ -20,9 +20,9 @@ OPTIONAL = {"safetensors"}
 FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "base": (
-            ("version", "errors", "names", "spec", "tensors", "nested", "undisturbed", "checkpointed"),
-            ("arguments", "inputs", "outputs", "module_record", "blueprint"),
-            ("fingerprint",),
+            ("version", "errors", "names", "spec", "tensors", "nested", "checkpointed"),
+            ("undisturbed", "arguments", "inputs", "module_record", "blueprint"),
+            ("outputs", "fingerprint"),
         ),
         "adapters": (
             ("family",),

@@ -176,14 +176,121 @@ def _drift_in_metric(model: nn.Module) -> float:
     return 1.0
 
 
-@pytest.mark.parametrize("metric", [_train_in_metric, _drift_in_metric])
+def _halve_in_metric(model: nn.Module) -> float:
+    for name, module in model.named_modules():
+        if name.endswith("resadapt"):
+            module.half()
+    return 1.0
+
+
+@pytest.mark.parametrize("metric", [_train_in_metric, _halve_in_metric])
 def test_a_metric_that_changes_the_model_is_found_out(model: nn.Module, path: Path, metric: Callable[[nn.Module], float]) -> None:
     state = resadapt.adapter_state_dict(model)
-    with pytest.raises(resadapt.VerificationError, match="changed the live model") as caught:
+    with pytest.raises(resadapt.VerificationError, match=r"changed the live model.*is put back") as caught:
         resadapt.save_adapters(model, path, metric=metric)
     assert not list(path.parent.iterdir())
     assert same(state, resadapt.adapter_state_dict(model)), "the set is put back"
     assert caught.value.report["tensors"].outcome == "failed"
+
+
+def test_a_metric_that_moves_the_backbone_is_found_out(model: nn.Module, path: Path) -> None:
+    with pytest.raises(resadapt.BackboneDriftError, match=r"conv\.weight"):
+        resadapt.save_adapters(model, path, metric=_drift_in_metric)
+    assert not list(path.parent.iterdir())
+
+
+def test_a_metric_that_prunes_is_found_out(model: nn.Module, path: Path) -> None:
+    adapter = next(module for name, module in model.named_modules() if name.endswith("default.up"))
+    with pytest.raises(resadapt.VerificationError, match="cannot be put back"):
+        resadapt.save_adapters(
+            model, path, metric=lambda m: float(torch.nn.utils.prune.l1_unstructured(adapter, "weight", 0.5) is None)
+        )
+    assert not list(path.parent.iterdir())
+
+
+def _two_sets() -> Any:
+    model = resadapt.inject_adapters(net(), "conv", 2, name="b", head="fc", norm="stats")
+    return resadapt.inject_adapters(model, "conv", 2, name="a", head="fc", norm="stats")
+
+
+def _trains_the_others(model: Any) -> float:
+    with torch.no_grad():
+        next(model.conv.resadapt.b.parameters()).add_(1)
+    return 0.0
+
+
+def _injects(model: Any) -> float:
+    resadapt.inject_adapters(model, "conv", 2, name="new")
+    return 0.0
+
+
+@pytest.mark.parametrize("metric", [_trains_the_others, _injects])
+def test_a_metric_that_changes_other_sets_is_found_out(path: Path, metric: Any) -> None:
+    model = _two_sets()
+    before = picture(model)
+    with pytest.raises(resadapt.VerificationError, match=r"changed the live model.*(is put back|is taken out)"):
+        resadapt.save_adapters(model, path, metric=metric)
+    assert picture(model) == before
+    with pytest.raises(resadapt.VerificationError, match="'b' is gone"):
+        resadapt.save_adapters(model, path, metric=lambda m: float(resadapt.remove_adapters(m, "b") is None))
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a"), ("b", None)])
+def test_a_metric_over_all_sets_leaves_them_as_they_were(order: tuple[Any, ...], path: Path) -> None:
+    """Which ones are trained, their gradients and statistics."""
+    model = _two_sets()
+    with resadapt.adapters_for(model, ["a", "b"]):
+        model.train()(X[:2]).sum().backward()
+    states = {name: resadapt.adapter_state_dict(model, name) for name in "ab"}
+    before, gradients = picture(model), [p.grad.clone() for p in resadapt.trainable_parameters(model)]
+
+    def metric(m: Any) -> float:
+        there = [info.name for info in resadapt.list_adapters(m)]
+        for name in order:
+            if name is None or name in there:
+                resadapt.set_active_adapters(m, name)
+                with torch.enable_grad():
+                    m.train()(X.clone().requires_grad_()).sum().backward()
+                m.requires_grad_(False)
+        return 0.0
+
+    assert resadapt.save_adapters(model, path, metric=metric).ok
+    assert picture(model) == before
+    assert all(torch.equal(p.grad, g) for p, g in zip(resadapt.trainable_parameters(model), gradients, strict=True))
+    assert all(same(state, resadapt.adapter_state_dict(model, name)) for name, state in states.items())
+    for name in "ba":
+        resadapt.set_active_adapters(model, name)
+        trained = [p.requires_grad for p in model.conv.resadapt.parameters()]
+        assert trained == [name == "b"] * 4 + [name == "a"] * 4
+    assert resadapt.parameter_groups(model, 0.1)
+
+
+def test_gradients_that_a_metric_accumulates_are_taken_back(path: Path) -> None:
+    model = resadapt.inject_adapters(net(), "conv", 2, init="normal", head="fc")
+    model(X).sum().backward()
+    gradients = [(p.grad, p.grad.clone()) for p in resadapt.trainable_parameters(model)]
+
+    def metric(m: nn.Module) -> float:
+        with torch.enable_grad():
+            m(X).square().sum().backward()
+        return 0.0
+
+    assert resadapt.save_adapters(model, path, metric=metric).ok
+    for parameter, (gradient, value) in zip(resadapt.trainable_parameters(model), gradients, strict=True):
+        assert parameter.grad is gradient
+        assert torch.equal(gradient, value)
+
+
+def test_a_failing_probe_leaves_a_graph_that_waits_for_its_backward_pass(path: Path) -> None:
+    model = resadapt.inject_adapters(net(), "conv", 2, init="normal", head="fc").train()
+    loss = model(X).square().sum()
+    with pytest.raises(resadapt.AdapterError, match="cannot be called"):
+        resadapt.save_adapters(model, path, probe=torch.zeros(1, 7))
+    loss.backward()
+
+
+def test_an_unproven_save_tells_the_metric(model: nn.Module, path: Path) -> None:
+    assert resadapt.save_adapters(model, path, metric=lambda m: 0.25, verify=False).metric_live == 0.25
 
 
 def test_a_metric_in_training_mode_leaves_the_statistics_of_the_head(path: Path) -> None:

@@ -80,23 +80,15 @@ class Fingerprint:
     caches: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls,
-        modules: Mapping[str, nn.Module],
-        tensors: Mapping[str, Tensor],
-        known: Mapping[Tensor, TensorRecord] | None = None,
-    ) -> Self:
+    def of(cls, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> Self:
         """Takes the fingerprint of a backbone.
 
         Args:
             modules: Its modules by name.
             tensors: Its parameters and buffers by name.
-            known: Records of some of them that need not be taken again.
         """
-        names, known = _non_persistent(modules), known or {}
-        taken = record_tensors({name: tensor for name, tensor in tensors.items() if tensor not in known})
-        records = {name: taken.get(name) or known[tensor] for name, tensor in tensors.items()}
-        return cls(records, record_modules(modules.items()), tuple(n for n in tensors if n in names))
+        names = _non_persistent(modules)
+        return cls(record_tensors(tensors), record_modules(modules.items()), tuple(n for n in tensors if n in names))
 
     def __contains__(self, tensor: object) -> bool:
         """Tells whether a parameter or buffer of this name was recorded."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "CHANNELS_LAST",
     "address",
     "dtype_name",
     "dtype_named",
@@ -65,14 +66,19 @@ def address(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def stamp(tensor: Tensor) -> tuple[int, int, int, torch.dtype]:
+def stamp(tensor: Tensor) -> tuple[object, ...]:
     """Returns what changes when a tensor is another one, moved, cast, or written by other means than its `data`."""
-    return id(tensor), address(tensor), 0 if tensor.is_inference() else tensor._version, tensor.dtype
+    # Whether an inference tensor was written to, nothing tells.
+    return id(tensor), address(tensor), object() if tensor.is_inference() else tensor._version, tensor.dtype
+
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format with channels side by side, by the number of dimensions."""
 
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Tells whether a feature map has its channels side by side in memory, and not in the usual way too."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    last = CHANNELS_LAST.get(tensor.ndim)
     return last is not None and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
 
 

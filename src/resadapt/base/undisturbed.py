@@ -14,21 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resadapt.base.tensors import same_bits
+
 __all__ = ["EAGERLY", "call", "in_evaluation", "is_undisturbed", "put_over", "random_state", "random_states_kept", "undisturbed"]
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, aside: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Runs the body in evaluation mode, eagerly and without gradients, and puts everything back that it may have moved.
 
     Put back are training flags, buffers, `requires_grad`, gradients, and the random states.
+
+    Args:
+        model: The model.
+        aside: Modules outside of it that belong to it.
     """
+    roots = (model, *aside)
     buffers = [
         (module, {key: (b, None if b is None else b.clone()) for key, b in module._buffers.items()})
-        for module in nn.Module.modules(model)
+        for root in roots
+        for module in nn.Module.modules(root)
     ]
-    parameters = [(p, p.requires_grad, p.grad) for p in nn.Module.parameters(model)]
-    devices = {parameter.device for parameter, _, _ in parameters} or {torch.device("cpu")}
+    parameters = [
+        (p, p.requires_grad, p.grad, None if p.grad is None else p.grad.clone())
+        for root in roots
+        for p in nn.Module.parameters(root)
+    ]
+    devices = {parameter.device for parameter, *_ in parameters} or {torch.device("cpu")}
     with ExitStack() as stack:
         stack.enter_context(random_states_kept(devices))
         stack.enter_context(torch.no_grad())
@@ -36,15 +48,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.callback(_inside.reset, _inside.set(True))
         for kind in {device.type for device in devices} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(in_evaluation(model))
+        for root in roots:
+            stack.enter_context(in_evaluation(root))
         try:
             yield
         finally:
             for module, before in buffers:
                 _put_back(module, before)
-            for parameter, requires_grad, gradient in parameters:
+            for parameter, requires_grad, gradient, value in parameters:
                 if parameter.requires_grad is not requires_grad:
                     parameter.requires_grad_(requires_grad)
+                if gradient is not None and value is not None and not same_bits(gradient, value):
+                    gradient.copy_(value)
                 parameter.grad = gradient
 
 

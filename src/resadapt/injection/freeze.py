@@ -209,11 +209,24 @@ def _uncover(module: nn.Module) -> None:
 
 
 def put_class(module: nn.Module, kind: Any) -> None:
-    """Gives a module another class, under that which torch.nn.utils.parametrize has made for it alone, if there is one."""
-    if is_parametrized(module):
-        type(module).__bases__ = (kind,)
-    else:
+    """Gives a module another class, under that which torch.nn.utils.parametrize has made for it, if there is one.
+
+    Copies of a module share that one, so it stays as it is: the module gets another like it, and later the same again.
+    """
+    if not is_parametrized(module):
         module.__class__ = kind
+        return
+    made = vars(type(module))
+    own = {key: value for key, value in made.items() if key not in ("__dict__", "__weakref__", _FIRST)}
+    first = made.get(_FIRST, type(module))
+    if first.__bases__ == (kind,) and own.keys() <= vars(first).keys():
+        module.__class__ = first
+    else:
+        module.__class__ = type(first.__name__, (kind,), own | {_FIRST: first})
+
+
+_FIRST = "_resadapt_first"
+"""Attribute of a class of this library's making: the one of torch.nn.utils.parametrize in whose place it is."""
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

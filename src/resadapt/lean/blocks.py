@@ -28,7 +28,7 @@ from resadapt.injection.walk import find_slot
 from resadapt.lean.absent import Absent
 from resadapt.lean.functions import is_ordinary
 from resadapt.lean.layers import LEAN
-from resadapt.lean.pairs import Given, has_hooks, in_one_step
+from resadapt.lean.pairs import Given, has_hooks, in_one_step, with_gradient_as_given
 
 __all__ = ["FOLDING", "in_residual_blocks"]
 
@@ -110,6 +110,18 @@ def _normalised(convolution: nn.Module, norm: nn.Module, x: Any, given: Given) -
     return _run(norm, _run(convolution, x, given), given) if out is None else out
 
 
+def _shared(x: Any, given: Given, first: nn.Module) -> Any:
+    """Returns the input of a block, of which hooks of its first module may change the elements."""
+    return _as_given(x, given) if has_hooks(first) else x
+
+
+def _beside(downsample: nn.Module | None, x: Any, given: Given) -> Any:
+    """Returns what a block adds to its own output."""
+    if downsample is not None:
+        return _run(downsample, x, given)
+    return with_gradient_as_given(x, given) if is_ordinary(x) else x
+
+
 class LeanSequential(_Inner, nn.Sequential):
     """`torch.nn.Sequential` that folds norms into the convolutions before them."""
 
@@ -140,9 +152,10 @@ class LeanBasicBlock(_Inner, BasicBlock):  # type: ignore[misc]
     @override
     def inside(self, x: Tensor, given: Given) -> Tensor:
         """Returns the block's output for a feature map."""
+        x = _shared(x, given, self.conv1)
         out = _run(self.relu, _normalised(self.conv1, self.bn1, x, given), given)
         out = _normalised(self.conv2, self.bn2, out, given)
-        out += x if self.downsample is None else _run(self.downsample, x, given)
+        out += _beside(self.downsample, x, given)
         activated: Tensor = _run(self.relu, out, given)
         return activated
 
@@ -153,10 +166,11 @@ class LeanBottleneck(_Inner, Bottleneck):  # type: ignore[misc]
     @override
     def inside(self, x: Tensor, given: Given) -> Tensor:
         """Returns the block's output for a feature map."""
+        x = _shared(x, given, self.conv1)
         out = _run(self.relu, _normalised(self.conv1, self.bn1, x, given), given)
         out = _run(self.relu, _normalised(self.conv2, self.bn2, out, given), given)
         out = _normalised(self.conv3, self.bn3, out, given)
-        out += x if self.downsample is None else _run(self.downsample, x, given)
+        out += _beside(self.downsample, x, given)
         activated: Tensor = _run(self.relu, out, given)
         return activated
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from typing_extensions import override
 
-from resadapt.base.tensors import is_channels_last
+from resadapt.base.tensors import CHANNELS_LAST, is_channels_last
 from resadapt.lean.absent import Absent
 from resadapt.lean.bits import packed, packed_in_graph, unpacked, unpacked_in_graph
 
@@ -88,7 +88,7 @@ class FrozenConvolution(Function):
         """Saves the weight."""
         x, weight, _, *ctx.geometry = inputs
         ctx.size = x.shape
-        ctx.channels_last = x.ndim == 4 and is_channels_last(x)
+        ctx.channels_last = is_channels_last(x)
         ctx.save_for_backward(weight)
 
     @override
@@ -97,12 +97,14 @@ class FrozenConvolution(Function):
         """Returns the gradient of the input."""
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        if ctx.channels_last:  # the stock gradient lies as the input does, of which nothing else is here to tell
-            weight = weight.contiguous(memory_format=torch.channels_last)
-            # A weight of one tap lies so in any case, but only its strides say it.
-            channels, height, width = weight.shape[1:]
-            weight = weight.as_strided(weight.shape, (channels * height * width, 1, channels * width, channels))
         like_input = grad.new_empty(1).expand(ctx.size)  # only its sizes count
+        if ctx.channels_last:  # the stock gradient lies as the input does, of which nothing else is here to tell
+            last = CHANNELS_LAST[weight.ndim]
+            weight = weight.contiguous(memory_format=last)
+            # A weight of one tap lies so in any case, but only its strides say it; of one channel too, nothing says it.
+            weight = weight.as_strided(weight.shape, _strides_of_channels_last(weight.shape))
+            if weight[0].numel() == 1:
+                like_input = grad.new_empty(ctx.size).contiguous(memory_format=last)
         result = torch.ops.aten.convolution_backward(
             grad,
             like_input,
@@ -132,7 +134,8 @@ class FrozenNorm(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Saves the variance and the weight, which are the module's own."""
-        _, _, var, weight, _, ctx.eps = inputs
+        x, _, var, weight, _, ctx.eps = inputs
+        ctx.format = CHANNELS_LAST[x.ndim] if is_channels_last(x) else torch.contiguous_format
         ctx.save_for_backward(var, weight)
 
     @override
@@ -143,6 +146,7 @@ class FrozenNorm(Function):
         scale = torch.rsqrt(var + ctx.eps)
         if weight is not None:
             scale = scale * weight
+        grad = grad.contiguous(memory_format=ctx.format)
         return grad * scale.to(grad.dtype).reshape(-1, *[1] * (grad.ndim - 2)), *[None] * 5
 
 
@@ -158,22 +162,21 @@ class PackedReLU(Function):
     @override
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves the bits, in the order in which the output lies in memory."""
+        """Saves the bits, and whether channels come last in them: checkpointed, an output may lie otherwise the second time."""
         x, inplace = inputs
         if inplace:
             ctx.mark_dirty(x)
-        ctx.form = output.shape, output.stride()
-        ctx.dense = _is_dense(output)
-        ctx.save_for_backward(packed(output if not ctx.dense else output.as_strided((output.numel(),), (1,))))
+        ctx.shape, last = output.shape, is_channels_last(output)
+        ctx.save_for_backward(packed(output.movedim(1, -1) if last else output), torch.tensor(last))
 
     @override
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradient where the output is positive, or not a number, as PyTorch does."""
-        (bits,) = ctx.saved_tensors
-        shape, stride = ctx.form
+        bits, last = ctx.saved_tensors
+        shape = ctx.shape
         flat = unpacked(bits, shape.numel(), grad.dtype)
-        out = flat.as_strided(shape, stride) if ctx.dense else flat.reshape(shape)
+        out = flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else flat.reshape(shape)
         # What the stock ReLU calls too, by some times faster than torch.where.
         return torch.ops.aten.threshold_backward(grad, out, 0), None
 
@@ -226,6 +229,7 @@ class SmallIndexPool(Function):
         """Saves the places."""
         x, *ctx.geometry = inputs
         ctx.shape = x.shape
+        ctx.format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
 
@@ -239,8 +243,10 @@ class SmallIndexPool(Function):
         where = places.long()
         rows = where.div(kernel[1], rounding_mode="floor").mul_(dilation[0]).add_(top)
         indices = rows.mul_(ctx.shape[-1]).add_(where.remainder_(kernel[1]).mul_(dilation[1])).add_(left)
-        flat = grad.new_zeros(*ctx.shape[:2], ctx.shape[2] * ctx.shape[3]).scatter_add(2, indices.flatten(2), grad.flatten(2))
-        return flat.reshape(ctx.shape), *[None] * 5
+        maps = (*ctx.shape[:2], -1)
+        flat = grad.new_zeros(*ctx.shape[:2], ctx.shape[2] * ctx.shape[3])
+        flat = flat.scatter_add(2, indices.reshape(maps), grad.reshape(maps))
+        return flat.reshape(ctx.shape).contiguous(memory_format=ctx.format), *[None] * 5
 
 
 def _corners(out: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
@@ -251,11 +257,9 @@ def _corners(out: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
     return top[:, None], left
 
 
-def _is_dense(x: Tensor) -> bool:
-    """Tells whether the elements of a tensor fill a piece of memory without gaps, in whatever order."""
-    expected = 1
-    for step, size in sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size != 1):
-        if step != expected:
-            return False
-        expected *= size
-    return x.numel() > 0
+def _strides_of_channels_last(shape: Sequence[int]) -> list[int]:
+    """Returns the strides of a tensor in channels_last."""
+    strides, step = [0] * len(shape), 1
+    for dim in (1, *range(len(shape) - 1, 1, -1), 0):
+        strides[dim], step = step, step * shape[dim]
+    return strides

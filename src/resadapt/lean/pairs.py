@@ -16,7 +16,7 @@ from resadapt.injection.freeze import FOLDED, FrozenStatistics, Overlay
 from resadapt.injection.intercept import Intercept
 from resadapt.lean.functions import PLAIN, is_ordinary
 
-__all__ = ["FoldedPair", "Given", "has_hooks", "in_one_step"]
+__all__ = ["FoldedPair", "Given", "has_hooks", "in_one_step", "with_gradient_as_given"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORM = ("weight", "bias", "running_mean", "running_var")
@@ -87,12 +87,18 @@ def in_one_step(convolution: nn.Module, norm: nn.Module, x: Any, given: Given) -
         x: What the convolution is given.
         given: What the outermost module that runs such pairs was given.
     """
-    if not _are_one(convolution, norm) or not is_ordinary(x) or is_undisturbed():
+    if not is_ordinary(x) or not _are_one(convolution, norm) or is_undisturbed():
         return None
     weight, bias = convolution.__dict__[FOLDED].of(convolution, norm, given)
-    if x.requires_grad and not given.channels_last and is_channels_last(weight) and not is_channels_last(x):
-        x = _ContiguousGradient.apply(x)
+    if is_channels_last(weight):
+        x = with_gradient_as_given(x, given)
     return convolution._conv_forward(x, weight, bias)  # type: ignore[operator]
+
+
+def with_gradient_as_given(x: Tensor, given: Given) -> Tensor:
+    """Returns a feature map whose gradient will lie in memory as that of stock modules, if the map does."""
+    wanted = x.requires_grad and not given.channels_last and not is_channels_last(x)
+    return _ContiguousGradient.apply(x) if wanted else x
 
 
 class _ContiguousGradient(Function):
@@ -125,10 +131,15 @@ def _are_one(convolution: nn.Module, norm: nn.Module) -> bool:
         and norm.running_var is not None
         and convolution.weight is convolution._parameters.get("weight")  # not one that is computed anew each time
         and convolution.bias is convolution._parameters.get("bias")
-        and all(part is None or (type(part) in PLAIN and not part.requires_grad) for part in _parts(convolution, norm))
+        and all(part is None or _is_constant(part) for part in _parts(convolution, norm))
         and not (has_hooks(convolution) or has_hooks(norm))
         and not (_is_replaced(convolution) or _is_replaced(norm))
     )
+
+
+def _is_constant(part: Tensor) -> bool:
+    """Tells whether a tensor is frozen, and shows when it is written to all the same."""
+    return type(part) in PLAIN and not part.requires_grad and not part.is_inference()
 
 
 def has_hooks(module: nn.Module, but: Any = None) -> bool:
@@ -164,6 +175,6 @@ def _fold(convolution: Any, norm: Any, channels_last: bool) -> tuple[Tensor, Ten
     factor = scale * (norm.running_var.double() + norm.eps).rsqrt()
     moved = (bias - norm.running_mean.double()) * factor + shift
     folded = (weight.double() * factor.reshape(-1, *[1] * (weight.ndim - 1))).to(weight.dtype)
-    if weight.ndim == 4 and ((channels_last and weight.device.type == "cpu") or is_channels_last(weight)):
+    if weight.ndim == 4 and ((channels_last and weight.device.type in ("cpu", "meta")) or is_channels_last(weight)):
         folded = folded.contiguous(memory_format=torch.channels_last)  # oneDNN is faster so, and hands it on from layer to layer
     return folded, moved.to(weight.dtype)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from resadapt.base.errors import BackboneMismatchError
+from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing
 from resadapt.base.outputs import outputs_of
 from resadapt.base.tensors import same_bits
 from resadapt.files.adapter_file import AdapterInfo
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.sets import remove_adapters
-from resadapt.proof.evidence import Evidence, Metric, collect
+from resadapt.proof.evidence import Evidence, Metric, collect, measure
 from resadapt.proof.loading import load_file_content
 from resadapt.proof.probe import ProbeRun, compare_with_record, input_digest, probe_forms, run_again, run_probe, same
 from resadapt.proof.reconstruction import Reconstruction, replaced_forwards
@@ -48,14 +49,19 @@ class Comparison:
     metric: Metric | None
     tolerance: float
 
-    def on(self, reconstruction: Reconstruction) -> VerificationReport:
-        """Restores the file on a clean backbone and compares what that gives with the evidence."""
+    def on(self, reconstruction: Reconstruction, today: Fingerprint | None = None) -> VerificationReport:
+        """Restores the file on a clean backbone and compares what that gives with the evidence.
+
+        Args:
+            reconstruction: The clean backbone.
+            today: Its fingerprint, if it is known.
+        """
         size, clean = self.info.size, reconstruction.model
         checks = [Check("file", "passed", f"every byte of {size:,} and {len(self.stored)} tensor digests"), reconstruction.check]
         if clean is None:
             return report_of(self.info.path, checks, "there is no clean backbone to restore the file on")
         try:
-            load_file_content(clean, self.info, self.stored, self.info.set.name, reconstruction.known)
+            load_file_content(clean, self.info, self.stored, self.info.set.name, today)
         except BackboneMismatchError as error:
             checks.append(Check("backbone", "failed", str(error)))
             return report_of(self.info.path, checks, "the backbone is another one")
@@ -69,16 +75,22 @@ class Comparison:
         name = self.info.set.name
         checks.append(self._backbone())
         ledger_of(clean).set_named(name).runs_checked = True  # its first forward is reported below, not warned of
-        reloaded = collect(clean, name, lambda: self._run(clean), self.metric, bystander=self.live)
-        shared = shared or _ran("while the reloaded model was run", reloaded.bystanders_on_probe)
+        reloaded = collect(clean, name, lambda: self._run(clean), bystander=self.live)
+        shared = shared or _ran("while the reloaded model was run", reloaded.bystanders)
         found = [self._sites(reloaded), self._outputs(reloaded), self._recorded(reloaded)]
         if any(check.outcome == "failed" for check in found[1:]) and not self._steady(clean, reloaded):
             shared = shared or "the model itself gives other outputs each time"
         if shared:
             found = [Check(check.name, "not checked", shared) for check in found]
-        metric = self._metric(reloaded, shared)
+        checks += [self._tensors(reloaded), *found]
         live = self.evidence.metric if self.evidence else None
-        return report_of(self.info.path, [*checks, self._tensors(reloaded), *found, metric], "", live, reloaded.metric)
+        if self.metric is None or live is None:
+            return report_of(self.info.path, checks, "no metric was given", live)
+        value, bystanders = measure(clean, self.metric, self.live)
+        checks.append(
+            _compared(live, value, self.tolerance, shared or _ran("when the metric was given the reloaded one", bystanders))
+        )
+        return report_of(self.info.path, checks, "", live, value)
 
     def _run(self, clean: nn.Module) -> ProbeRun:
         if self.evidence is None:
@@ -135,23 +147,21 @@ class Comparison:
         difference, ok = compare_with_record(record, self.stored, run.outputs)
         return Check("recorded outputs", "passed" if ok else "failed", f"largest relative difference {difference:.1e}")
 
-    def _metric(self, reloaded: Evidence, shared: str) -> Check:
-        if self.evidence is None or self.evidence.metric is None or reloaded.metric is None:
-            return Check("metric", "not checked", "no metric was given")
-        shared = shared or _ran("when the metric was given the reloaded one", reloaded.bystanders_in_metric)
-        if shared:
-            return Check("metric", "not checked", shared)
-        values = self.evidence.metric, reloaded.metric
-        difference = abs(values[0] - values[1])
-        detail = f"live {values[0]!r}, reloaded {values[1]!r}, difference {difference!r}, tolerance {self.tolerance!r}"
-        if not math.isfinite(values[0]) and str(values[0]) == str(values[1]):
-            return Check("metric", "not checked", f"{detail}: no numbers to compare")
-        return Check("metric", "passed" if difference <= self.tolerance else "failed", detail)  # NaN: failed
-
     def _steady(self, clean: nn.Module, reloaded: Evidence) -> bool:
         """Tells whether the reloaded model gives the same outputs once more."""
         probe = reloaded.run.probe
         return probe is None or same(reloaded.run.outputs, outputs_of(clean, probe.inputs))
+
+
+def _compared(live: float, reloaded: float, tolerance: float, shared: str) -> Check:
+    """Compares a metric of the live model with that of the reloaded one."""
+    if shared:
+        return Check("metric", "not checked", shared)
+    difference = abs(live - reloaded)
+    detail = f"live {live!r}, reloaded {reloaded!r}, difference {difference!r}, tolerance {tolerance!r}"
+    if not math.isfinite(live) and str(live) == str(reloaded):
+        return Check("metric", "not checked", f"{detail}: no numbers to compare")
+    return Check("metric", "passed" if difference <= tolerance else "failed", detail)  # NaN: failed
 
 
 def _ran(when: str, modules: tuple[str, ...]) -> str:

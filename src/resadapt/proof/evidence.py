@@ -13,10 +13,10 @@ from resadapt.base.errors import AdapterError
 from resadapt.base.undisturbed import undisturbed
 from resadapt.injection.ledger import adapter_of, ledger_of
 from resadapt.injection.switching import activated
-from resadapt.proof.probe import ProbeRun
+from resadapt.proof.probe import ProbeRun, same
 from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict
 
-__all__ = ["Evidence", "Metric", "collect"]
+__all__ = ["Evidence", "Metric", "collect", "measure"]
 
 Metric = Callable[[nn.Module], float]
 
@@ -29,21 +29,19 @@ class Evidence:
         tensors: The set's tensors.
         run: What the model returned on a probe.
         idle: Sites whose adapters did not run on the probe.
-        metric: The metric's value, None if there is no metric.
-        bystanders_on_probe: Names of another model's modules that ran with it on the probe.
-        bystanders_in_metric: Names of those that ran in its metric.
+        bystanders: Names of another model's modules that ran with it on the probe.
+        metric: The metric's value, None if there is no metric, or it was not measured so far.
     """
 
     tensors: dict[str, Tensor]
     run: ProbeRun
     idle: tuple[str, ...]
-    metric: float | None
-    bystanders_on_probe: tuple[str, ...] = ()
-    bystanders_in_metric: tuple[str, ...] = ()
+    bystanders: tuple[str, ...] = ()
+    metric: float | None = None
 
 
 def collect(
-    model: nn.Module, name: str, run: Callable[[], ProbeRun], metric: Metric | None, bystander: nn.Module | None = None
+    model: nn.Module, name: str, run: Callable[[], ProbeRun], metric: Metric | None = None, bystander: nn.Module | None = None
 ) -> Evidence:
     """Collects what a model gives with a set.
 
@@ -52,7 +50,7 @@ def collect(
         name: The set.
         run: Runs the model on a probe.
         metric: A function from a model to a number.
-        bystander: Another model, of which no module should run.
+        bystander: Another model, of which no module should run on the probe.
 
     Raises:
         AdapterError: The metric returns no number.
@@ -63,26 +61,46 @@ def collect(
         try:
             with _running(bystander) as on_probe, _idle_sites(model, name) as idle:
                 outputs = run()
-            with _running(bystander) as in_metric:
-                value = None if metric is None else _evaluate(metric, model)
+            value = None if metric is None else measure(model, metric)[0]
         except BaseException:
             with suppress(AdapterError):  # if it is still there, and of the form that it had
-                load_adapter_state_dict(model, tensors, name)
+                if not same(tensors, adapter_state_dict(model, name)):  # a graph may wait for its backward pass
+                    load_adapter_state_dict(model, tensors, name)
             raise
-    return Evidence(tensors, outputs, tuple(idle), value, tuple(on_probe), tuple(in_metric))
+    return Evidence(tensors, outputs, tuple(idle), tuple(on_probe), value)
 
 
-def _evaluate(metric: Metric, model: nn.Module) -> float:
-    ledger = ledger_of(model)
-    # The set is put back before flags and buffers are, which are those of the set's own head.
-    with undisturbed(model), activated(model, ledger, ledger.active):
+def measure(model: nn.Module, metric: Metric, bystander: nn.Module | None = None) -> tuple[float, tuple[str, ...]]:
+    """Returns a metric of a model with its active set, and the names of the modules of another model that ran for it.
+
+    Raises:
+        AdapterError: The metric returns no number.
+    """
+    with _as_it_was(model), _running(bystander) as running:
         value: Any = metric(model)
     try:
         if isinstance(value, str | bytes):
             raise TypeError(f"{value!r} is text")
-        return float(value)
+        return float(value), tuple(running)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise AdapterError(f"metric returned {type(value).__name__}, not a number: {error}. Return a float.") from error
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Runs the body undisturbed, and puts back which set is active and which ones are trained."""
+    ledger = ledger_of(model)
+    records = dict(ledger.sets)
+    parked = [module for record in records.values() for module in record.parked.values()]
+    trained, flags = {*ledger.trained}, {name: dict(record.parked_requires_grad) for name, record in records.items()}
+    # The set is put back before flags and buffers are, which are those of the set's own head.
+    with undisturbed(model, [*parked, *ledger.parked_plain.values()]), activated(model, ledger, ledger.active):
+        try:
+            yield
+        finally:
+            ledger.trained = trained & ledger.sets.keys()
+            for name, record in records.items():
+                record.parked_requires_grad = flags[name]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from resadapt.base.blueprint import blueprint_of, build_from
 from resadapt.base.errors import AdapterError, AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError
-from resadapt.base.fingerprint import Fingerprint, TensorRecord
+from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, reasons_listing, within
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.injection.building import saved_shapes, weightless
@@ -24,7 +24,7 @@ from resadapt.injection.switching import on_plain, switch
 from resadapt.injection.walk import backbone_modules, unwrap
 from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, tensors_to_save
 
-__all__ = ["load_adapters", "load_file_content"]
+__all__ = ["fingerprint_of", "load_adapters", "load_file_content"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -80,7 +80,7 @@ def load_file_content(
     info: AdapterInfo,
     tensors: Mapping[str, Tensor],
     name: str,
-    known: Mapping[Tensor, TensorRecord] | None = None,
+    today: Fingerprint | None = None,
 ) -> None:
     """Puts the content of a file into a model under a set name, all or nothing.
 
@@ -89,12 +89,12 @@ def load_file_content(
         info: What the file says.
         tensors: The file's tensors.
         name: The set to put them into.
-        known: Records of some of the model's tensors that need not be taken again.
+        today: The fingerprint of the model, if it is known.
 
     Raises:
         AdapterFileError, BackboneMismatchError, AdapterKeyError: As `load_adapters`.
     """
-    today = _fingerprint(model, known)
+    today = today or fingerprint_of(model)
     same = today is not None and today.without(info.set.head) == info.backbone
     if not same and (wrong := backbone_differences(model, info.backbone, info.set.head)):
         raise BackboneMismatchError(
@@ -118,12 +118,12 @@ def load_file_content(
     load_adapter_state_dict(model, state, name)
 
 
-def _fingerprint(model: nn.Module, known: Mapping[Tensor, TensorRecord] | None) -> Fingerprint | None:
+def fingerprint_of(model: nn.Module) -> Fingerprint | None:
     """Returns the fingerprint of a model that nothing was injected into; None of another, or where tensors have no values."""
     tensors = plain_tensors(model)
     if find_ledger(model) is not None or any(is_lazy(tensor) or tensor.is_meta for tensor in tensors.values()):
         return None
-    return Fingerprint.of(plain_modules(model), tensors, known)
+    return Fingerprint.of(plain_modules(model), tensors)
 
 
 def _inject_from_file(

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError
-from resadapt.base.fingerprint import Fingerprint, TensorRecord
 from resadapt.base.names import listing
-from resadapt.base.tensors import dtype_name, is_dense, is_sharded
+from resadapt.base.tensors import is_dense, is_sharded
 from resadapt.base.undisturbed import random_states_kept
-from resadapt.injection.ledger import find_ledger, plain_tensors
+from resadapt.injection.ledger import find_ledger
 from resadapt.injection.sets import remove_adapters
 from resadapt.injection.walk import backbone_modules, backbone_tensors, slots_of, unwrap
 from resadapt.proof.report import Check
@@ -32,28 +31,25 @@ class Reconstruction:
     Args:
         check: What the report says of it.
         model: The backbone; None if there is none.
-        shared: Why what it computes proves nothing; empty if it shares nothing known with the live model but its weights.
-        known: Records of the parameters whose memory is the live model's.
+        shared: Why what it computes proves nothing; empty if it shares nothing known with the live model.
     """
 
     check: Check
     model: nn.Module | None = None
     shared: str = ""
-    known: Mapping[Tensor, TensorRecord] = field(default_factory=dict)
 
 
-def reconstruct(live: nn.Module, rebuild: Rebuild | None, found: Fingerprint | None = None) -> Reconstruction:
+def reconstruct(live: nn.Module, rebuild: Rebuild | None) -> Reconstruction:
     """Returns a plain backbone for a file to be restored into.
 
     Args:
         live: The live model.
-        rebuild: Builds the backbone as in another process; None takes a copy of the live model over the same weights.
-        found: The fingerprint that the live model has just been found to have; None if nobody looked.
+        rebuild: Builds the backbone as in another process; None takes a copy of the live model.
 
     Raises:
         AdapterError: `rebuild` returns no plain backbone.
     """
-    return _rebuilt(live, rebuild) if rebuild is not None else _copied(live, found)
+    return _rebuilt(live, rebuild) if rebuild is not None else _copied(live)
 
 
 def _rebuilt(live: nn.Module, rebuild: Rebuild) -> Reconstruction:
@@ -85,35 +81,23 @@ def _lay_out(model: nn.Module, like: Mapping[str, Tensor]) -> None:
             tensor.data = torch.empty_like(other, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
 
 
-def _copied(live: nn.Module, found: Fingerprint | None) -> Reconstruction:
-    weights = {id(tensor): (name, tensor) for name, tensor in plain_tensors(live).items() if type(tensor) is nn.Parameter}
-    lent = {key: _lent(tensor) for key, (_, tensor) in weights.items() if is_dense(tensor) and not tensor.is_inference()}
+def _copied(live: nn.Module) -> Reconstruction:
+    # Nothing of the adapters, of however many sets, which are taken out of the copy at once.
     unused = dict.fromkeys((id(adapter) for slot in slots_of(live) for adapter in slot.children()), nn.Identity())
     try:
-        model = copy.deepcopy(live, lent | unused)
+        model = copy.deepcopy(live, unused)
+        if shared := _shared_parts(live, model):
+            detail = f"a copy.deepcopy of the live model shares {listing(shared)} with it: pass rebuild="
+            return Reconstruction(Check(_LINE, "failed", detail))
+        if find_ledger(model) is not None:
+            remove_adapters(model)
     except Exception as error:
         detail = f"the live model cannot be copied ({type(error).__name__}: {error}): pass rebuild="
         return Reconstruction(Check(_LINE, "failed", detail))
-    if shared := _shared_parts(live, model, lent.values()):
-        return Reconstruction(
-            Check(_LINE, "failed", f"a copy.deepcopy of the live model shares {listing(shared)} with it: pass rebuild=")
-        )
-    if find_ledger(model) is not None:
-        remove_adapters(model)
-    detail = "a copy of the live model over the same weights; pass rebuild= to prove that the backbone can be built without it"
+    detail = "a copy of the live model; pass rebuild= to prove that the backbone can be built without it"
     replaced = replaced_forwards(model)
     reason = f"the forward of {listing(replaced)} was replaced on the instance and may run the live model: pass rebuild="
-    known: dict[Tensor, TensorRecord] = {}
-    for key, tensor in lent.items():
-        record = found.tensors.get(weights[key][0]) if found else None
-        if record and (record.dtype, record.shape) == (dtype_name(tensor), tuple(tensor.shape)):
-            known[tensor] = record
-    return Reconstruction(Check(_LINE, "not checked", detail), model, reason if replaced else "", known)
-
-
-def _lent(tensor: Tensor) -> nn.Parameter:
-    """Returns a parameter of its own over another's memory."""
-    return nn.Parameter(tensor.detach(), tensor.requires_grad)
+    return Reconstruction(Check(_LINE, "not checked", detail), model, reason if replaced else "")
 
 
 def replaced_forwards(model: nn.Module) -> list[str]:
@@ -121,14 +105,13 @@ def replaced_forwards(model: nn.Module) -> list[str]:
     return [name or "the model" for name, module in backbone_modules(model) if "forward" in module.__dict__]
 
 
-def _shared_parts(live: nn.Module, other: nn.Module, lent: Iterable[Tensor] = ()) -> list[str]:
-    """Names the modules and tensors of a model that are the live model's own, or use its memory, but for some."""
-    known = {id(tensor) for tensor in lent}
+def _shared_parts(live: nn.Module, other: nn.Module) -> list[str]:
+    """Names the modules and tensors of a model that are the live model's own, or use its memory."""
     own = {id(part) for part in (*nn.Module.modules(live), *_tensors(live))}
     memory = {pointer for tensor in _tensors(live) if (pointer := _memory(tensor))}
     modules = [name or "the model" for name, module in nn.Module.named_modules(other) if id(module) in own]
     named = (*nn.Module.named_parameters(other), *nn.Module.named_buffers(other))
-    return modules + [name for name, t in named if id(t) not in known and (id(t) in own or _memory(t) in memory)]
+    return modules + [name for name, tensor in named if id(tensor) in own or _memory(tensor) in memory]
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from resadapt.base.arguments import check_flag
 from resadapt.base.errors import AdapterError, BackboneDriftError, VerificationError
@@ -18,15 +18,17 @@ from resadapt.files.adapter_file import as_json, encode_adapter_file, read_adapt
 from resadapt.files.atomic import atomic_write, target_of
 from resadapt.files.container import format_for
 from resadapt.injection.ledger import AdapterSet, find_ledger, ledger_of
+from resadapt.injection.sets import remove_adapters
 from resadapt.injection.walk import unwrap
 from resadapt.proof.compare import Comparison
 from resadapt.proof.drift import check_backbone
-from resadapt.proof.evidence import Evidence, Metric, collect
+from resadapt.proof.evidence import Metric, collect
+from resadapt.proof.loading import fingerprint_of
 from resadapt.proof.probe import probe_forms, record_probe, run_probe, same
 from resadapt.proof.ranks import check_ranks, on_one_rank
 from resadapt.proof.reconstruction import Rebuild, reconstruct
 from resadapt.proof.report import Check, VerificationReport, report_of
-from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict, refuse_unsaved_state
+from resadapt.proof.state import adapter_state_dict, live_tensors, load_adapter_state_dict, refuse_unsaved_state
 
 __all__ = ["save_adapters", "verify_adapters"]
 
@@ -47,7 +49,7 @@ def save_adapters(
 
     The file is written beside the target, flushed to disk, read back and restored on a clean backbone; tensors are compared bit
     for bit, outputs on a probe bit for bit, and the metric on live and reloaded model. Then it is renamed over the target.
-    Whatever fails, the previous file is intact and the model is as it was.
+    Whatever fails, the previous file is intact and the model is as it was. Memory for one more model is needed.
 
     Args:
         model: An injected model. If it is sharded (FSDP2), all processes must call; rank 0 writes, and `rebuild` is needed.
@@ -65,8 +67,7 @@ def save_adapters(
         metadata: Entries of your own, JSON values.
         verify: False skips all comparisons; the report then says "not checked".
         rebuild: A function that builds the plain backbone, with its weights, as another process would. The file is then proven
-            on what it returns. None takes a copy of the live model over the same weights, which may share code or state with
-            it; the report says so.
+            on what it returns. None takes a copy of the live model, which may share code or state with it; the report says so.
 
     Returns:
         What was compared.
@@ -98,14 +99,19 @@ def save_adapters(
     refuse_unsaved_state(inner, record)
     if metric is not None:  # before it takes its time
         _refuse_drift(inner)
+    names = list(ledger.sets)
+    before = _sets_before(inner, [record] if metric is None else ledger.sets.values())
     forms = probe_forms(inner, record.example)
     evidence = collect(inner, record.spec.name, lambda: run_probe(inner, probe, forms), metric)
-    _refuse_changes(inner, target, evidence, record, metric)
-    if metric is None:
+    _refuse_changes(inner, target, names, before)
+    # The weights are hashed once where a copy of them serves: what it has is what the live model has.
+    copied = reconstruct(inner, None) if verify and rebuild is None and not sharded else None
+    today = fingerprint_of(copied.model) if copied and copied.model else None
+    if today != ledger.fingerprint:
         _refuse_drift(inner)
 
     def write_and_prove() -> VerificationReport:
-        reconstruction = reconstruct(inner, rebuild, ledger.fingerprint) if verify else None
+        reconstruction = copied or (reconstruct(inner, rebuild) if verify else None)
         if reconstruction and reconstruction.model is None:
             raise _failure(report_of(target, [reconstruction.check], "there is no clean backbone to restore the file on"))
         kept, samples = record_probe(evidence.run)
@@ -120,14 +126,15 @@ def save_adapters(
         )
         with atomic_write(target, data) as temporary:
             if reconstruction is None:
-                return report_of(target, [], "verify=False")
+                return report_of(target, [], "verify=False", evidence.metric)
             info, stored = read_adapter_file(temporary)
             info = replace(info, path=target)
-            report = Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(reconstruction)
+            report = Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(reconstruction, today)
             if not report.ok:
                 raise _failure(report)
-            if metric is not None and rebuild is None:  # the reloaded model had the live one's weights
-                _refuse_changes(inner, target, evidence, record, metric)
+            if metric is not None and not sharded:  # it was called once more
+                _refuse_changes(inner, target, names, before)
+                _refuse_drift(inner)
         return report
 
     return on_one_rank(sharded, write_and_prove)
@@ -211,17 +218,37 @@ def _refuse_drift(model: nn.Module) -> None:
         )
 
 
-def _refuse_changes(model: nn.Module, target: Path, evidence: Evidence, record: AdapterSet, metric: Metric | None) -> None:
-    """Refuses to save a model that its own probe or metric changed, and puts the set back as it was."""
-    name = record.spec.name
+def _sets_before(model: nn.Module, records: Iterable[AdapterSet]) -> dict[str, tuple[AdapterSet, dict[str, Tensor]]]:
+    return {record.spec.name: (record, adapter_state_dict(model, record.spec.name)) for record in records}
+
+
+def _refuse_changes(
+    model: nn.Module, target: Path, names: Collection[str], before: Mapping[str, tuple[AdapterSet, dict[str, Tensor]]]
+) -> None:
+    """Refuses to save a model whose sets its own probe or metric changed, and puts them back as they were."""
     ledger = find_ledger(model)
-    gone = ledger is None or ledger.sets.get(name) is not record
-    if not gone and same(evidence.tensors, adapter_state_dict(model, name)) and (metric is None or check_backbone(model).ok):
-        return
-    if not gone:
-        load_adapter_state_dict(model, evidence.tensors, name)
-    detail = "the metric or the probe changed the live model while it was being saved"
-    raise _failure(report_of(target, [Check("tensors", "failed", detail)], "the model changed"))
+    there = ledger.sets if ledger else {}
+    changed = []
+    for name in [name for name in there if name not in names]:
+        remove_adapters(model, name)
+        changed.append(f"{name!r} is new, and is taken out")
+    for name, (record, tensors) in before.items():
+        if there.get(name) is not record:
+            changed.append(f"{name!r} is gone")
+            continue
+        try:
+            if same(tensors, adapter_state_dict(model, name)):
+                continue
+            for key, tensor in live_tensors(model, record).items():
+                if tensor.dtype != tensors[key].dtype:
+                    tensor.data = tensor.data.to(tensors[key].dtype)
+            load_adapter_state_dict(model, tensors, name)
+            changed.append(f"{name!r} was written to, and is put back")
+        except AdapterError as error:
+            changed.append(f"{name!r} cannot be put back: {error}")
+    if changed:
+        detail = f"the metric or the probe changed the live model while it was being saved: {'; '.join(changed)}"
+        raise _failure(report_of(target, [Check("tensors", "failed", detail)], "the model changed"))
 
 
 def _failure(report: VerificationReport) -> VerificationError:
