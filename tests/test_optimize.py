@@ -18,11 +18,14 @@ from measuring import bytes_saved
 from support import images, picture, small_resnet
 from torch import Tensor, fx, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import resadapt
+from resadapt.base.tensors import CHANNELS_LAST
 from resadapt.injection.freeze import Overlay
 from resadapt.lean.bits import packed, unpacked
 from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, SmallIndexPool
@@ -663,3 +666,100 @@ def test_the_gradient_of_the_input_lies_as_ever_where_nothing_is_seen_on_the_way
         resadapt.optimize_backbone(model)
     assert lies(gradients[0]) == lies(gradients[1])
     compare(gradients[1], gradients[0], True)
+
+
+@pytest.mark.parametrize("checkpointed", ["blocks", "a stage's forward"])
+def test_checkpointed_activations_that_lie_otherwise_the_second_time(checkpointed: str) -> None:
+    """Blocks that are run again on their own know of smaller images than when the whole model ran them."""
+    model = resadapt.inject_adapters(small_resnet(), "layer1", 4, init="normal", dropout=0.0).train()
+    if checkpointed == "blocks":
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, models.resnet.BasicBlock))
+    else:
+        forward = model.layer3.forward
+        model.layer3.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+    x = images(2, 128)
+    gradients = []
+    for _ in range(2):
+        gradients.append(torch.autograd.grad(model(x).square().mean(), list(resadapt.trainable_parameters(model))))
+        resadapt.optimize_backbone(model)
+    for theirs, ours in zip(*gradients, strict=True):
+        near(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_hook_that_changes_what_a_block_is_given(size: int) -> None:
+    model, x = resadapt.inject_adapters(small_resnet(), "layer4", 4).eval(), images(2, size)
+    for name in ("layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1"):
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args: args[0].mul_(0.5) is None or None)
+    expected = model(x)
+    compare(resadapt.optimize_backbone(model)(x), expected, fold=True)
+
+
+def test_weights_that_do_not_show_when_they_are_written_to_are_not_folded() -> None:
+    with torch.inference_mode():
+        model = resadapt.optimize_backbone(resadapt.inject_adapters(small_resnet(), "layer4", 4)).eval()
+        x = images()
+        model(x)
+        model.load_state_dict({k: 1.3 * v if v.is_floating_point() else v for k, v in model.state_dict().items()})
+        found = model(x)
+        compare(found, resadapt.restore_backbone(model)(x), fold=True)
+
+
+def test_feature_extractors_find_the_same_nodes() -> None:
+    """Layers that are called twice have two nodes, as layers of torch.nn have."""
+    model, x = resadapt.inject_adapters(small_resnet(), "layer4", 4).eval(), images()
+    names = ["layer1.0.relu", "layer1.0.relu_1", "maxpool", "layer2.0.conv1"]
+    expected = create_feature_extractor(model, names)(x)
+    found = create_feature_extractor(resadapt.optimize_backbone(model, fold_norms=False), names)(x)
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+    assert "__module__" not in vars(resadapt.restore_backbone(model).relu)
+    resadapt.remove_adapters(resadapt.optimize_backbone(model))
+    assert "__module__" not in vars(model.relu)
+
+
+def test_gradients_in_batches() -> None:
+    model, x = resadapt.inject_adapters(small_resnet(), "layer*", 4).eval(), images(1, 32)
+    expected = torch.autograd.functional.jacobian(model, x, vectorize=True)
+    compare(torch.autograd.functional.jacobian(resadapt.optimize_backbone(model), x, vectorize=True), expected, fold=True)
+
+
+def test_gradients_of_feature_maps_lie_as_those_of_the_plain_backbone() -> None:
+    """Where a hook on a tensor sees them, between blocks too."""
+    model, seen = resadapt.inject_adapters(small_resnet(), "layer2", 4).eval(), []
+    for name in ("layer2", "layer3", "layer4.0"):
+        model.get_submodule(name).register_forward_hook(
+            lambda *args: args[2].register_hook(lambda gradient: seen.append(lies(gradient))) and None
+        )
+    for _ in range(2):
+        model(images(1, 128)).sum().backward()
+        resadapt.optimize_backbone(model)
+    assert len(seen) == 6
+    assert seen[:3] == seen[3:]
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes"),
+    [
+        (nn.Conv3d(4, 6, (1, 3, 3), padding=(0, 1, 1)), (4, 3, 6, 5)),
+        (nn.Conv3d(4, 6, 1), (4, 3, 6, 5)),
+        (nn.Conv2d(4, 4, 1, groups=4), (4, 6, 5)),
+        (nn.Conv2d(4, 4, 3, groups=4), (4, 6, 5)),
+        (nn.MaxPool2d(2), (4, 6, 6)),
+        (nn.BatchNorm2d(4), (4, 6, 5)),
+        (nn.BatchNorm3d(4), (4, 3, 6, 5)),
+    ],
+)
+@pytest.mark.parametrize("last", [(True, True), (True, False), (False, True)])
+def test_gradients_of_layers_lie_as_the_stock_ones(layer: nn.Module, sizes: tuple[int, ...], last: tuple[bool, bool]) -> None:
+    """Whether channels come last in their input, and in the gradient of their output."""
+    model = resadapt.inject_adapters(nn.Sequential(nn.Conv1d(1, 1, 1), copy.deepcopy(layer)), "0", family="ssf").eval()
+    formats = [CHANNELS_LAST[len(sizes) + 1] if each else torch.contiguous_format for each in last]
+    torch.manual_seed(0)
+    x = torch.randn(2, *sizes).contiguous(memory_format=formats[0]).requires_grad_()
+    gradients = []
+    for _ in range(2):
+        out = model[1](x)
+        gradients += torch.autograd.grad(out, x, torch.ones_like(out).contiguous(memory_format=formats[1]))
+        resadapt.optimize_backbone(model, fold_norms=False)
+    assert gradients[0].stride() == gradients[1].stride()
+    compare(gradients[1], gradients[0], fold=True)

@@ -575,6 +575,36 @@ def test_a_changed_setting_or_flag_is_found_out(change: Callable[[Any], None], m
         cache_prefix(model, data())
 
 
+def _dropout(model: Any) -> None:
+    model.layer1.append(nn.Dropout(0.5))
+
+
+def _hook(model: Any) -> None:
+    model.layer1[0].register_forward_hook(lambda *args: 2 * args[2])
+
+
+def _forward(model: Any) -> None:
+    block, forward = model.layer1[0], model.layer1[0].forward
+    block.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("change", [_dropout, _hook, _forward])
+@pytest.mark.parametrize("variants", [1, 2])
+def test_a_change_that_no_fingerprint_knows_is_found_out(change: Callable[[Any], None], variants: int, tmp_path: Path) -> None:
+    """By what the first modules return for a few samples."""
+    samples: Any = data() if variants == 1 else Noisy()
+    model = resnet(layers="layer4", head="fc")
+    cache = cache_prefix(model, samples, tmp_path / "features", variants=variants)
+    model.avgpool.register_forward_hook(lambda *args: 2 * args[2])  # behind the features
+    cache.forward(cache[0][0][None])
+    change(model)
+    with pytest.raises(resadapt.InjectionError, match="another one than was kept for the same sample"):
+        cache.forward(cache[0][0][None])
+    if variants == 1 and change is not _dropout:
+        with pytest.raises(resadapt.InjectionError, match="another one than was kept for the same sample"):
+            cache_prefix(model, samples, tmp_path / "features")
+
+
 def test_features_are_left_as_they_were() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:

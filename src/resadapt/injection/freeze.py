@@ -34,12 +34,15 @@ __all__ = [
     "put_class",
     "running_as_built",
     "set_trainable",
+    "strip",
     "thaw_norm",
 ]
 
 
 FOLDED = "_resadapt_folded"
 """Attribute of a frozen convolution that keeps what it is together with the norm behind it."""
+_OF_A_COVER = (FOLDED, "__module__")
+"""Attributes that a module has while another class of this library's is over its own."""
 
 
 class Overlay:
@@ -133,16 +136,19 @@ def thaw_norm(module: nn.Module) -> bool:
 @contextmanager
 def as_built(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Runs the body with modules of the classes that they were built with, for whom looks at what they are."""
-    covered = [(module, class_of(module), module.__dict__.get(FOLDED)) for module in modules if isinstance(module, Overlay)]
+    covered = [
+        (module, class_of(module), {key: module.__dict__[key] for key in _OF_A_COVER if key in module.__dict__})
+        for module in modules
+        if isinstance(module, Overlay)
+    ]
     try:
         for module, *_ in covered:
             _uncover(module)
         yield
     finally:
-        for module, kind, folded in covered:
+        for module, kind, attributes in covered:
             put_class(module, kind)
-            if folded is not None:
-                module.__dict__[FOLDED] = folded
+            module.__dict__.update(attributes)
 
 
 def is_held(module: nn.Module) -> bool:
@@ -204,8 +210,14 @@ def freeze_norms(model: nn.Module, free: Collection[str]) -> None:
 def _uncover(module: nn.Module) -> None:
     """Takes off a module what this library put over its class."""
     if isinstance(module, Overlay):
-        module.__dict__.pop(FOLDED, None)
+        strip(module)
         put_class(module, next(cls for cls in type(module).__mro__ if not issubclass(cls, Overlay)))
+
+
+def strip(module: nn.Module) -> None:
+    """Takes the attributes off a module that an `Overlay` has put on it."""
+    for key in _OF_A_COVER:
+        module.__dict__.pop(key, None)
 
 
 def put_class(module: nn.Module, kind: Any) -> None:

@@ -17,7 +17,7 @@ from resadapt.base.undisturbed import put_over
 from resadapt.injection.slots import AdapterSlot
 from resadapt.injection.walk import behind_wrappers
 
-__all__ = ["Intercept", "Prefix", "intercepted"]
+__all__ = ["Intercept", "Prefix", "intercepted", "own_forward"]
 
 
 class Prefix:
@@ -98,6 +98,14 @@ class Intercept:
         if prefix.name in self.adapted:
             prefix.parted = True
         return output
+
+
+def own_forward(module: nn.Module) -> Any:
+    """Returns what stands over a module's forward besides what is put there here; None if nothing does."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, Intercept):
+        forward = forward.run
+    return None if isinstance(forward, MethodType) and forward.__self__ is module else forward
 
 
 _ONE_AT_A_TIME = RLock()

@@ -18,12 +18,14 @@ from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.names import listing, reasons_listing
 from resadapt.base.nested import map_tensors
 from resadapt.base.tensors import dtype_name, stamp
+from resadapt.injection.intercept import own_forward
 from resadapt.injection.ledger import backbone_differences, ledger_of, plain_modules, plain_tensors
+from resadapt.injection.place import HOOKS
 from resadapt.injection.switching import check_switchable
 from resadapt.injection.walk import unwrap
 from resadapt.lean.absent import NeededError
 from resadapt.lean.feature_rows import FeatureRows
-from resadapt.lean.prefix import Plan, continued, plan_for, values_for
+from resadapt.lean.prefix import Plan, check_values, continued, plan_for, values_for
 from resadapt.lean.samples import Samples, split
 
 __all__ = ["PrefixCache", "cache_prefix"]
@@ -101,13 +103,18 @@ def cache_prefix(
     _refuse_trained(inner)
     samples = Samples(data, batch_size, num_workers, variants)
     device = next((parameter.device for parameter in nn.Module.parameters(inner)), torch.device("cpu"))
-    plan = plan_for(inner, spec, _moved(map_tensors(samples.some[0], lambda tensor: tensor[:_TRIED]), device))
+    tried = _moved(map_tensors(samples.some[0], lambda tensor: tensor[:_TRIED]), device)
+    plan = plan_for(inner, spec, tried)
     rows = FeatureRows(plan, samples, ledger.fingerprint.without(spec.head).to_json(), path, progress)
+    known = [] if samples.is_random else samples.numbers[:_TRIED]
+    if there := [number for number in known if number < rows.filled]:
+        check_values(inner, plan, map_tensors(tried, lambda tensor: tensor[: len(there)]), rows.features(there, device))
     for where, batch in samples.batches(rows.filled, progress):
         inputs, rest = split(batch)
         values = values_for(inner, plan, _moved(inputs, device))
         rows.write(where, [*(values[number] for number in plan.needed), *rest], partial(samples.digests, batch))
-    return PrefixCache(inner, plan, rows, ledger.fingerprint)
+    values = rows.features(known, device) if known else values_for(inner, plan, tried)
+    return PrefixCache(inner, plan, rows, ledger.fingerprint, (tried, values))
 
 
 class PrefixCache(Dataset[Any]):
@@ -117,9 +124,11 @@ class PrefixCache(Dataset[Any]):
     needs several. With `variants`, draw v of sample i is number ``v * length + i``.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, rows: FeatureRows, backbone: Fingerprint) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, rows: FeatureRows, backbone: Fingerprint, tried: tuple[Any, dict[int, Tensor]]
+    ) -> None:
         self._model: nn.Module | None = model
-        self._plan, self._rows, self._backbone = plan, rows, backbone
+        self._plan, self._rows, self._backbone, self._tried = plan, rows, backbone, tried
         self._stamps = _stamps(model)
 
     def __len__(self) -> int:
@@ -142,7 +151,7 @@ class PrefixCache(Dataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the model out, so that workers of a DataLoader do not copy it."""
-        return self.__dict__ | {"_model": None}
+        return self.__dict__ | {"_model": None, "_tried": None}
 
     def forward(self, features: Any) -> Any:
         """Returns the model's output for the features of a batch.
@@ -188,6 +197,7 @@ class PrefixCache(Dataset[Any]):
         _refuse_trained(model)
         if drifted := backbone_differences(model, self._backbone):
             raise InjectionError(f"The backbone has changed since its features were kept: {reasons_listing(drifted)}.")
+        check_values(model, self._plan, *self._tried)
         self._stamps = today
 
 
@@ -203,7 +213,12 @@ def _stamps(model: nn.Module) -> list[object]:
     """Returns what changes when a tensor or a setting of the backbone is written, moved or unfrozen."""
     tensors = [(stamp(tensor), tensor.requires_grad) for tensor in plain_tensors(model).values()]
     settings = [  # of copies, since another thread may put something over a forward meanwhile
-        (type(module), [item for item in vars(module).copy().items() if type(item[1]) in _SETTINGS and item[0] != "training"])
+        (
+            type(module),
+            [item for item in vars(module).copy().items() if type(item[1]) in _SETTINGS and item[0] != "training"],
+            [id(hook) for hooks in HOOKS for hook in (vars(module).get(hooks) or {}).copy().values()],
+            id(own_forward(module)),
+        )
         for module in plain_modules(model).values()
     ]
     return [tensors, settings]

@@ -33,6 +33,7 @@ class FeatureRows:
     def __init__(self, plan: Plan, samples: Samples, backbone: Any, path: object, progress: Progress) -> None:
         self.total = samples.length * samples.variants
         self._path = None if path is None else _directory(path)
+        self._needed = plan.needed
         self._forms = [plan.forms[number] for number in plan.needed]
         rest = samples.some[1]
         self._shapes = [(form.dtype, form.kept_shape) for form in self._forms]
@@ -104,6 +105,11 @@ class FeatureRows:
         values = [array[row].clone() for array in self._arrays]
         kept = len(self._forms)
         return [form.row(value) for form, value in zip(self._forms, values[:kept], strict=True)], values[kept:]
+
+    def features(self, rows: list[int], device: torch.device) -> dict[int, Tensor]:
+        """Returns the features of some rows as batches, by their numbers in the plan."""
+        batches = zip(*(self.read(row)[0] for row in rows), strict=True)
+        return {number: torch.stack(each).to(device) for number, each in zip(self._needed, batches, strict=True)}
 
     def _array(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         sizes = (self.total, *shape)

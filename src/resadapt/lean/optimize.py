@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from resadapt.base.arguments import check_flag
-from resadapt.injection.freeze import FOLDED, class_of, put_class
+from resadapt.injection.freeze import FOLDED, Overlay, class_of, put_class, strip
 from resadapt.injection.ledger import ledger_of, plain_modules
 from resadapt.injection.walk import backbone_modules, unwrap
 from resadapt.lean.blocks import FOLDING, in_residual_blocks
@@ -59,6 +59,8 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
     inside = in_residual_blocks(layers)
     for module in layers:
         if type(module) in LEAN:
+            if not isinstance(module, Overlay):  # for torch.fx, a leaf is what torch.nn has
+                module.__dict__["__module__"] = type(module).__module__
             module.__class__ = LEAN[type(module)]
             if fold_norms and isinstance(module, nn.modules.conv._ConvNd):
                 module.__dict__[FOLDED] = FoldedPair(id(module) in inside)
@@ -88,7 +90,7 @@ def restore_backbone(model: nn.Module) -> nn.Module:
     """
     stock = {lean: before for before, lean in (LEAN | FOLDING).items()}
     for module in _layers(model):
-        module.__dict__.pop(FOLDED, None)
+        strip(module)
         if (kind := class_of(module)) in stock:
             put_class(module, stock[kind])
     return model

@@ -22,7 +22,7 @@ from resadapt.injection.intercept import Prefix, intercepted
 from resadapt.injection.walk import backbone_modules
 from resadapt.lean.absent import Absent, Form, NeededError
 
-__all__ = ["Plan", "continued", "plan_for", "values_for"]
+__all__ = ["Plan", "check_values", "continued", "plan_for", "values_for"]
 
 
 class _DoneError(Exception):
@@ -176,6 +176,24 @@ def values_for(model: nn.Module, plan: Plan, inputs: object) -> dict[int, Tensor
     return {number: recorder.values.get(number, given.get(number)) for number in plan.needed}  # type: ignore[misc]
 
 
+def check_values(model: nn.Module, plan: Plan, inputs: object, values: Mapping[int, Tensor]) -> None:
+    """Looks whether the first modules still return what they once did, in training too.
+
+    Raises:
+        InjectionError: They do not.
+    """
+    with _quiet(model):
+        for training in (False, True, True):
+            _set_training(model, training)
+            today = values_for(model, plan, inputs)
+            found = {number: today[number] for number in values if today[number] is not None}  # others are missed when it goes on
+            if other := [number for number, value in found.items() if not _are_near(values[number], value)]:
+                raise InjectionError(
+                    f"The {plan.forms[other[0]].name} is another one than was kept for the same sample: a module, a forward or a "
+                    "hook before the adapters was changed since. Make the features anew."
+                )
+
+
 def continued(model: nn.Module, plan: Plan, sets: Iterable[SetSpec], values: Mapping[int, Tensor], rows: int) -> Any:
     """Returns a model's output for what its first modules returned; an exception if it needs more of that.
 
@@ -242,13 +260,15 @@ def _run_again(model: nn.Module, spec: SetSpec, inputs: object, once: _Recorder)
 
 def _is_near(batch: Tensor, other: Tensor | None) -> bool:
     """Tells whether the first rows of two batches are the same, up to rounding."""
-    if other is None or batch.ndim == 0 or batch.shape != other.shape:
-        return False
-    row, alone = batch[:1], other[:1]
-    if not row.is_floating_point():
-        return torch.equal(row, alone)
-    allowed = torch.finfo(row.dtype).eps ** 0.5 * float(row.abs().max()) if row.numel() else 0.0
-    return torch.allclose(row.double(), alone.double(), rtol=0.0, atol=allowed, equal_nan=True)
+    return other is not None and batch.ndim > 0 and batch.shape == other.shape and _are_near(batch[:1], other[:1])
+
+
+def _are_near(one: Tensor, other: Tensor) -> bool:
+    """Tells whether two tensors are the same, up to rounding."""
+    if one.shape != other.shape or not one.is_floating_point():
+        return torch.equal(one, other)
+    allowed = torch.finfo(one.dtype).eps ** 0.5 * float(one.abs().max()) if one.numel() else 0.0
+    return torch.allclose(one.double(), other.double(), rtol=0.0, atol=allowed, equal_nan=True)
 
 
 def _set_training(model: nn.Module, training: bool) -> None:

@@ -43,7 +43,7 @@ class Samples:
             raise AdapterError(f"{type(data).__name__} has no samples by number, or no length: give a data set with both.")
         try:
             self.data, self.variants, self.length = data, variants, len(data)
-            few = [number * self.length // _LOOKED_AT for number in range(_LOOKED_AT)] if self.length else []
+            self.numbers = few = [n * self.length // _LOOKED_AT for n in range(_LOOKED_AT)] if self.length else []
             with random_states_kept([]):
                 before = random_state()
                 batch, again = self._batch(few), split(self._batch(few))
