@@ -378,6 +378,32 @@ def test_compiled_it_keeps_as_little(layers: Any, family: str) -> None:
             compare(ours, theirs, fold=True)
 
 
+class Ignores(nn.Module):
+    """Has a layer change its input in place, and does not look at what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        self.relu(x)
+        return x
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_that_changes_its_input(compiled: bool) -> None:
+    torch.manual_seed(0)
+    model, x = resadapt.inject_adapters(Ignores(), "first", family="ssf").eval(), images()
+    expected = measured(model, x)
+    resadapt.optimize_backbone(model)
+    run: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    found = measured(run, x)
+    assert torch.equal(found[1], expected[1])
+    for ours, theirs in zip(found[2], expected[2], strict=True):
+        compare(ours, theirs, fold=True)
+
+
 def test_exported_it_is_the_stock_backbone() -> None:
     model = resadapt.optimize_backbone(resadapt.inject_adapters(small_resnet(), init="normal")).eval()
     x = images()

@@ -104,7 +104,7 @@ class FrozenConvolution(Function):
             # A weight of one tap lies so in any case, but only its strides say it; of one channel too, nothing says it.
             weight = weight.as_strided(weight.shape, _strides_of_channels_last(weight.shape))
             if weight[0].numel() == 1:
-                like_input = grad.new_empty(ctx.size).contiguous(memory_format=last)
+                like_input = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, memory_format=last)
         result = torch.ops.aten.convolution_backward(
             grad,
             like_input,
@@ -167,7 +167,7 @@ class PackedReLU(Function):
         if inplace:
             ctx.mark_dirty(x)
         ctx.shape, last = output.shape, is_channels_last(output)
-        ctx.save_for_backward(packed(output.movedim(1, -1) if last else output), torch.tensor(last))
+        ctx.save_for_backward(packed(output.movedim(1, -1) if last else output), torch.tensor(last, device="cpu"))
 
     @override
     @staticmethod

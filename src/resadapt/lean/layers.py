@@ -68,7 +68,10 @@ class LeanReLU(Overlay, nn.ReLU):
         """Returns the positive part."""
         if not can_be_lean(input):
             return super().forward(input)
-        out: Tensor = CompiledReLU.apply(input)[0] if is_compiled(input) else PackedReLU.apply(input, self.inplace)
+        if is_compiled(input):
+            compiled: Tensor = CompiledReLU.apply(input)[0]
+            return input.copy_(compiled) if self.inplace else compiled
+        out: Tensor = PackedReLU.apply(input, self.inplace)
         return out
 
 
