@@ -747,6 +747,15 @@ def test_gradients_in_batches() -> None:
     model, x = resadapt.inject_adapters(small_resnet(), "layer*", 4).eval(), images(1, 32)
     expected = torch.autograd.functional.jacobian(model, x, vectorize=True)
     compare(torch.autograd.functional.jacobian(resadapt.optimize_backbone(model), x, vectorize=True), expected, fold=True)
+    for fold in (True, False):
+        resadapt.optimize_backbone(model.to(memory_format=torch.channels_last), fold_norms=fold)
+        compare(torch.autograd.functional.jacobian(model, x, vectorize=True), expected, fold=True)
+
+
+def test_another_default_device() -> None:
+    model, x = resadapt.optimize_backbone(resadapt.inject_adapters(small_resnet(), "layer1", 4)), images()
+    with torch.device("meta"):
+        model(x).square().sum().backward()
 
 
 def test_gradients_of_feature_maps_lie_as_those_of_the_plain_backbone() -> None:

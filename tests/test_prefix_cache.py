@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -588,7 +589,11 @@ def _forward(model: Any) -> None:
     block.forward = lambda x: 2 * forward(x)
 
 
-@pytest.mark.parametrize("change", [_dropout, _hook, _forward])
+def _method(model: Any) -> None:
+    model.layer2.forward = types.MethodType(lambda self, x: 2 * nn.Sequential.forward(self, x), model.layer2)
+
+
+@pytest.mark.parametrize("change", [_dropout, _hook, _forward, _method])
 @pytest.mark.parametrize("variants", [1, 2])
 def test_a_change_that_no_fingerprint_knows_is_found_out(change: Callable[[Any], None], variants: int, tmp_path: Path) -> None:
     """By what the first modules return for a few samples."""
@@ -666,3 +671,23 @@ def test_a_damaged_digest_is_computed_again(tmp_path: Path) -> None:
         raw[byte] ^= 1
         (tmp_path / "digests.bin").write_bytes(raw)
         cache_prefix(resnet(layers="layer4"), data(), tmp_path, batch_size=4)
+
+
+def test_blocks_that_are_compiled() -> None:
+    """Those before the adapters are not run, and the others cannot be told what is not there."""
+    model, x = resnet(layers="layer4", head="fc").eval(), images(4)
+    expected = model(x)
+    for part in (model.layer2, model.layer4, model):
+        part.compile(backend="eager")
+    cache = cache_prefix(model, x, batch_size=4)
+    torch.testing.assert_close(cache.forward(torch.stack([cache[i] for i in range(4)])), expected)
+
+
+def test_a_forward_that_is_replaced_by_a_method_counts() -> None:
+    """In an optimized model, where a convolution may be computed with the norm behind it."""
+    model, x = resnet(layers="layer4", head="fc").eval(), images(4)
+    model.conv1.forward = types.MethodType(lambda self, x: 3 * nn.Conv2d.forward(self, x), model.conv1)
+    resadapt.optimize_backbone(model)
+    torch.testing.assert_close(resadapt.forward_all(model, x)["default"], model(x))
+    cache = cache_prefix(model, x, batch_size=4)
+    torch.testing.assert_close(cache.forward(torch.stack([cache[i] for i in range(4)])), model(x))

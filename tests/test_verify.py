@@ -939,3 +939,54 @@ def test_a_metric_that_fails_leaves_the_set_as_it_was(path: Path) -> None:
         for key, tensor in resadapt.adapter_state_dict(model).items():
             assert torch.equal(tensor, before[key]), key
     assert path.read_bytes() == bytes_before
+
+
+def _writes_everywhere(model: Any) -> float:
+    resadapt.inject_adapters(model, "conv", 2, name="new")
+    with torch.no_grad():
+        for parameter in model.conv.resadapt.parameters():
+            parameter.add_(1)
+    return 1.0
+
+
+def test_a_metric_that_changes_sets_and_fails(path: Path) -> None:
+    model = _two_sets()
+    before = picture(model)
+
+    def metric(m: Any) -> float:
+        return _writes_everywhere(m) / 0
+
+    with pytest.raises(ZeroDivisionError):
+        resadapt.save_adapters(model, path, metric=metric)
+    assert picture(model) == before
+
+
+def test_verifying_changes_nothing_either(path: Path) -> None:
+    model = _two_sets()
+    resadapt.save_adapters(model, path)
+    before = picture(model)
+    with pytest.raises(resadapt.VerificationError, match=r"'new' is new.*is put back"):
+        resadapt.verify_adapters(model, path, metric=_writes_everywhere)
+    assert picture(model) == before
+
+
+def test_a_metric_that_knows_the_live_model_leaves_it_as_it_was(path: Path) -> None:
+    model = resadapt.inject_adapters(net(), "conv", 2, init="normal", head="fc").train()
+    model(X).sum().backward()
+    before, gradients = picture(model), [p.grad.clone() for p in resadapt.trainable_parameters(model)]
+
+    def metric(_: object) -> float:
+        model.requires_grad_(False).zero_grad()
+        model.eval()
+        return float(model(X).sum())
+
+    assert resadapt.save_adapters(model, path, metric=metric).ok
+    assert picture(model) == before
+    assert all(torch.equal(p.grad, g) for p, g in zip(resadapt.trainable_parameters(model), gradients, strict=True))
+
+
+def test_a_head_of_another_form_draws_nothing(path: Path) -> None:
+    model = resadapt.inject_adapters(net(), "conv", 2, head={"fc": nn.Linear(4, 7)})
+    state = torch.get_rng_state()
+    resadapt.save_adapters(model, path)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -85,7 +85,7 @@ class Intercept:
     @property
     def only_passes_on(self) -> bool:
         """Whether a module that is not called at all, because another computes it too, is nothing that this needs to know."""
-        return self.plain and not self.adapted and isinstance(self.run, MethodType)
+        return self.plain and not self.adapted and _is_own(self.run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module, or what stands for it."""
@@ -105,7 +105,12 @@ def own_forward(module: nn.Module) -> Any:
     forward = module.__dict__.get("forward")
     if isinstance(forward, Intercept):
         forward = forward.run
-    return None if isinstance(forward, MethodType) and forward.__self__ is module else forward
+    return None if _is_own(forward) else forward
+
+
+def _is_own(method: object) -> bool:
+    """Tells whether a method is that of its object's class, not one that was put over it."""
+    return isinstance(method, MethodType) and getattr(type(method.__self__), method.__func__.__name__, None) is method.__func__
 
 
 _ONE_AT_A_TIME = RLock()

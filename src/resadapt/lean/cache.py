@@ -15,9 +15,10 @@ from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import listing, reasons_listing
+from resadapt.base.names import listing, reasons_listing, within
 from resadapt.base.nested import map_tensors
 from resadapt.base.tensors import dtype_name, stamp
+from resadapt.base.undisturbed import EAGERLY
 from resadapt.injection.intercept import own_forward
 from resadapt.injection.ledger import backbone_differences, ledger_of, plain_modules, plain_tensors
 from resadapt.injection.place import HOOKS
@@ -129,7 +130,7 @@ class PrefixCache(Dataset[Any]):
     ) -> None:
         self._model: nn.Module | None = model
         self._plan, self._rows, self._backbone, self._tried = plan, rows, backbone, tried
-        self._stamps = _stamps(model)
+        self._stamps = self._stamps_of(model)
 
     def __len__(self) -> int:
         """Number of samples, times the number of variants."""
@@ -182,7 +183,8 @@ class PrefixCache(Dataset[Any]):
             )
         # Copies: the model may change them in place.
         values = {n: form.laid_out(tensor.clone()) for n, form, tensor in zip(plan.needed, forms, tensors, strict=True)}
-        output = continued(model, plan, [plan.spec, active], values, len(tensors[0]))
+        with EAGERLY:  # what is compiled cannot be told what is not there
+            output = continued(model, plan, [plan.spec, active], values, len(tensors[0]))
         if isinstance(output, NeededError):
             names = listing([plan.forms[number].name for number in output.numbers])
             raise InjectionError(
@@ -192,13 +194,16 @@ class PrefixCache(Dataset[Any]):
         return output
 
     def _check_backbone(self, model: nn.Module) -> None:
-        if self._stamps == (today := _stamps(model)):
+        if self._stamps == (today := self._stamps_of(model)):
             return
         _refuse_trained(model)
         if drifted := backbone_differences(model, self._backbone):
             raise InjectionError(f"The backbone has changed since its features were kept: {reasons_listing(drifted)}.")
         check_values(model, self._plan, *self._tried)
         self._stamps = today
+
+    def _stamps_of(self, model: nn.Module) -> list[object]:
+        return _stamps(model, [place for place, _ in self._plan.calls])
 
 
 def _moved(inputs: Any, device: torch.device) -> Any:
@@ -209,17 +214,17 @@ def _told(dtype: torch.dtype, sizes: Iterable[int]) -> str:
     return f"{dtype_name(torch.empty(0, dtype=dtype))} [N, {', '.join(map(str, sizes))}]"
 
 
-def _stamps(model: nn.Module) -> list[object]:
-    """Returns what changes when a tensor or a setting of the backbone is written, moved or unfrozen."""
+def _stamps(model: nn.Module, places: list[str]) -> list[object]:
+    """Returns what changes when a tensor or a setting of the backbone is written, moved or unfrozen, or a call of some places."""
     tensors = [(stamp(tensor), tensor.requires_grad) for tensor in plain_tensors(model).values()]
     settings = [  # of copies, since another thread may put something over a forward meanwhile
         (
             type(module),
             [item for item in vars(module).copy().items() if type(item[1]) in _SETTINGS and item[0] != "training"],
-            [id(hook) for hooks in HOOKS for hook in (vars(module).get(hooks) or {}).copy().values()],
-            id(own_forward(module)),
+            [hook for hooks in HOOKS for hook in (vars(module).get(hooks) or {}).copy().values()] if within(name, places) else [],
+            own_forward(module) if within(name, places) else None,
         )
-        for module in plain_modules(model).values()
+        for name, module in plain_modules(model).items()
     ]
     return [tensors, settings]
 

@@ -146,7 +146,7 @@ class FrozenNorm(Function):
         scale = torch.rsqrt(var + ctx.eps)
         if weight is not None:
             scale = scale * weight
-        grad = grad.contiguous(memory_format=ctx.format)
+        grad = _laid_out(grad, ctx.format)
         return grad * scale.to(grad.dtype).reshape(-1, *[1] * (grad.ndim - 2)), *[None] * 5
 
 
@@ -246,7 +246,16 @@ class SmallIndexPool(Function):
         maps = (*ctx.shape[:2], -1)
         flat = grad.new_zeros(*ctx.shape[:2], ctx.shape[2] * ctx.shape[3])
         flat = flat.scatter_add(2, indices.reshape(maps), grad.reshape(maps))
-        return flat.reshape(ctx.shape).contiguous(memory_format=ctx.format), *[None] * 5
+        return _laid_out(flat.reshape(ctx.shape), ctx.format), *[None] * 5
+
+
+def _laid_out(grad: Tensor, form: torch.memory_format) -> Tensor:
+    """Returns a gradient in a memory format; compilers see to that themselves, and of gradients in batches nothing can be told."""
+    if torch.compiler.is_compiling():
+        return grad
+    functorch = torch._C._functorch
+    batched = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    return grad if batched else grad.contiguous(memory_format=form)
 
 
 def _corners(out: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:

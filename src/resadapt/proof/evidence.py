@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError
 from resadapt.base.undisturbed import undisturbed
-from resadapt.injection.ledger import adapter_of, ledger_of
+from resadapt.injection.ledger import adapter_of, find_ledger, ledger_of
 from resadapt.injection.switching import activated
-from resadapt.proof.probe import ProbeRun, same
-from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict
+from resadapt.proof.probe import ProbeRun
+from resadapt.proof.state import adapter_state_dict
 
 __all__ = ["Evidence", "Metric", "collect", "measure"]
 
@@ -58,15 +58,9 @@ def collect(
     ledger = ledger_of(model)
     with activated(model, ledger, name):
         tensors = adapter_state_dict(model, name)
-        try:
-            with _running(bystander) as on_probe, _idle_sites(model, name) as idle:
-                outputs = run()
-            value = None if metric is None else measure(model, metric)[0]
-        except BaseException:
-            with suppress(AdapterError):  # if it is still there, and of the form that it had
-                if not same(tensors, adapter_state_dict(model, name)):  # a graph may wait for its backward pass
-                    load_adapter_state_dict(model, tensors, name)
-            raise
+        with _running(bystander) as on_probe, _idle_sites(model, name) as idle:
+            outputs = run()
+        value = None if metric is None else measure(model, metric)[0]
     return Evidence(tensors, outputs, tuple(idle), tuple(on_probe), value)
 
 
@@ -76,7 +70,7 @@ def measure(model: nn.Module, metric: Metric, bystander: nn.Module | None = None
     Raises:
         AdapterError: The metric returns no number.
     """
-    with _as_it_was(model), _running(bystander) as running:
+    with _as_it_was(model), _as_it_was(bystander), _running(bystander) as running:
         value: Any = metric(model)
     try:
         if isinstance(value, str | bytes):
@@ -87,9 +81,12 @@ def measure(model: nn.Module, metric: Metric, bystander: nn.Module | None = None
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def _as_it_was(model: nn.Module | None) -> Iterator[None]:
     """Runs the body undisturbed, and puts back which set is active and which ones are trained."""
-    ledger = ledger_of(model)
+    ledger = None if model is None else find_ledger(model)
+    if model is None or ledger is None:
+        yield
+        return
     records = dict(ledger.sets)
     parked = [module for record in records.values() for module in record.parked.values()]
     trained, flags = {*ledger.trained}, {name: dict(record.parked_requires_grad) for name, record in records.items()}

@@ -131,10 +131,10 @@ def _inject_from_file(
 ) -> None:
     spec = replace(info.set, name=name)
     try:
-        with on_plain(model):
-            _check_description(model, info, state)
-            heads = _heads(model, info, state)
-        with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
+        with torch.random.fork_rng(devices=[]):  # how heads and adapters start is overwritten at once
+            with on_plain(model):
+                _check_description(model, info, state)
+                heads = _heads(model, info, state)
             install(model, spec, info.example, heads, fingerprint, partial(load_adapter_state_dict, model, state, name))
     except InjectionError as error:
         raise AdapterFileError(f"{info.path}: cannot be injected into this {type(model).__name__}: {error}") from error

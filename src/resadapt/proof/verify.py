@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from resadapt.base.arguments import check_flag
 from resadapt.base.errors import AdapterError, BackboneDriftError, VerificationError
 from resadapt.base.names import listing, reasons_listing
-from resadapt.files.adapter_file import as_json, encode_adapter_file, read_adapter_file
+from resadapt.files.adapter_file import AdapterInfo, as_json, encode_adapter_file, read_adapter_file
 from resadapt.files.atomic import atomic_write, target_of
 from resadapt.files.container import format_for
-from resadapt.injection.ledger import AdapterSet, find_ledger, ledger_of
+from resadapt.injection.ledger import AdapterSet, Ledger, find_ledger, ledger_of
 from resadapt.injection.sets import remove_adapters
 from resadapt.injection.walk import unwrap
 from resadapt.proof.compare import Comparison
@@ -99,11 +100,10 @@ def save_adapters(
     refuse_unsaved_state(inner, record)
     if metric is not None:  # before it takes its time
         _refuse_drift(inner)
-    names = list(ledger.sets)
-    before = _sets_before(inner, [record] if metric is None else ledger.sets.values())
+    looked_at = [record] if metric is None else list(ledger.sets.values())
     forms = probe_forms(inner, record.example)
-    evidence = collect(inner, record.spec.name, lambda: run_probe(inner, probe, forms), metric)
-    _refuse_changes(inner, target, names, before)
+    with _sets_kept(inner, target, looked_at):
+        evidence = collect(inner, record.spec.name, lambda: run_probe(inner, probe, forms), metric)
     # The weights are hashed once where a copy of them serves: what it has is what the live model has.
     copied = reconstruct(inner, None) if verify and rebuild is None and not sharded else None
     today = fingerprint_of(copied.model) if copied and copied.model else None
@@ -129,11 +129,11 @@ def save_adapters(
                 return report_of(target, [], "verify=False", evidence.metric)
             info, stored = read_adapter_file(temporary)
             info = replace(info, path=target)
-            report = Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(reconstruction, today)
+            with _sets_kept(inner, target, [] if sharded else looked_at):
+                report = Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(reconstruction, today)
             if not report.ok:
                 raise _failure(report)
             if metric is not None and not sharded:  # it was called once more
-                _refuse_changes(inner, target, names, before)
                 _refuse_drift(inner)
         return report
 
@@ -167,6 +167,7 @@ def verify_adapters(
 
     Raises:
         AdapterFileError: The file is missing, damaged, of another kind, or of a newer format.
+        VerificationError: The metric changed a set of the model, which is put back where it can be.
         AdapterError: An argument is unsuitable.
 
     Example:
@@ -187,6 +188,20 @@ def verify_adapters(
     info, stored = read_adapter_file(path)
     inner = unwrap(model)
     ledger = find_ledger(inner)
+    with _sets_kept(inner, info.path, ledger.sets.values() if metric is not None else []) if ledger else nullcontext():
+        return _verified(inner, info, stored, ledger, probe, metric, tolerance, rebuild)
+
+
+def _verified(
+    inner: nn.Module,
+    info: AdapterInfo,
+    stored: Mapping[str, Tensor],
+    ledger: Ledger | None,
+    probe: object,
+    metric: Metric | None,
+    tolerance: float,
+    rebuild: Rebuild | None,
+) -> VerificationReport:
     evidence = None
     if ledger is not None and (name := info.set.name if info.set.name in ledger.sets else ledger.active):
         if differing := info.set.differences(ledger.sets[name].spec):
@@ -218,14 +233,33 @@ def _refuse_drift(model: nn.Module) -> None:
         )
 
 
-def _sets_before(model: nn.Module, records: Iterable[AdapterSet]) -> dict[str, tuple[AdapterSet, dict[str, Tensor]]]:
-    return {record.spec.name: (record, adapter_state_dict(model, record.spec.name)) for record in records}
+@contextmanager
+def _sets_kept(model: nn.Module, target: Path, records: Iterable[AdapterSet]) -> Iterator[None]:
+    """Runs the body, and puts back what its metric or probe did to a model's sets.
+
+    Args:
+        model: The injected model.
+        target: The file, for the report.
+        records: The sets that are looked at.
+
+    Raises:
+        VerificationError: There was something.
+    """
+    names = list(ledger_of(model).sets)
+    before = {record.spec.name: (record, adapter_state_dict(model, record.spec.name)) for record in records}
+    try:
+        yield
+    except BaseException:
+        with suppress(AdapterError):
+            _put_back(model, names, before)
+        raise
+    if changed := _put_back(model, names, before):
+        detail = f"the metric or the probe changed the live model meanwhile: {'; '.join(changed)}"
+        raise _failure(report_of(target, [Check("tensors", "failed", detail)], "the model changed"))
 
 
-def _refuse_changes(
-    model: nn.Module, target: Path, names: Collection[str], before: Mapping[str, tuple[AdapterSet, dict[str, Tensor]]]
-) -> None:
-    """Refuses to save a model whose sets its own probe or metric changed, and puts them back as they were."""
+def _put_back(model: nn.Module, names: Collection[str], before: Mapping[str, tuple[AdapterSet, dict[str, Tensor]]]) -> list[str]:
+    """Puts sets back as they were, as far as that can be done, and says what was wrong with each."""
     ledger = find_ledger(model)
     there = ledger.sets if ledger else {}
     changed = []
@@ -246,9 +280,7 @@ def _refuse_changes(
             changed.append(f"{name!r} was written to, and is put back")
         except AdapterError as error:
             changed.append(f"{name!r} cannot be put back: {error}")
-    if changed:
-        detail = f"the metric or the probe changed the live model while it was being saved: {'; '.join(changed)}"
-        raise _failure(report_of(target, [Check("tensors", "failed", detail)], "the model changed"))
+    return changed
 
 
 def _failure(report: VerificationReport) -> VerificationError:
