@@ -19,6 +19,7 @@ __all__ = [
     "is_channels_last",
     "is_dense",
     "is_sharded",
+    "own_part",
     "plain_parts",
     "raw_bytes",
     "row_digests",
@@ -56,6 +57,12 @@ def whole(tensor: Tensor) -> Tensor:
     """Returns a sharded tensor gathered from all processes, any other as it is."""
     gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return gathered
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Returns what this process has of a sharded tensor, any other as it is."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
 
 
 def address(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resadapt.base.tensors import same_bits
+from resadapt.base.tensors import own_part, same_bits
 
 __all__ = ["EAGERLY", "call", "in_evaluation", "is_undisturbed", "put_over", "random_state", "random_states_kept", "undisturbed"]
 
@@ -58,7 +58,8 @@ def undisturbed(model: nn.Module, aside: Iterable[nn.Module] = ()) -> Iterator[N
             for parameter, requires_grad, gradient, value in parameters:
                 if parameter.requires_grad is not requires_grad:
                     parameter.requires_grad_(requires_grad)
-                if gradient is not None and value is not None and not same_bits(gradient, value):
+                # Of a sharded one what is here: others may not be asked, since they may not be here.
+                if gradient is not None and value is not None and not same_bits(own_part(gradient), own_part(value)):
                     gradient.copy_(value)
                 parameter.grad = gradient
 
