@@ -60,7 +60,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
         "deploy": (("plain_copy", "same_outputs"), ("inference_copy", "fold")),
         "proof": (
             ("report", "ranks", "probe", "drift", "state"),
-            ("reconstruction", "evidence", "loading", "combine"),
+            ("reconstruction", "evidence", "kept", "loading", "combine"),
             ("compare",),
             ("verify",),
         ),

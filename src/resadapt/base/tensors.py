@@ -19,6 +19,7 @@ __all__ = [
     "is_channels_last",
     "is_dense",
     "is_sharded",
+    "memory_format",
     "own_part",
     "plain_parts",
     "raw_bytes",
@@ -89,6 +90,11 @@ def is_channels_last(tensor: Tensor) -> bool:
     return last is not None and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
 
 
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Returns the memory format that a feature map has, of those there are."""
+    return CHANNELS_LAST[tensor.ndim] if is_channels_last(tensor) else torch.contiguous_format
+
+
 def raw_bytes(tensor: Tensor) -> bytes | memoryview:
     """Returns the elements of a tensor, in row-major order, as bytes; of one that is not plain, the elements of its parts."""
     parts = [_plain_bytes(part) for part in plain_parts(tensor)]
@@ -103,12 +109,11 @@ def sha256(tensor: Tensor) -> str:
 def sha256_of_each(tensors: Iterable[Tensor]) -> list[str]:
     """Returns the digests of several tensors, large ones' from threads; processes that share a sharded one must call together."""
     tensors = list(tensors)
-    large = [tensor for tensor in tensors if tensor.numel() > _LARGE]
-    if len(large) < 2 or any(map(is_sharded, tensors)):  # gathered one after another, in the same order by all processes
+    if any(map(is_sharded, tensors)):  # gathered one after another, in the same order by all processes
         return [sha256(tensor) for tensor in tensors]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        ahead = iter(list(pool.map(sha256, large)))
-    return [next(ahead) if tensor.numel() > _LARGE else sha256(tensor) for tensor in tensors]
+        jobs = [pool.submit(sha256, tensor) if tensor.numel() > _LARGE else None for tensor in tensors]
+        return [sha256(tensor) if job is None else job.result() for tensor, job in zip(tensors, jobs, strict=True)]
 
 
 _LARGE = 1 << 16

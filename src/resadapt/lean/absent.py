@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from resadapt.base.nested import named_in
-from resadapt.base.tensors import is_channels_last
+from resadapt.base.tensors import CHANNELS_LAST, is_channels_last
 
 __all__ = ["Absent", "Form", "NeededError"]
 
@@ -51,8 +51,7 @@ class Absent(Tensor):
         if func is Tensor.device.__get__:
             return args[0].at
         if func is Tensor.is_contiguous:
-            last = (kwargs or {}).get("memory_format") in (torch.channels_last, torch.channels_last_3d)
-            return args[0].channels_last is last
+            return args[0].channels_last is ((kwargs or {}).get("memory_format") in CHANNELS_LAST.values())
         if func in _FORM:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -106,6 +105,4 @@ class Form:
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """Returns a tensor of this form as the module would have it in memory."""
-        if not self.channels_last:
-            return tensor.contiguous()
-        return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d)
+        return tensor.contiguous(memory_format=CHANNELS_LAST[tensor.ndim] if self.channels_last else torch.contiguous_format)

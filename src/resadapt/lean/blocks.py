@@ -23,7 +23,7 @@ from resadapt.adapters import PooledAdapter
 from resadapt.base.tensors import is_channels_last
 from resadapt.injection.freeze import FrozenStatistics, Overlay
 from resadapt.injection.hooks import apply_adapter
-from resadapt.injection.intercept import Intercept
+from resadapt.injection.intercept import own_forward
 from resadapt.injection.walk import find_slot
 from resadapt.lean.absent import Absent
 from resadapt.lean.functions import is_ordinary
@@ -94,8 +94,8 @@ def _run(module: nn.Module, x: Any, given: Given) -> Any:
 
 def _takes_any(module: nn.Module) -> bool:
     """Tells whether a module's forward and its adapter give the same numbers, and draw the same, however a feature map lies."""
-    slot, forward = find_slot(module), module.__dict__.get("forward")
-    if (forward is not None and not isinstance(forward, Intercept)) or (slot is not None and slot.mixture is not None):
+    slot = find_slot(module)
+    if own_forward(module) is not None or (slot is not None and slot.mixture is not None):
         return False
     adapter = slot._modules[slot.active] if slot is not None and slot.active is not None else None
     if adapter is None or isinstance(adapter, PooledAdapter):

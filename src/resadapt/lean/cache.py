@@ -130,7 +130,7 @@ class PrefixCache(Dataset[Any]):
     ) -> None:
         self._model: nn.Module | None = model
         self._plan, self._rows, self._backbone, self._tried = plan, rows, backbone, tried
-        self._stamps = self._stamps_of(model)
+        self._stamps = _stamps(model, plan)
 
     def __len__(self) -> int:
         """Number of samples, times the number of variants."""
@@ -194,16 +194,13 @@ class PrefixCache(Dataset[Any]):
         return output
 
     def _check_backbone(self, model: nn.Module) -> None:
-        if self._stamps == (today := self._stamps_of(model)):
+        if self._stamps == (today := _stamps(model, self._plan)):
             return
         _refuse_trained(model)
         if drifted := backbone_differences(model, self._backbone):
             raise InjectionError(f"The backbone has changed since its features were kept: {reasons_listing(drifted)}.")
         check_values(model, self._plan, *self._tried)
         self._stamps = today
-
-    def _stamps_of(self, model: nn.Module) -> list[object]:
-        return _stamps(model, [place for place, _ in self._plan.calls])
 
 
 def _moved(inputs: Any, device: torch.device) -> Any:
@@ -214,8 +211,9 @@ def _told(dtype: torch.dtype, sizes: Iterable[int]) -> str:
     return f"{dtype_name(torch.empty(0, dtype=dtype))} [N, {', '.join(map(str, sizes))}]"
 
 
-def _stamps(model: nn.Module, places: list[str]) -> list[object]:
-    """Returns what changes when a tensor or a setting of the backbone is written, moved or unfrozen, or a call of some places."""
+def _stamps(model: nn.Module, plan: Plan) -> list[object]:
+    """Returns what changes when a tensor or a setting of the backbone does, or what stands around a module that is not run."""
+    places = [place for place, _ in plan.calls]
     tensors = [(stamp(tensor), tensor.requires_grad) for tensor in plain_tensors(model).values()]
     settings = [  # of copies, since another thread may put something over a forward meanwhile
         (

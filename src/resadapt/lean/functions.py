@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from typing_extensions import override
 
-from resadapt.base.tensors import CHANNELS_LAST, is_channels_last
+from resadapt.base.tensors import is_channels_last, memory_format
 from resadapt.lean.absent import Absent
 from resadapt.lean.bits import packed, packed_in_graph, unpacked, unpacked_in_graph
 
@@ -88,7 +88,7 @@ class FrozenConvolution(Function):
         """Saves the weight."""
         x, weight, _, *ctx.geometry = inputs
         ctx.size = x.shape
-        ctx.channels_last = is_channels_last(x)
+        ctx.format = memory_format(x)
         ctx.save_for_backward(weight)
 
     @override
@@ -98,13 +98,12 @@ class FrozenConvolution(Function):
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         like_input = grad.new_empty(1).expand(ctx.size)  # only its sizes count
-        if ctx.channels_last:  # the stock gradient lies as the input does, of which nothing else is here to tell
-            last = CHANNELS_LAST[weight.ndim]
-            weight = weight.contiguous(memory_format=last)
+        if ctx.format is not torch.contiguous_format:  # the stock gradient lies as the input does, of which nothing else tells
+            weight = weight.contiguous(memory_format=ctx.format)
             # A weight of one tap lies so in any case, but only its strides say it; of one channel too, nothing says it.
             weight = weight.as_strided(weight.shape, _strides_of_channels_last(weight.shape))
             if weight[0].numel() == 1:
-                like_input = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, memory_format=last)
+                like_input = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.format)
         result = torch.ops.aten.convolution_backward(
             grad,
             like_input,
@@ -135,7 +134,7 @@ class FrozenNorm(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Saves the variance and the weight, which are the module's own."""
         x, _, var, weight, _, ctx.eps = inputs
-        ctx.format = CHANNELS_LAST[x.ndim] if is_channels_last(x) else torch.contiguous_format
+        ctx.format = memory_format(x)
         ctx.save_for_backward(var, weight)
 
     @override
@@ -229,7 +228,7 @@ class SmallIndexPool(Function):
         """Saves the places."""
         x, *ctx.geometry = inputs
         ctx.shape = x.shape
-        ctx.format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        ctx.format = memory_format(x)
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Check", "VerificationReport", "report_of"]
+from resadapt.base.errors import VerificationError
+
+__all__ = ["Check", "VerificationReport", "failure_of", "report_of"]
 
 Outcome = Literal["passed", "failed", "not checked"]
 _LINES = ("file", "reconstruction", "backbone", "tensors", "sites", "outputs", "recorded outputs", "metric")
@@ -82,3 +84,8 @@ def report_of(
     made = {check.name: check for check in checks}
     lines = tuple(made.get(name, Check(name, "not checked", otherwise)) for name in _LINES)
     return VerificationReport(path, lines, metric_live, metric_reloaded)
+
+
+def failure_of(report: VerificationReport) -> VerificationError:
+    """Returns the error that says what failed."""
+    return VerificationError(f"The file would not give back this model, so the target was left as it was.\n{report}", report)

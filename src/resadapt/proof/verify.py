@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from resadapt.base.arguments import check_flag
-from resadapt.base.errors import AdapterError, BackboneDriftError, VerificationError
+from resadapt.base.errors import AdapterError, BackboneDriftError
 from resadapt.base.names import listing, reasons_listing
-from resadapt.files.adapter_file import AdapterInfo, as_json, encode_adapter_file, read_adapter_file
+from resadapt.files.adapter_file import as_json, encode_adapter_file, read_adapter_file
 from resadapt.files.atomic import atomic_write, target_of
 from resadapt.files.container import format_for
-from resadapt.injection.ledger import AdapterSet, Ledger, find_ledger, ledger_of
-from resadapt.injection.sets import remove_adapters
+from resadapt.injection.ledger import find_ledger, ledger_of
 from resadapt.injection.walk import unwrap
 from resadapt.proof.compare import Comparison
 from resadapt.proof.drift import check_backbone
 from resadapt.proof.evidence import Metric, collect
+from resadapt.proof.kept import sets_kept
 from resadapt.proof.loading import fingerprint_of
-from resadapt.proof.probe import probe_forms, record_probe, run_probe, same
+from resadapt.proof.probe import probe_forms, record_probe, run_probe
 from resadapt.proof.ranks import check_ranks, on_one_rank
 from resadapt.proof.reconstruction import Rebuild, reconstruct
-from resadapt.proof.report import Check, VerificationReport, report_of
-from resadapt.proof.state import adapter_state_dict, live_tensors, load_adapter_state_dict, refuse_unsaved_state
+from resadapt.proof.report import Check, VerificationReport, failure_of, report_of
+from resadapt.proof.state import refuse_unsaved_state
 
 __all__ = ["save_adapters", "verify_adapters"]
 
@@ -102,7 +101,7 @@ def save_adapters(
         _refuse_drift(inner)
     looked_at = [record] if metric is None else list(ledger.sets.values())
     forms = probe_forms(inner, record.example)
-    with _sets_kept(inner, target, looked_at):
+    with sets_kept(inner, target, looked_at):
         evidence = collect(inner, record.spec.name, lambda: run_probe(inner, probe, forms), metric)
     # The weights are hashed once where a copy of them serves: what it has is what the live model has.
     copied = reconstruct(inner, None) if verify and rebuild is None and not sharded else None
@@ -113,7 +112,7 @@ def save_adapters(
     def write_and_prove() -> VerificationReport:
         reconstruction = copied or (reconstruct(inner, rebuild) if verify else None)
         if reconstruction and reconstruction.model is None:
-            raise _failure(report_of(target, [reconstruction.check], "there is no clean backbone to restore the file on"))
+            raise failure_of(report_of(target, [reconstruction.check], "there is no clean backbone to restore the file on"))
         kept, samples = record_probe(evidence.run)
         data = encode_adapter_file(
             target,
@@ -129,10 +128,10 @@ def save_adapters(
                 return report_of(target, [], "verify=False", evidence.metric)
             info, stored = read_adapter_file(temporary)
             info = replace(info, path=target)
-            with _sets_kept(inner, target, [] if sharded else looked_at):
+            with sets_kept(inner, target, [] if sharded else looked_at):
                 report = Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(reconstruction, today)
             if not report.ok:
-                raise _failure(report)
+                raise failure_of(report)
             if metric is not None and not sharded:  # it was called once more
                 _refuse_drift(inner)
         return report
@@ -188,30 +187,20 @@ def verify_adapters(
     info, stored = read_adapter_file(path)
     inner = unwrap(model)
     ledger = find_ledger(inner)
-    with _sets_kept(inner, info.path, ledger.sets.values() if metric is not None else []) if ledger else nullcontext():
-        return _verified(inner, info, stored, ledger, probe, metric, tolerance, rebuild)
-
-
-def _verified(
-    inner: nn.Module,
-    info: AdapterInfo,
-    stored: Mapping[str, Tensor],
-    ledger: Ledger | None,
-    probe: object,
-    metric: Metric | None,
-    tolerance: float,
-    rebuild: Rebuild | None,
-) -> VerificationReport:
-    evidence = None
-    if ledger is not None and (name := info.set.name if info.set.name in ledger.sets else ledger.active):
-        if differing := info.set.differences(ledger.sets[name].spec):
-            detail = f"the model's set {name!r} differs from the file's in {listing(differing)}"
-            return report_of(info.path, [Check("tensors", "failed", detail)], "the sets are not the same")
-        forms = probe_forms(inner, info.probe.form if info.probe else None, info.example)
-        evidence = collect(inner, name, lambda: run_probe(inner, probe, forms), metric)
-    elif metric is not None:
-        raise AdapterError("The model has no active set whose metric could be compared. Load the file first, or leave out metric=.")
-    return Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(reconstruct(inner, rebuild))
+    looked_at = ledger.sets.values() if ledger and metric is not None else []
+    with sets_kept(inner, info.path, looked_at):
+        evidence = None
+        if ledger is not None and (name := info.set.name if info.set.name in ledger.sets else ledger.active):
+            if differing := info.set.differences(ledger.sets[name].spec):
+                detail = f"the model's set {name!r} differs from the file's in {listing(differing)}"
+                return report_of(info.path, [Check("tensors", "failed", detail)], "the sets are not the same")
+            forms = probe_forms(inner, info.probe.form if info.probe else None, info.example)
+            evidence = collect(inner, name, lambda: run_probe(inner, probe, forms), metric)
+        elif metric is not None:
+            raise AdapterError(
+                "The model has no active set whose metric could be compared. Load the file first, or leave out metric=."
+            )
+        return Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(reconstruct(inner, rebuild))
 
 
 def _writable(path: object) -> Path:
@@ -231,60 +220,6 @@ def _refuse_drift(model: nn.Module) -> None:
             "injected afresh, load_adapter_state_dict(model, adapter_state_dict(average)), and save that.",
             report,
         )
-
-
-@contextmanager
-def _sets_kept(model: nn.Module, target: Path, records: Iterable[AdapterSet]) -> Iterator[None]:
-    """Runs the body, and puts back what its metric or probe did to a model's sets.
-
-    Args:
-        model: The injected model.
-        target: The file, for the report.
-        records: The sets that are looked at.
-
-    Raises:
-        VerificationError: There was something.
-    """
-    names = list(ledger_of(model).sets)
-    before = {record.spec.name: (record, adapter_state_dict(model, record.spec.name)) for record in records}
-    try:
-        yield
-    except BaseException:
-        with suppress(AdapterError):
-            _put_back(model, names, before)
-        raise
-    if changed := _put_back(model, names, before):
-        detail = f"the metric or the probe changed the live model meanwhile: {'; '.join(changed)}"
-        raise _failure(report_of(target, [Check("tensors", "failed", detail)], "the model changed"))
-
-
-def _put_back(model: nn.Module, names: Collection[str], before: Mapping[str, tuple[AdapterSet, dict[str, Tensor]]]) -> list[str]:
-    """Puts sets back as they were, as far as that can be done, and says what was wrong with each."""
-    ledger = find_ledger(model)
-    there = ledger.sets if ledger else {}
-    changed = []
-    for name in [name for name in there if name not in names]:
-        remove_adapters(model, name)
-        changed.append(f"{name!r} is new, and is taken out")
-    for name, (record, tensors) in before.items():
-        if there.get(name) is not record:
-            changed.append(f"{name!r} is gone")
-            continue
-        try:
-            if same(tensors, adapter_state_dict(model, name)):
-                continue
-            for key, tensor in live_tensors(model, record).items():
-                if tensor.dtype != tensors[key].dtype:
-                    tensor.data = tensor.data.to(tensors[key].dtype)
-            load_adapter_state_dict(model, tensors, name)
-            changed.append(f"{name!r} was written to, and is put back")
-        except AdapterError as error:
-            changed.append(f"{name!r} cannot be put back: {error}")
-    return changed
-
-
-def _failure(report: VerificationReport) -> VerificationError:
-    return VerificationError(f"The file would not give back this model, so the target was left as it was.\n{report}", report)
 
 
 def _check_arguments(metric: object, tolerance: object, rebuild: object) -> None:
