@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resadapt.base.nested import named_in
-from resadapt.injection.freeze import FOLDED
+from resadapt.base.overlay import FOLDED
 
 Key = TypeVar("Key")
 MIB = 2**20

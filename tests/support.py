@@ -11,6 +11,7 @@ from torchvision.models import resnet18
 
 from resadapt.adapters import Adapter
 from resadapt.adapters.family import apply
+from resadapt.injection.private import private_module
 
 # The models are small, and threads that wait for each other cost more than they give.
 torch.set_num_threads(1)
@@ -36,6 +37,11 @@ def picture(model: nn.Module) -> dict[str, Any]:
             "buffers": {key: _bytes(b) for key, b in module._buffers.items() if b is not None},
         }
     return seen
+
+
+def private(model: nn.Module, place: str, name: str = "default") -> Any:
+    """The module that a set runs in place of one of the backbone."""
+    return private_module(model, model._resadapt.sets[name].spec, place)
 
 
 def _bytes(tensor: Tensor) -> bytes:

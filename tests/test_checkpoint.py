@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import images, picture, small_net, small_resnet, train
+from support import images, picture, private, small_net, small_resnet, train
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
@@ -72,7 +72,7 @@ def test_same_seed_same_bytes(path: Path) -> None:
         written.append(path.read_bytes())
         path.unlink()
     assert written[0] == written[1]
-    model.fc.bias.data[0] += 1
+    private(model, "fc").bias.data[0] += 1
     resadapt.save_adapters(model, path)
     assert path.read_bytes() != written[0]
 
@@ -436,8 +436,9 @@ def test_head_norms_travel(path: Path) -> None:
     train(model, torch.optim.SGD(model.parameters(), lr=0.01))
     resadapt.save_adapters(model, path)
     fresh = resadapt.load_adapters(small_resnet(), path)
-    assert torch.equal(fresh.layer4[1].bn2.running_var, model.layer4[1].bn2.running_var)
-    assert fresh.layer4[1].bn2.num_batches_tracked == model.layer4[1].bn2.num_batches_tracked == 3
+    one, other = (private(each, "layer4")[1].bn2 for each in (fresh, model))
+    assert torch.equal(one.running_var, other.running_var)
+    assert one.num_batches_tracked == other.num_batches_tracked == 3
     assert torch.equal(fresh.eval()(X), model.eval()(X))
 
 
@@ -488,7 +489,7 @@ def test_loading_a_state_dict_is_all_or_nothing_for_any_tensor() -> None:
 
 def test_loading_a_sets_own_tensors_in_another_order() -> None:
     model = resadapt.inject_adapters(small_net(head=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), "c2", 2, head="head")
-    a, b = model.head[0].weight, model.head[1].weight
+    a, b = (layer.weight for layer in private(model, "head"))
     expected = b.detach().clone(), a.detach().clone()
     state = resadapt.adapter_state_dict(model) | {"head.head.0.weight": b, "head.head.1.weight": a}
     resadapt.load_adapter_state_dict(model, state)

@@ -82,6 +82,16 @@ DDP_MIXED = """
 """
 
 DDP_SWITCHED = """
+    def bare():  # sets without a head, whose adapters were in the model, but frozen, when it was wrapped
+        torch.manual_seed(5)
+        return resadapt.inject_adapters(resadapt.inject_adapters(small_resnet(), name="a"), name="b")
+    ddp = nn.parallel.DistributedDataParallel(bare())
+    resadapt.set_active_adapters(ddp, "a")
+    raises(lambda: fit(ddp, mine()), "does not average the gradients of", resadapt.InjectionError)
+    resadapt.set_active_adapters(ddp, "b")
+    ddp = fit(ddp, mine())
+    assert same_everywhere({{k: v.tolist() for k, v in resadapt.adapter_state_dict(ddp, "b").items()}})
+
     def two():
         return injected(injected(name="a"), name="b")
     for switch in (
@@ -171,8 +181,8 @@ FSDP2 = """
             pass
         raise Local("for nobody else")
     raises(lambda: resadapt.save_adapters(model, out, rebuild=unpicklable), "Rank 0 failed with Local: for nobody else")
-    raises(lambda: resadapt.set_active_adapters(model, None), "Switch or remove sets before sharding", resadapt.InjectionError)
-    raises(lambda: resadapt.remove_adapters(model), "before sharding", resadapt.InjectionError)
+    raises(lambda: resadapt.remove_adapters(model), "Remove sets before sharding", resadapt.InjectionError)
+    raises(lambda: resadapt.forward_all(model, x), "sharded", resadapt.InjectionError)
     raises(lambda: resadapt.inject_adapters(model, "layer4", 2, name="late"), "Inject first, then call fully_shard")
     raises(lambda: resadapt.load_adapters(sharded(small_resnet()), out), "Inject first, then call fully_shard")
     raises(lambda: resadapt.inference_copy(model), "cannot be copied")
@@ -209,11 +219,87 @@ FSDP2 = """
     raises(lambda: resadapt.adapter_state_dict(small_resnet()), "was not injected into")
 """
 
+FSDP2_SWITCHED = """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict, StateDictOptions
+    mesh = init_device_mesh("cpu", (2,))
+    NAMES = ("a", "b", "c")
+    def several(seed=5):
+        torch.manual_seed(seed)
+        model = resadapt.inject_adapters(small_resnet(), name="a", head="fc", bottleneck=8, dropout=0.0, init="identity")
+        model = resadapt.inject_adapters(model, (), name="b", head={{"fc": nn.Linear(512, 10)}}, norm="affine")
+        return resadapt.inject_adapters(model, "layer4", 4, family="lora", bottleneck=2, name="c") if False else \
+            resadapt.inject_adapters(model, "layer4.1.conv2", 2, family="lora", name="c", head="layer4.0.conv1")
+    def sharded(model, each):
+        for name, module in reversed(list(model.named_modules())):
+            if each(name, module):
+                fully_shard(module, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    def schedule(model, inputs):
+        groups = []
+        for name in NAMES:
+            resadapt.set_active_adapters(model, name)
+            groups += resadapt.parameter_groups(model, 0.1)
+        optimizer = torch.optim.SGD(groups)
+        for name in (*NAMES, None, "b", "a"):
+            resadapt.set_active_adapters(model, name)
+            output = model.train()(inputs)
+            if name is not None:
+                optimizer.zero_grad()
+                output.square().mean().backward()
+                optimizer.step()
+            resadapt.set_active_adapters(model, "c")
+            resadapt.set_active_adapters(model, name)
+        return model.eval()
+    def outputs(model):
+        found = []
+        for name in (None, *NAMES):
+            resadapt.set_active_adapters(model, name)
+            with torch.no_grad():
+                found.append(model(x).clone())
+        return found
+    expected = outputs(schedule(several(), x))
+    blocks = lambda name, module: name.count(".") == 1 and name.startswith("layer")
+    leaves = lambda name, module: isinstance(module, (nn.Linear, nn.BatchNorm2d))  # private modules among them
+    for each in (blocks, leaves):
+        model = schedule(sharded(several(), each), mine())
+        for one, other in zip(outputs(model), expected):
+            assert torch.allclose(one, other, atol=1e-5), (one - other).abs().max()
+        assert resadapt.check_backbone(model).ok
+        with torch.no_grad(), resadapt.adapters_for(model, ["b", None, "a", "b"]):
+            rows = model(x)
+        found = outputs(model)
+        for row, number in zip(rows, (2, 0, 1, 2)):
+            assert any(torch.allclose(row, sample, atol=1e-5) for sample in found[number])
+
+        # A full state_dict, gathered while one set is active, into an unsharded model in which another is.
+        resadapt.set_active_adapters(model, "b")
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=False))
+        everything = [state]
+        dist.broadcast_object_list(everything, src=0)
+        alone = several(seed=6)
+        resadapt.set_active_adapters(alone, "c")
+        alone.load_state_dict(everything[0])
+        for one, other in zip(outputs(alone.eval()), outputs(model)):
+            assert torch.equal(one, other), (one - other).abs().max()
+        for name in NAMES:
+            target = out + name + ".pt"
+            assert resadapt.save_adapters(model, target, name=name, rebuild=small_resnet, probe=x).ok
+            dist.barrier()
+            fresh = sharded(several(seed=7), each).eval()
+            resadapt.load_adapters(fresh, target)
+            resadapt.set_active_adapters(model, name)
+            assert torch.equal(fresh(x), model(x))
+"""
+
 FSDP = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 is public from torch 2.6")
 
 
 @pytest.mark.parametrize(
-    "body", [DDP, DDP_MIXED, DDP_SWITCHED, pytest.param(FSDP2, marks=FSDP)], ids=["ddp", "ddp_mixed", "ddp_switched", "fsdp2"]
+    "body",
+    [DDP, DDP_MIXED, DDP_SWITCHED, pytest.param(FSDP2, marks=FSDP), pytest.param(FSDP2_SWITCHED, marks=FSDP)],
+    ids=["ddp", "ddp_mixed", "ddp_switched", "fsdp2", "fsdp2_switched"],
 )
 def test_two_processes(body: str, tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()

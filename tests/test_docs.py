@@ -60,6 +60,10 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    for path in re.findall(r"`((?:tests|examples|docs)/[\w./*]+)`", (ROOT / "README.md").read_text()):
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "promises.md"], ids=lambda page: page.name)
+def test_files_that_the_readme_names_exist(page: Path) -> None:
+    text = page.read_text()
+    for path in re.findall(r"`((?:tests|examples|docs)/[\w./*]+)`", text):
         assert list(ROOT.glob(path)) or path == "docs/_build/html", path
+    for name in re.findall(r"`(test_[\w*]+\.py)`", text):  # wherever it is under tests
+        assert list((ROOT / "tests").rglob(name)), name

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import images, picture, scramble, small_net, small_resnet
+from support import images, picture, private, scramble, small_net, small_resnet
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torchvision.models import ResNet, resnet18, resnext50_32x4d
@@ -181,10 +181,9 @@ def test_complex_tensors_are_summed() -> None:
     for name in ("a", "b"):
         resadapt.inject_adapters(model, (), name=name, head="head")
         with torch.no_grad():
-            model.head.weight.add_(2j if name == "a" else 4j)
+            private(model, "head", name).weight.add_(2j if name == "a" else 4j)
     resadapt.combine_adapters(model, {"a": 0.5, "b": 0.5}, "c")
-    combined = model.head.weight
-    resadapt.set_active_adapters(model, None)
+    combined = private(model, "head", "c").weight
     torch.testing.assert_close(combined - model.head.weight, torch.full((2, 4), 3j))
 
 

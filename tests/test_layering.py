@@ -20,13 +20,14 @@ OPTIONAL = {"safetensors"}
 FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "base": (
-            ("version", "errors", "names", "spec", "tensors", "nested", "checkpointed"),
-            ("undisturbed", "arguments", "inputs", "module_record", "blueprint"),
-            ("outputs", "fingerprint"),
+            ("version", "errors", "names", "spec", "tensors", "nested", "checkpointed", "overlay"),
+            ("snapshot", "arguments", "inputs", "module_record", "blueprint"),
+            ("undisturbed", "fingerprint"),
+            ("outputs",),
         ),
         "adapters": (
             ("family",),
-            ("pointwise", "folding", "convolutions", "listing"),
+            ("pointwise", "folding", "convolutions", "registry"),
             ("pooled", "series", "bottleneck", "ssf", "mona", "conv", "lora", "parallel"),
             ("",),
         ),
@@ -35,8 +36,10 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
         "injection": (
             ("mixture",),
             ("slots",),
-            ("walk", "place"),
-            ("sharding", "patterns", "freeze", "owned", "ledger"),
+            ("walk",),
+            ("sharding", "patterns", "freeze", "route"),
+            ("private",),
+            ("ledger",),
             ("watch", "intercept"),
             ("hooks",),
             ("measure",),
@@ -147,7 +150,7 @@ def test_imports_point_one_way(name: str) -> None:
             "from resadapt.injection.hooks import attach",
             "injection.slots may not import resadapt.injection.hooks",
         ),
-        ("injection.owned", "from resadapt.injection.freeze import x", "injection.owned may not import resadapt.injection.freeze"),
+        ("injection.route", "from resadapt.injection.freeze import x", "injection.route may not import resadapt.injection.freeze"),
         (
             "injection.sets",
             "def f():\n    import resadapt.files.container",

@@ -12,14 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import images, small_net, small_resnet
+from support import images, private, small_net, small_resnet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import resadapt
 from resadapt.adapters import FAMILIES
-from resadapt.injection.ledger import adapter_tensors, ledger_of, own_tensors
+from resadapt.injection.ledger import adapter_tensors, ledger_of
+from resadapt.injection.private import private_tensors
 
 SETS: dict[str, dict[str, Any]] = {
     "pooled": {"layers": ("layer2", "layer4"), "head": "fc", "dropout": 0.0},
@@ -49,7 +50,7 @@ def _mixed_model() -> Any:
 
 def gradients_of(model: nn.Module, name: str) -> dict[str, Tensor | None]:
     record = ledger_of(model).sets[name]
-    tensors = dict(adapter_tensors(model, record.spec)) | own_tensors(model, record)
+    tensors = dict(adapter_tensors(model, record.spec)) | private_tensors(model, record.spec)
     return {key: tensor.grad for key, tensor in tensors.items()}
 
 
@@ -168,8 +169,8 @@ def test_trained_sets_are_left_trainable_until_the_next_switch() -> None:
     assert not model.layer4[-1].get_submodule("resadapt.pooled.up").weight.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters()), "no optimizer can apply them later"
     resadapt.set_active_adapters(model, "wide")
-    assert model.fc.weight.grad is None
-    assert model.fc.weight.requires_grad
+    assert private(model, "fc", "wide").weight.grad is None
+    assert private(model, "fc", "wide").weight.requires_grad
 
 
 @pytest.mark.parametrize("policy", ["affine", "stats"])
@@ -216,8 +217,8 @@ def test_many_sets_on_one_backbone() -> None:
     for number in range(64):
         resadapt.inject_adapters(model, "layer4", 2, name=f"s{number}", head="fc")
         with torch.no_grad():
-            model.fc.bias.fill_(float(number))
-            model.fc.weight.zero_()
+            private(model, "fc", f"s{number}").bias.fill_(float(number))
+            private(model, "fc", f"s{number}").weight.zero_()
     model.eval()
     with resadapt.adapters_for(model, [f"s{63 - number}" for number in range(64)]):
         assert model(x)[:, 0].tolist() == [float(63 - number) for number in range(64)]
@@ -345,12 +346,12 @@ def test_inference_mode_makes_no_heads_that_cannot_be_trained() -> None:
     assert reached(model)["a"] == {True}
 
 
-def test_flags_and_hooks_inside_of_a_head_are_those_of_the_place() -> None:
+def test_flags_inside_of_a_head_and_hooks_around_it() -> None:
     model, x = tiny(nn.BatchNorm1d(6)), images(4)
     resadapt.set_active_adapters(model, "a")
-    model.fc[1].eval()
-    model.fc[0].register_forward_hook(lambda _module, _args, output: 2 * output)
-    model.fc[2].register_forward_pre_hook(lambda _module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True)
+    private(model, "fc", "a")[1].eval()
+    private(model, "fc", "a")[0].register_forward_hook(lambda _module, _args, output: 2 * output)
+    model.fc.register_forward_pre_hook(lambda _module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True)
     before = resadapt.adapter_state_dict(model, "a")
     expected = model(x)
     with resadapt.adapters_for(model, ["a"] * 4):
@@ -376,7 +377,7 @@ def test_a_family_that_reads_a_weight_reads_that_of_its_set() -> None:
         model = Tiny().eval()
         resadapt.inject_adapters(model, "bn", family="reading", norm="affine", name="a")
         with torch.no_grad():
-            model.bn.weight.add_(1)
+            private(model, "bn", "a").weight.add_(1)
         expected = model(images(2))
         with resadapt.adapters_for(model, ["a", "a"]):
             torch.testing.assert_close(model(images(2)), expected)

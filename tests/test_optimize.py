@@ -26,7 +26,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import resadapt
 from resadapt.base.tensors import CHANNELS_LAST
-from resadapt.injection.freeze import Overlay
+from resadapt.base.overlay import Overlay
 from resadapt.lean.bits import packed, unpacked
 from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, SmallIndexPool
 from resadapt.lean.layers import LeanMaxPool2d

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import small_resnet
+from support import private, small_resnet
 from torch import nn
 from torchvision.models import resnet18
 
@@ -29,13 +29,13 @@ def test_trainable_parameters_are_the_sets_own() -> None:
     model = resadapt.inject_adapters(small_resnet(), head="fc")
     named = dict(resadapt.named_trainable_parameters(model))
     assert len(named) == 4 * 4 + 2
-    assert all(".resadapt.default." in name or name.startswith("fc.") for name in named)
+    assert all(".resadapt.default." in name or name.startswith("fc.resadapt.default@fc.") for name in named)
     assert [id(p) for p in resadapt.trainable_parameters(model)] == [id(p) for p in named.values()]
     model.requires_grad_(True)
     assert list(dict(resadapt.named_trainable_parameters(model))) == list(named), "never one of the backbone"
     assert resadapt.count_parameters(model).trainable > 11_000_000, "and the count tells that it was unfrozen"
     model.layer1.requires_grad_(False)
-    model.fc.bias.requires_grad_(False)
+    private(model, "fc").bias.requires_grad_(False)
     assert len(list(resadapt.trainable_parameters(model))) == 3 * 4 + 1
 
 

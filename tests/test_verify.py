@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.prune
-from support import SmallNet, images, picture, small_net, small_resnet, train
+from support import SmallNet, images, picture, private, small_net, small_resnet, train
 from torch import Tensor, nn
 
 import resadapt
@@ -337,7 +337,8 @@ def test_a_tensor_that_comes_back_otherwise(model: nn.Module, path: Path, monkey
     def careless(clean: nn.Module, *args: Any) -> None:
         load(clean, *args)
         with torch.no_grad():
-            clean.fc.bias[0] = torch.nextafter(clean.fc.bias[0], torch.tensor(math.inf))
+            bias = private(clean, "fc").bias
+            bias[0] = torch.nextafter(bias[0], torch.tensor(math.inf))
 
     monkeypatch.setattr(resadapt.proof.compare, "load_file_content", careless)
     with pytest.raises(resadapt.VerificationError, match=r"tensors +failed +differ: 'head\.fc\.bias'"):
@@ -349,7 +350,7 @@ def test_verifying_another_models_file(model: nn.Module, path: Path) -> None:
     resadapt.save_adapters(model, path)
     assert resadapt.verify_adapters(model, path, metric=lambda m: m(X).sum()).ok
     with torch.no_grad():
-        model.fc.bias.add_(1)
+        private(model, "fc").bias.add_(1)
     report = resadapt.verify_adapters(model, path, metric=lambda m: m(X).sum())
     assert not report.ok
     assert (outcomes(report)["tensors"], outcomes(report)["outputs"], outcomes(report)["metric"]) == ("failed",) * 3

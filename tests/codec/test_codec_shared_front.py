@@ -18,9 +18,9 @@ from av1partition.training.loop import predict_logits
 from av1partition.training.small_maps import SmallMaps
 from av1partition.training.trainees import behind_front
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 
-from resadapt import set_active_adapters
+from resadapt import cache_prefix, forward_all, set_active_adapters
 
 CPU = torch.device("cpu")
 
@@ -87,6 +87,23 @@ def test_nothing_is_shared_where_the_first_part_is_adapted(stage1_file: Callable
     inputs = with_quantizer(torch.rand(70, 1, 16, 16), torch.randint(0, 256, (70,)))
     model, (data,) = behind_front(cascade, STAGE2, [TensorDataset(inputs, torch.zeros(70))], CPU)
     assert torch.equal(predict_logits(model, data.tensors[0], CPU), predict_logits(Answers(cascade, STAGE2), inputs, CPU))
+
+
+def test_the_library_gives_the_same_answers(stage1_file: Callable[[BackboneKind], Path]) -> None:
+    torch.manual_seed(0)
+    cascade = adapt(Cascade(load_stage1(stage1_file("plain"))), STAGE2, layers=["layer3", "layer4"], quantizer=True).eval()
+    data = TensorDataset(with_quantizer(torch.rand(64, 1, 16, 16), torch.randint(0, 256, (64,))), torch.zeros(64))
+    model, (packed,) = behind_front(cascade, STAGE2, [data], CPU)
+    expected = predict_logits(model, packed.tensors[0], CPU)
+    with torch.no_grad(), SmallMaps():
+        cache = cache_prefix(cascade, data, batch_size=64)
+        features, _ = default_collate([cache[i] for i in range(64)])
+        assert torch.equal(cache.forward(features)["stage2"], expected)
+        answers = forward_all(cascade, data.tensors[0], [None, "stage2"])
+    assert torch.equal(answers["stage2"]["stage2"], expected)
+    set_active_adapters(cascade, None)
+    with torch.no_grad(), SmallMaps():
+        assert torch.equal(answers[None]["stage1"], cascade(data.tensors[0])["stage1"])
 
 
 def test_several_sets_share_what_none_of_them_changes(stage1_file: Callable[[BackboneKind], Path]) -> None:

@@ -382,8 +382,9 @@ def test_stage3_with_misrouted_blocks(adapter_run: Run, tmp_path: Path) -> None:
     arguments = adapter_run[0]
     where = [*arguments[:4], "--output-dir", str(tmp_path), "--epochs", "1", "--device", "cpu", "--kind", "rect", "--use-adapters"]
     model = adapt(Cascade(load_stage1(Path(arguments[3]))), STAGE2)
+    *_, bias = (parameter for parameter in model.specialists["stage2"].parameters() if parameter.requires_grad)
     with torch.no_grad():
-        model.specialists["stage2"].linear.bias.copy_(torch.tensor([0.0, 100.0, 0.0]))  # All are RECT to it.
+        bias.copy_(torch.tensor([0.0, 100.0, 0.0]))  # All are RECT to it.
     save_adapters(model, tmp_path / "stage2.pt", verify=False)
     noisy = ["--noise-injection", "0.1", "--stage2-model", str(tmp_path / "stage2.pt")]
     train_stage3.main([*where, *noisy])

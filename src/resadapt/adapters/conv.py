@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from resadapt.adapters.convolutions import Convolution, convolution_like, convolution_of, cropped, own_module
+from resadapt.adapters.convolutions import Convolution, convolution_like, convolution_of, cropped, nn_class
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
 
 __all__ = ["ConvAdapter"]
@@ -71,7 +71,7 @@ class ConvAdapter(Adapter):
         self._cropped = site.spatial_dims if transposed else 0
         self.down = _beside(place, site, bottleneck) if not behind else _behind(place, site, bottleneck)
         self.act = _ACTIVATIONS[activation]()
-        self.up = own_module("Conv", site.spatial_dims)(bottleneck, site.channels, 1, bias=False)
+        self.up = nn_class("Conv", site.spatial_dims)(bottleneck, site.channels, 1, bias=False)
         self.scale = nn.Parameter(torch.ones(site.channels, *[1] * site.spatial_dims))
         for convolution in (self.down, self.up):
             fan = convolution.out_channels * math.prod(convolution.kernel_size)
@@ -100,7 +100,7 @@ def _beside(place: nn.Module, site: Site, width: int) -> Convolution:
         if isinstance(each, Convolution | nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d | nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d):
             step = each.stride if isinstance(each.stride, tuple) else (each.stride,) * site.spatial_dims
             strides = [a * b for a, b in zip(strides, step, strict=True)]
-    kind = own_module("Conv", site.spatial_dims)
+    kind = nn_class("Conv", site.spatial_dims)
     down: Convolution = kind(_divided(channels, width), width, 3, stride=strides, padding=1, groups=width, bias=False)
     return down
 
@@ -110,7 +110,7 @@ def _behind(place: nn.Module, site: Site, width: int) -> Convolution:
     options: dict[str, Any] = {"kernel_size": 3}
     if isinstance(place, Convolution):
         options = {"kernel_size": place.kernel_size, "dilation": place.dilation, "padding_mode": place.padding_mode}
-    kind = own_module("Conv", site.spatial_dims)
+    kind = nn_class("Conv", site.spatial_dims)
     down: Convolution = kind(_divided(site.channels, width), width, padding="same", groups=width, bias=False, **options)
     return down
 

@@ -14,7 +14,7 @@ __all__ = [
     "convolution_of",
     "cropped",
     "layer_of",
-    "own_module",
+    "nn_class",
     "paddings",
     "rows",
     "weight_and_bias",
@@ -101,8 +101,8 @@ def cropped(x: Tensor, like: Tensor, dims: int) -> Tensor:
     return x
 
 
-def own_module(kind: str, dims: int) -> Any:
-    """Returns one of torch's classes that come for every number of dimensions, such as ``own_module("Conv", 2)``."""
+def nn_class(kind: str, dims: int) -> Any:
+    """Returns one of torch's classes that come for every number of dimensions, such as ``nn_class("Conv", 2)``."""
     return getattr(nn, f"{kind}{dims}d")
 
 

@@ -8,7 +8,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from resadapt.adapters.family import Site
 
-__all__ = ["own_tensors", "swap_if_transposed"]
+__all__ = ["affine_tensors", "swap_if_transposed"]
 
 _CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm, FrozenBatchNorm2d, LayerNorm2d)
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
@@ -16,7 +16,7 @@ _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 _KNOWN = ("torch.nn.modules.", "torchvision.ops.misc", "torchvision.models.convnext", "resadapt.")
 
 
-def own_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+def affine_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
     """Returns the weight and bias of a layer that is affine in them, for each channel of its output.
 
     Args:
@@ -30,7 +30,7 @@ def own_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
         ValueError: It is no such layer, has no weight of its own, or its channels are not those of the site.
 
     Example:
-        >>> weight, bias = own_tensors(nn.Conv2d(3, 8, 5), Site(8))
+        >>> weight, bias = affine_tensors(nn.Conv2d(3, 8, 5), Site(8))
         >>> weight.shape
         torch.Size([8, 3, 5, 5])
     """

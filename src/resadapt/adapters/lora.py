@@ -10,7 +10,7 @@ from resadapt.adapters.convolutions import (
     convolution_like,
     cropped,
     layer_of,
-    own_module,
+    nn_class,
     rows,
     weight_and_bias,
     weight_from,
@@ -88,7 +88,7 @@ class LoraAdapter(Adapter):
             self.groups, self._each_channel = layer.groups, [-1] + [1] * site.spatial_dims
             width = layer.groups * bottleneck
             self.down = convolution_like(layer, layer.in_channels, width, layer.groups)
-            self.up = own_module("Conv", site.spatial_dims)(width, layer.out_channels, 1, groups=layer.groups, bias=False)
+            self.up = nn_class("Conv", site.spatial_dims)(width, layer.out_channels, 1, groups=layer.groups, bias=False)
         else:
             self.groups, self._each_channel = 1, [-1]
             self.down = nn.Linear(layer.in_features, bottleneck, bias=False)

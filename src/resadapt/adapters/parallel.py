@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from resadapt.adapters.convolutions import convolution_of, own_module, paddings, weight_and_bias
+from resadapt.adapters.convolutions import convolution_of, nn_class, paddings, weight_and_bias
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
 
 __all__ = ["ParallelAdapter"]
@@ -58,7 +58,7 @@ class ParallelAdapter(Adapter):
         self.pad = nn.Identity() if self.transposed else _pad(layer.padding_mode, around)
         self._first = [-left for left, _ in around]
         self._embedding = [side for k in reversed(layer.kernel_size) for side in ((k - 1) // 2, k // 2)]
-        kind = own_module("ConvTranspose" if self.transposed else "Conv", dims)
+        kind = nn_class("ConvTranspose" if self.transposed else "Conv", dims)
         # A stride is a choice of positions. Left to the convolution, at few channels in channels_last, its gradient destroys memory
         # (torch 2.14 on the CPU: F.conv2d of [N, 3, 16, 16] with one tap and stride 2).
         stride, self._steps = (layer.stride, [1] * dims) if self.transposed else (1, list(layer.stride))
@@ -96,7 +96,7 @@ def _pad(mode: str, around: list[tuple[int, int]]) -> nn.Module:
     added, cropped = [max(side, 0) for side in sides], [min(side, 0) for side in sides]
     steps: list[Any] = []
     if any(added):
-        steps.append(own_module(_PADS[mode], dims)(added) if mode in _PADS else own_module("ConstantPad", dims)(added, 0.0))
+        steps.append(nn_class(_PADS[mode], dims)(added) if mode in _PADS else nn_class("ConstantPad", dims)(added, 0.0))
     if any(cropped):
-        steps.append(own_module("ConstantPad", dims)(cropped, 0.0))
+        steps.append(nn_class("ConstantPad", dims)(cropped, 0.0))
     return nn.Sequential(*steps) if steps else nn.Identity()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
-from resadapt.adapters.folding import own_tensors, swap_if_transposed
+from resadapt.adapters.folding import affine_tensors, swap_if_transposed
 from resadapt.adapters.pointwise import pointwise
 
 __all__ = ["SeriesAdapter"]
@@ -81,7 +81,7 @@ class SeriesAdapter(Adapter):
         Raises:
             ValueError: The module mixes no channels, or only those of a group, or has no bias for the norm's shift.
         """
-        weight, bias = own_tensors(module, self._place)
+        weight, bias = affine_tensors(module, self._place)
         kind = type(module).__name__
         if weight.ndim == 1:
             raise ValueError(f"{kind} scales each channel by itself, and alpha mixes channels")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
-from resadapt.adapters.folding import own_tensors, swap_if_transposed
+from resadapt.adapters.folding import affine_tensors, swap_if_transposed
 
 __all__ = ["SsfAdapter"]
 
@@ -65,7 +65,7 @@ class SsfAdapter(Adapter):
         Raises:
             ValueError: The module has no weight, or beta is not zero and it has no bias.
         """
-        weight, bias = own_tensors(module, self._place)
+        weight, bias = affine_tensors(module, self._place)
         gamma, beta = self.gamma.to(weight.dtype), self.beta.to(weight.dtype)
         rows = swap_if_transposed(module, weight)
         scaled = swap_if_transposed(module, rows * gamma.reshape([-1] + [1] * (rows.ndim - 1)))

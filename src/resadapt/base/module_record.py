@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resadapt.base.overlay import is_ours
 from resadapt.base.tensors import dtype_name, raw_bytes
 
 __all__ = ["ModuleRecord", "other_state", "record_modules"]
@@ -49,7 +50,7 @@ class ModuleRecord:
     @classmethod
     def of(cls, module: nn.Module) -> ModuleRecord:
         """Returns the record of a module, without its children."""
-        kind = _own_type(module)
+        kind = next(cls for cls in type(module).__mro__ if not is_ours(cls))
         state = {key: hashlib.sha256(_canonical(value)).hexdigest() for key, value in other_state(module).items()}
         name = "BatchNorm" if kind.__name__ in _BATCH_NORMS else kind.__name__
         return cls(name, _config(module, kind), state)
@@ -82,12 +83,6 @@ def other_state(module: nn.Module) -> dict[str, Any]:
     saved: dict[str, Any] = {}
     module._save_to_state_dict(saved, "", True)
     return {key: value for key, value in saved.items() if key not in module._parameters and key not in module._buffers}
-
-
-def _own_type(module: nn.Module) -> type[nn.Module]:
-    """Returns a module's class; what this library or a sharding put over it for a while is left out."""
-    ours = ("resadapt.", "torch.distributed.")
-    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith(ours))
 
 
 def _has_no_effect(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-__all__ = ["listing", "reasons_listing", "within"]
+__all__ = ["quote_names", "quote_reasons", "within"]
 
 
 def within(name: str, modules: Collection[str]) -> bool:
@@ -12,12 +12,12 @@ def within(name: str, modules: Collection[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def listing(names: Collection[str], most: int = 8) -> str:
+def quote_names(names: Collection[str], most: int = 8) -> str:
     """Joins names for a message, the first few of them if they are many."""
     return _first(", ", [repr(name) for name in names], most)
 
 
-def reasons_listing(reasons: Mapping[str, str], most: int = 8) -> str:
+def quote_reasons(reasons: Mapping[str, str], most: int = 8) -> str:
     """Joins names and what is said of each for a message, the first few of them if they are many."""
     return _first("; ", [f"{name!r} {reason}" for name, reason in reasons.items()], most)
 

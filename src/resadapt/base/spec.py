@@ -82,8 +82,8 @@ class SetSpec:
     blueprints: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def own(self) -> tuple[str, ...]:
-        """Names of all the backbone's modules of which the set has its own."""
+    def private(self) -> tuple[str, ...]:
+        """Names of all the backbone's modules in whose place the set runs private ones: head and norms."""
         return self.head + self.norms
 
     def to_json(self) -> dict[str, Any]:

@@ -16,11 +16,12 @@ __all__ = [
     "address",
     "dtype_name",
     "dtype_named",
+    "full_tensor",
     "is_channels_last",
     "is_dense",
     "is_sharded",
+    "local_shard",
     "memory_format",
-    "own_part",
     "plain_parts",
     "raw_bytes",
     "row_digests",
@@ -28,7 +29,6 @@ __all__ = [
     "sha256",
     "sha256_of_each",
     "stamp",
-    "whole",
 ]
 
 
@@ -54,13 +54,13 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested or made_of_others)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Returns a sharded tensor gathered from all processes, any other as it is."""
     gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return gathered
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Returns what this process has of a sharded tensor, any other as it is."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return part
@@ -148,7 +148,7 @@ def _plain_bytes(tensor: Tensor) -> memoryview:
 
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     """Walks the dense tensors of which a tensor is made: itself, or those inside a sparse, nested, quantized or wrapper tensor."""
-    tensor = whole(tensor)
+    tensor = full_tensor(tensor)
     if tensor.is_nested:
         yield from tensor.unbind()
     elif tensor.layout is torch.sparse_coo:

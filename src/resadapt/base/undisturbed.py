@@ -12,69 +12,39 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from resadapt.base.tensors import own_part, same_bits
+from resadapt.base.snapshot import Snapshot
 
-__all__ = ["EAGERLY", "call", "in_evaluation", "is_undisturbed", "put_over", "random_state", "random_states_kept", "undisturbed"]
+__all__ = ["EAGERLY", "call", "is_undisturbed", "put_over", "random_state", "random_states_kept", "restored", "undisturbed"]
 
 
 @contextmanager
-def undisturbed(model: nn.Module, aside: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Runs the body in evaluation mode, eagerly and without gradients, and puts everything back that it may have moved.
+def restored(model: nn.Module) -> Iterator[None]:
+    """Runs the body in evaluation mode, eagerly and without gradients, and restores everything that it may have moved.
 
-    Put back are training flags, buffers, `requires_grad`, gradients, and the random states.
-
-    Args:
-        model: The model.
-        aside: Modules outside of it that belong to it.
+    Restored are training flags, buffers, `requires_grad`, gradients, and the random states.
     """
-    roots = (model, *aside)
-    buffers = [
-        (module, {key: (b, None if b is None else b.clone()) for key, b in module._buffers.items()})
-        for root in roots
-        for module in nn.Module.modules(root)
-    ]
-    parameters = [
-        (p, p.requires_grad, p.grad, None if p.grad is None else p.grad.clone())
-        for root in roots
-        for p in nn.Module.parameters(root)
-    ]
-    devices = {parameter.device for parameter, *_ in parameters} or {torch.device("cpu")}
-    with ExitStack() as stack:
-        stack.enter_context(random_states_kept(devices))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(EAGERLY)
-        stack.callback(_inside.reset, _inside.set(True))
-        for kind in {device.type for device in devices} - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        for root in roots:
-            stack.enter_context(in_evaluation(root))
+    devices = {parameter.device for parameter in nn.Module.parameters(model)} or {torch.device("cpu")}
+    snapshot = Snapshot(model)
+    with random_states_kept(devices), torch.no_grad(), EAGERLY:
         try:
+            for module in nn.Module.modules(model):  # not model.eval(), which a model may have made do more than this
+                module.training = False
             yield
         finally:
-            for module, before in buffers:
-                _put_back(module, before)
-            for parameter, requires_grad, gradient, value in parameters:
-                if parameter.requires_grad is not requires_grad:
-                    parameter.requires_grad_(requires_grad)
-                # Of a sharded one what is here: others may not be asked, since they may not be here.
-                if gradient is not None and value is not None and not same_bits(own_part(gradient), own_part(value)):
-                    gradient.copy_(value)
-                parameter.grad = gradient
+            snapshot.restore()
 
 
 @contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Runs the body in evaluation mode, and puts the training flags back."""
-    training = [(module, module.training) for module in nn.Module.modules(model)]
-    try:
-        for module, _ in training:  # not model.eval(), which a model may have made do more than this
-            module.training = False
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Runs the body as `restored` does, without autocast and with no norm folded: outputs that two models can be compared by."""
+    kinds = {parameter.device.type for parameter in nn.Module.parameters(model)} or {"cpu"}
+    with restored(model), ExitStack() as stack:
+        stack.callback(_inside.reset, _inside.set(True))
+        for kind in kinds - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-    finally:
-        for module, mode in training:
-            module.training = mode
 
 
 @contextmanager
@@ -160,16 +130,3 @@ def _compilation_off() -> AbstractContextManager[object]:
         return eager
     older: AbstractContextManager[object] = torch._dynamo.config.patch(disable=True)
     return older
-
-
-def _put_back(module: nn.Module, before: dict[str, tuple[Tensor | None, Tensor | None]]) -> None:
-    for key in [key for key in module._buffers if key not in before]:
-        del module._buffers[key]
-    for key, (buffer, value) in before.items():
-        module._buffers[key] = buffer  # the module may have put another one there
-        if buffer is None or value is None or torch.equal(buffer, value):
-            continue
-        if buffer.shape == value.shape:
-            buffer.copy_(value)
-        else:  # it was resized in place
-            module._buffers[key] = value

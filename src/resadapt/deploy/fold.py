@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError
-from resadapt.base.names import reasons_listing
+from resadapt.base.names import quote_reasons
 from resadapt.base.tensors import address
 from resadapt.deploy.plain_copy import plain_copy
 from resadapt.deploy.same_outputs import check_outputs
@@ -74,7 +74,7 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
             refused[site_at[owner]] = f"({type(module).__name__}): {reason}"
     if refused:
         raise AdapterError(
-            f"Adapters of family {record.spec.family!r} cannot be folded at {reasons_listing(refused)}. "
+            f"Adapters of family {record.spec.family!r} cannot be folded at {quote_reasons(refused)}. "
             "resadapt.inference_copy(model) gives a model of plain modules with any adapters."
         )
     for owner, (weight, bias) in changes.items():

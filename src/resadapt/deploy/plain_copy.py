@@ -9,11 +9,12 @@ from torch import nn
 
 from resadapt.adapters import Adapter
 from resadapt.base.errors import AdapterError
-from resadapt.injection.freeze import thaw_norm
+from resadapt.injection.freeze import thaw_norm, wake_norms
 from resadapt.injection.hooks import detach, later_hooks, unwatch
+from resadapt.injection.installation import take_place
 from resadapt.injection.ledger import LEDGER, adapter_of, ledger_of
-from resadapt.injection.owned import mark
-from resadapt.injection.switching import activate
+from resadapt.injection.private import private_module
+from resadapt.injection.route import unroute
 from resadapt.injection.walk import backbone_modules, behind_wrappers, check_values, find_module, find_slot, named_tensors, unwrap
 
 __all__ = ["PlainCopy", "plain_copy"]
@@ -49,15 +50,21 @@ def plain_copy(model: nn.Module, name: str) -> PlainCopy:
     except Exception as error:
         raise AdapterError(f"The model cannot be copied: {type(error).__name__}: {error}") from error
     ledger = ledger_of(plain)
-    activate(plain, ledger, name)
     spec = ledger.sets[name].spec
+    private = {path: private_module(plain, spec, path) for path in spec.private}
     adapters = {site.owner: adapter_of(plain, spec, site) for site in spec.sites}
     later = {owner: later_hooks(find_module(plain, owner)) for owner in adapters}
     for _, module in list(backbone_modules(plain)):
-        thaw_norm(module)
-        if find_slot(module):
+        if slot := find_slot(module):
+            slot.routes.clear()
             detach(module)
-    mark(plain, ())
+    for adapter in adapters.values():
+        wake_norms(adapter)
+    for path, module in private.items():
+        take_place(plain, path, module)
+    for _, module in backbone_modules(plain):
+        unroute(module)
+        thaw_norm(module)
     unwatch(plain)
     del plain.__dict__[LEDGER]
     for _, module in list(backbone_modules(plain)):

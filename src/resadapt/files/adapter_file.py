@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resadapt.base.errors import AdapterFileError
 from resadapt.base.fingerprint import Fingerprint, TensorRecord, record_tensors, tensor_differences, tensor_records
-from resadapt.base.names import listing, reasons_listing
+from resadapt.base.names import quote_names, quote_reasons
 from resadapt.base.spec import SetSpec
 from resadapt.base.version import __version__
 from resadapt.files.container import decode, encode, format_for
@@ -144,11 +144,11 @@ def read_adapter_file(path: str | bytes | os.PathLike[str]) -> tuple[AdapterInfo
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path}: its manifest is not one of format {number}: {error!r}. Save it again.") from error
     if strange := [name for name in tensors if not name.startswith(("adapters.", "head.", "norms.", "probe."))]:
-        raise AdapterFileError(f"{path}: it has tensors of no known kind: {listing(strange)}. Save it again.")
+        raise AdapterFileError(f"{path}: it has tensors of no known kind: {quote_names(strange)}. Save it again.")
     if info.probe and (lost := [place for place in info.probe.outputs if f"probe.{place}" not in tensors]):
-        raise AdapterFileError(f"{path}: the recorded outputs {listing(lost)} are missing. Save it again.")
+        raise AdapterFileError(f"{path}: the recorded outputs {quote_names(lost)} are missing. Save it again.")
     if wrong := tensor_differences(tensors, info.tensors):
-        raise AdapterFileError(f"{path}: its tensors are not those of its manifest: {reasons_listing(wrong)}. Save it again.")
+        raise AdapterFileError(f"{path}: its tensors are not those of its manifest: {quote_reasons(wrong)}. Save it again.")
     return info, tensors
 
 

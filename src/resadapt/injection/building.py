@@ -16,11 +16,10 @@ from typing_extensions import override
 from resadapt.adapters import FAMILIES, Adapter, Site
 from resadapt.adapters.family import options_of, takes
 from resadapt.base.errors import InjectionError
-from resadapt.base.names import listing
+from resadapt.base.names import quote_names
+from resadapt.base.overlay import stock_classes
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.tensors import is_dense
-from resadapt.injection.freeze import as_built
-from resadapt.injection.ledger import plain_module
 from resadapt.injection.measure import declared
 from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, persistent_tensors
 
@@ -28,7 +27,7 @@ __all__ = [
     "build",
     "family_named",
     "fitting_places",
-    "plain_options",
+    "json_options",
     "saved_shapes",
     "saved_tensors",
     "weightless",
@@ -43,20 +42,20 @@ def family_named(name: str) -> type[Adapter]:
     """
     if not isinstance(name, str) or name not in FAMILIES:
         raise InjectionError(
-            f"family={name!r} does not exist; there is {listing(FAMILIES)}. A family of your own must be registered first, with "
+            f"family={name!r} does not exist; there is {quote_names(FAMILIES)}. A family of your own must be registered first, with "
             f"@resadapt.register_family({name!r}) on its class."
         )
     return FAMILIES[name]
 
 
-def plain_options(family: type[Adapter], given: dict[str, Any]) -> dict[str, Any]:
+def json_options(family: type[Adapter], given: dict[str, Any]) -> dict[str, Any]:
     """Returns a family's options as a file gives them back, where tuples are lists.
 
     Raises:
         InjectionError: One is no JSON value.
     """
     if misplaced := sorted({"bottleneck", "dropout", "site"} & given.keys()):
-        raise InjectionError(f"{listing(misplaced)} is no option of a family. Leave it out.")
+        raise InjectionError(f"{quote_names(misplaced)} is no option of a family. Leave it out.")
     options = options_of(family, given)
     for name, value in options.items():
         try:
@@ -142,7 +141,7 @@ def fitting_places(model: nn.Module, spec: SetSpec) -> str:
             continue
         if buildable(model, spec, SiteSpec(name, name, shape.channels, shape.spatial_dims, bottleneck, shape.channel_dim)):
             found.append(name)
-    return f"It can adapt {listing(found)}." if found else ""
+    return f"It can adapt {quote_names(found)}." if found else ""
 
 
 def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
@@ -153,7 +152,7 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
     except TypeError as error:
         raise InjectionError(f"family {spec.family!r} does not take these options: {error}.") from error
     except ValueError as error:
-        kind = type(plain_module(model, site.name)).__name__
+        kind = type(find_module(model, site.name)).__name__
         raise InjectionError(
             f"family {spec.family!r} cannot adapt site {site.name!r} ({kind}): {error}. {fitting_places(model, spec)}".rstrip()
         ) from error
@@ -163,7 +162,7 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
             f"family {spec.family!r}, bottleneck {site.bottleneck}: no adapter can be made for site {site.name!r}"
             f"{where if _is_on_meta() else ''}: {type(error).__name__}: {error}."
         ) from error
-    _check_adapter(adapter, spec, plain_module(model, site.owner))
+    _check_adapter(adapter, spec, find_module(model, site.owner))
     if adapter.reads != "output" and site.owner != site.name:
         raise InjectionError(
             f"Site {site.name!r} is a Sequential: its adapter sits at its last block {site.owner!r} and would read that "
@@ -209,8 +208,8 @@ def _new(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, An
     family = family_named(spec.family)
     sizes = {"bottleneck": site.bottleneck, "dropout": spec.dropout}
     arguments = copy.deepcopy(spec.options) | dict(start) | {name: value for name, value in sizes.items() if takes(family, name)}
-    module = plain_module(model, site.name)
-    with as_built(nn.Module.modules(module)):
+    module = find_module(model, site.name)
+    with stock_classes(nn.Module.modules(module)):
         return family(Site(site.channels, site.spatial_dims, site.channel_dim, module), **arguments)
 
 

@@ -6,44 +6,52 @@ carries them can be copied, pickled, replicated and compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from resadapt.injection.freeze import drop_hook
 from resadapt.injection.slots import SLOT, AdapterSlot
 from resadapt.injection.walk import find_slot
-from resadapt.injection.watch import begin_forward, check_first_forward, check_rules, count_run, end_forward
+from resadapt.injection.watch import begin_forward, check_first_forward, check_rules, count_private, count_run, end_forward
 
-__all__ = ["apply_adapter", "attach", "detach", "drop_hook", "later_hooks", "unwatch", "watch"]
+__all__ = ["apply_adapter", "attach", "detach", "later_hooks", "slot_of", "unwatch", "unwatch_private", "watch", "watch_private"]
 
 
 def apply_adapter(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of a site's owner: the active adapter's result in place of the output."""
     slot: AdapterSlot = module._modules[SLOT]  # type: ignore[assignment]
-    if slot.active is not None or slot.mixture is not None:
+    if slot.active in slot.sites or slot.mixture is not None:
         count_run(slot)
         if slot.mixture is None and not torch.compiler.is_compiling():
             check_rules(module, slot, later_hooks(module))
     return slot.adapt(module, args, output)
 
 
-def attach(owner: nn.Module) -> AdapterSlot:
-    """Returns the slot of a module, which is made and hooked if it has none."""
+def slot_of(owner: nn.Module) -> AdapterSlot:
+    """Returns the slot of a module, which is made if it has none."""
     slot = find_slot(owner)
     if slot is None:
         slot = AdapterSlot()
         slot.train(owner.training)
         owner.add_module(SLOT, slot)
+    return slot
+
+
+def attach(owner: nn.Module) -> AdapterSlot:
+    """Returns the slot of a module that carries adapters, and has the hook apply them."""
+    slot = slot_of(owner)
+    if apply_adapter not in owner._forward_hooks.values():
         owner.register_forward_hook(apply_adapter)
     return slot
 
 
 def detach(owner: nn.Module) -> None:
-    """Takes the slot and its hook off a module."""
-    del owner._modules[SLOT]
+    """Takes the hook off a module that carries no adapter any more, and the slot if nothing else is in it."""
     drop_hook(owner._forward_hooks, apply_adapter)
+    if not owner._modules[SLOT].routes:  # type: ignore[union-attr]
+        del owner._modules[SLOT]
 
 
 def later_hooks(owner: nn.Module) -> list[int]:
@@ -70,7 +78,11 @@ def unwatch(root: nn.Module) -> None:
         del root._forward_hooks_always_called[key]
 
 
-def drop_hook(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any]) -> None:
-    """Removes a hook by its function: a handle would not survive copying and pickling."""
-    for key in [key for key, value in hooks.items() if value is hook]:
-        hooks.pop(key, None)
+def watch_private(module: nn.Module) -> None:
+    """Has the runs of a set's private module counted."""
+    module.register_forward_pre_hook(count_private)
+
+
+def unwatch_private(module: nn.Module) -> None:
+    """Ends that."""
+    drop_hook(module._forward_pre_hooks, count_private)

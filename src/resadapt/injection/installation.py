@@ -12,26 +12,19 @@ from torch.nn.parameter import is_lazy
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import listing, within
+from resadapt.base.names import quote_names, within
+from resadapt.base.snapshot import Snapshot
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.injection.building import build, family_named, saved_shapes
-from resadapt.injection.freeze import (
-    freeze_norm,
-    freeze_parameters,
-    gradients_back_on_failure,
-    is_frozen,
-    norms_of,
-    running_as_built,
-    set_trainable,
-    thaw_norm,
-)
-from resadapt.injection.hooks import attach, detach, unwatch, watch
+from resadapt.injection.freeze import freeze_backbone, freeze_norm, is_frozen, norms_of, thaw_norm, wake_norms
+from resadapt.injection.hooks import attach, detach, slot_of, unwatch, unwatch_private, watch, watch_private
 from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, find_ledger
-from resadapt.injection.owned import mark, own_copies
+from resadapt.injection.private import HOOKS, computing_hooks, private_copies
+from resadapt.injection.route import route, unroute
 from resadapt.injection.select import owner_of
 from resadapt.injection.sharding import sharded_tensors
 from resadapt.injection.slots import AdapterSlot
-from resadapt.injection.switching import activate, on_plain, train
+from resadapt.injection.switching import activate, on_backbone, train
 from resadapt.injection.walk import (
     backbone_modules,
     backbone_tensors,
@@ -42,7 +35,7 @@ from resadapt.injection.walk import (
     unwrap,
 )
 
-__all__ = ["check_model", "install", "uninstall"]
+__all__ = ["check_model", "install", "take_place", "uninstall"]
 
 
 def check_model(model: nn.Module) -> None:
@@ -102,44 +95,58 @@ def install(
         _check_untouched(model)
     else:
         _check_new(ledger, spec.name)
-    with on_plain(model):
+    with on_backbone(model):
         _check_set(model, spec)
-        _check_together(ledger, spec, heads)
         adapters = {site: build(model, spec, site, start) for site in spec.sites}
+        private = _private_copies(model, spec, heads)
         _check_apart(adapters)
     shapes = {f"{site.name}.{key}": shape for site, adapter in adapters.items() for key, shape in saved_shapes(adapter).items()}
-    record = AdapterSet(spec, example, shapes)
     if ledger is None:
         ledger = Ledger(
             fingerprint=fingerprint or Fingerprint.of(dict(backbone_modules(model)), dict(backbone_tensors(model))),
             requires_grad={path: t.requires_grad for path, t in backbone_tensors(model) if isinstance(t, nn.Parameter)},
             training={path: module.training for path, module in backbone_modules(model)},
         )
-    with on_plain(model):
-        record.parked = own_copies(model, spec.own, heads)
-        for name in spec.norms:
-            set_trainable(record.parked[name], spec.norm)
-            if not within(name, running_as_built(spec)):
-                freeze_norm(record.parked[name])
-    before = ledger.active
-    with gradients_back_on_failure(model):
-        try:
-            activate(model, ledger, None)
-            model.__dict__[LEDGER] = ledger
-            ledger.sets[spec.name] = record
-            mark(model, _owned(ledger))
-            freeze_parameters(model)
-            for site, adapter in adapters.items():
-                attach(find_module(model, site.owner)).insert(spec.name, site, adapter)
-            activate(model, ledger, spec.name)
-            watch(model)
-            fill()
-            train(model, ledger, (spec.name,))
-        except BaseException:
-            uninstall(model, ledger, spec.name)
-            if ledger.sets:
-                activate(model, ledger, before)
-            raise
+    before, snapshot = ledger.active, Snapshot(model, values=False)
+    try:
+        model.__dict__[LEDGER] = ledger
+        ledger.sets[spec.name] = AdapterSet(spec, example, shapes)
+        freeze_backbone(model)
+        for site, adapter in adapters.items():
+            attach(find_module(model, site.owner)).insert(spec.name, site, adapter)
+        for name, module in private.items():
+            _insert_private(model, spec, name, module)
+        activate(model, ledger, spec.name)
+        watch(model)
+        fill()
+        train(model, ledger, (spec.name,))
+    except BaseException:
+        uninstall(model, ledger, spec.name)
+        if ledger.sets:
+            activate(model, ledger, before)
+        snapshot.restore()
+        raise
+
+
+def _private_copies(model: nn.Module, spec: SetSpec, heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Returns the modules that a set runs in place of the backbone's, with flags as its norm policy says."""
+    copies = private_copies(model, spec.private, heads)
+    for name in spec.norms:
+        for parameter in copies[name].parameters():
+            parameter.requires_grad_("affine" in spec.norm)
+        if "stats" not in spec.norm:
+            freeze_norm(copies[name])
+    for name, module in copies.items():
+        place = find_module(model, name)
+        module.train(model.training if is_frozen(place) else place.training)
+        watch_private(module)
+    return copies
+
+
+def _insert_private(model: nn.Module, spec: SetSpec, name: str, module: nn.Module) -> None:
+    place = find_module(model, name)
+    holder, name = route(place, name)
+    slot_of(holder).insert_private(spec.name, name, module)
 
 
 def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
@@ -149,19 +156,34 @@ def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
     """
     if ledger.active == name:
         activate(model, ledger, None)
+    ledger.sets.pop(name, None)
+    ledger.trained.discard(name)
     for _, module in list(backbone_modules(model)):
         if slot := find_slot(module):
             slot.take_out(name)
             if not slot.sites:
                 detach(module)
-    ledger.sets.pop(name, None)
-    ledger.trained.discard(name)
-    mark(model, _owned(ledger))
+    used = {id(find_module(model, place)) for adapter_set in ledger.sets.values() for place in adapter_set.spec.private}
+    for _, module in backbone_modules(model):
+        if id(module) not in used:
+            unroute(module)
     if not ledger.sets:
-        _put_back(model, ledger)
+        _restore_backbone(model, ledger)
 
 
-def _put_back(model: nn.Module, ledger: Ledger) -> None:
+def take_place(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a set's private module into the model for good, in place of one of the backbone, whose hooks it takes over."""
+    place = find_module(model, name)
+    computing = computing_hooks(place)
+    for kind in HOOKS:
+        getattr(module, kind).update({key: hook for key, hook in getattr(place, kind).items() if key not in computing})
+    for parent in nn.Module.modules(model):  # which may have it under several names
+        parent._modules.update({key: module for key, child in parent._modules.items() if child is place})
+    unwatch_private(module)
+    wake_norms(module)
+
+
+def _restore_backbone(model: nn.Module, ledger: Ledger) -> None:
     """Makes a model that has no sets any more what it was before it had any."""
     for _, module in backbone_modules(model):
         thaw_norm(module)
@@ -175,10 +197,6 @@ def _put_back(model: nn.Module, ledger: Ledger) -> None:
             with torch.inference_mode(tensor.is_inference()):  # in which alone such a tensor's flag may be set
                 tensor.requires_grad_(ledger.requires_grad.get(path, tensor.requires_grad))
     model.__dict__.pop(LEDGER, None)
-
-
-def _owned(ledger: Ledger) -> set[str]:
-    return {name for record in ledger.sets.values() for name in record.spec.own}
 
 
 def _check_untouched(model: nn.Module) -> None:
@@ -201,13 +219,6 @@ def _check_new(ledger: Ledger, name: str) -> None:
         )
 
 
-def _check_together(ledger: Ledger | None, spec: SetSpec, heads: Mapping[str, nn.Module]) -> None:
-    """Refuses a head without a module where another set has an adapter, a head or a norm: switching would lose that."""
-    for record in ledger.sets.values() if ledger else ():
-        _check_inside(spec, record.spec, heads)
-        _check_inside(record.spec, spec, record.parked)
-
-
 def _check_apart(adapters: Mapping[SiteSpec, nn.Module]) -> None:
     """Refuses adapters of which two tensors would have one name in a file."""
     paths: set[str] = set()
@@ -221,20 +232,9 @@ def _check_apart(adapters: Mapping[SiteSpec, nn.Module]) -> None:
             paths.add(path)
 
 
-def _check_inside(spec: SetSpec, other: SetSpec, modules: Mapping[str, nn.Module]) -> None:
-    places = {*other.own, *(name for site in other.sites for name in (site.name, site.owner))}
-    for head in spec.head:
-        there = dict(backbone_modules(modules[head], head))
-        if gone := [place for place in places if within(place, (head,)) and place not in there]:
-            raise InjectionError(
-                f"The head {head!r} of set {spec.name!r} has no module {listing(sorted(gone))}, where the set {other.name!r} has "
-                "something of its own. Choose a head that has it, or other places for the other set."
-            )
-
-
 def _check_set(model: nn.Module, spec: SetSpec) -> None:
     if spec.norms != norms_of(model, spec.norm, spec.head):
-        raise InjectionError(f"norm={spec.norm!r}: norms {listing(spec.norms)}, are not those of this model.")
+        raise InjectionError(f"norm={spec.norm!r}: norms {quote_names(spec.norms)}, are not those of this model.")
     family_named(spec.family)
     if not 0.0 <= spec.dropout < 1.0:
         raise InjectionError(f"dropout={spec.dropout!r} is not a probability in [0, 1).")

@@ -129,7 +129,7 @@ def intercepted(model: nn.Module, sets: Iterable[SetSpec], prefix: Prefix) -> It
     own: dict[str, set[str]] = {}
     adapted: dict[str, set[str]] = {}
     for spec in sets:
-        for place in spec.own:
+        for place in spec.private:
             own.setdefault(place, set()).add(spec.name)
         for site in spec.sites:
             adapted.setdefault(site.owner, set()).add(spec.name)

@@ -1,4 +1,4 @@
-"""What an injected model remembers: its sets, what is parked of them, what it was before. It refers to no module of the model."""
+"""What an injected model remembers: its sets, and what it was before. It refers to no module of the model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from resadapt.adapters import Adapter
 from resadapt.base.errors import AdapterError, AdapterKeyError, InjectionError
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import listing, within
+from resadapt.base.names import quote_names
 from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.injection.private import private_module
 from resadapt.injection.walk import (
     backbone_modules,
+    backbone_tensors,
     find_module,
     find_slot,
     named_tensors,
@@ -31,11 +33,8 @@ __all__ = [
     "backbone_differences",
     "find_ledger",
     "ledger_of",
-    "own_modules",
-    "own_tensors",
-    "plain_module",
-    "plain_modules",
-    "plain_tensors",
+    "set_modules",
+    "set_tensors",
 ]
 
 LEDGER = "_resadapt"
@@ -44,20 +43,19 @@ LEDGER = "_resadapt"
 
 @dataclass
 class AdapterSet:
-    """One set: its description, and what it keeps aside while another set is active."""
+    """One set: its description, and what was found out about it."""
 
     spec: SetSpec
     example: Any = None
     """Form of the example input, from which a probe can be made."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """The shapes of its adapters' tensors as they were built, by ``site.tensor``."""
-    parked: dict[str, nn.Module] = field(default_factory=dict)
-    """Its own head and norms, by their places, while they are not in them."""
-    parked_requires_grad: dict[str, bool] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    """Flags of its tensors while it is not trained, by name in the model."""
     runs_checked: bool = False
-    """Whether a forward has shown which of its adapters run."""
+    """Whether a forward has shown which of its adapters and private modules run."""
     gradients_checked: bool = False
-    """Whether a forward in training has shown which of its adapters get a gradient."""
+    """Whether a forward in training has shown which of them get a gradient."""
 
 
 @dataclass
@@ -69,13 +67,10 @@ class Ledger:
     training: dict[str, bool]
     sets: dict[str, AdapterSet] = field(default_factory=dict)
     active: str | None = None
-    parked_plain: dict[str, nn.Module] = field(default_factory=dict)
-    """The backbone's own modules where the active set's are in their places."""
-
     mixing: tuple[str, ...] | None = None
     """The sets that the samples of a batch run with now, if they have one each."""
     trained: set[str] = field(default_factory=set)
-    """The sets whose adapters are trained: the one that was chosen last, and those of mixed batches since."""
+    """The sets that are trained: the one that was chosen last, and those of mixed batches since."""
 
     @property
     def active_set(self) -> AdapterSet | None:
@@ -98,10 +93,10 @@ class Ledger:
         """Returns a set, or says which there are."""
         if not isinstance(name, str):
             raise AdapterError(
-                f"name={name!r} is {type(name).__name__}: give the name of a set as text, one of {listing(self.sets)}."
+                f"name={name!r} is {type(name).__name__}: give the name of a set as text, one of {quote_names(self.sets)}."
             )
         if name not in self.sets:
-            raise AdapterKeyError(f"There is no adapter set {name!r}; the model has {listing(self.sets)}.")
+            raise AdapterKeyError(f"There is no adapter set {name!r}; the model has {quote_names(self.sets)}.")
         return self.sets[name]
 
     def chosen(self, name: object) -> AdapterSet:
@@ -109,7 +104,7 @@ class Ledger:
         if name is None:
             name = self.active or (next(iter(self.sets)) if len(self.sets) == 1 else None)
         if name is None:
-            raise AdapterKeyError(f"No adapter set is active; the model has {listing(self.sets)}. Say which one, with name=.")
+            raise AdapterKeyError(f"No adapter set is active; the model has {quote_names(self.sets)}. Say which one, with name=.")
         return self.set_named(name)
 
 
@@ -160,54 +155,34 @@ def adapter_tensors(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, Tens
             yield from named_tensors(module, f"{site.name}.{key}" if key else site.name)
 
 
-def own_modules(model: nn.Module, record: AdapterSet) -> Iterator[tuple[str, nn.Module]]:
-    """Walks the modules of a set's head and norms, parked or in their places."""
-    for name in record.spec.own:
-        yield from backbone_modules(record.parked[name] if name in record.parked else find_module(model, name), name)
-
-
-def own_tensors(model: nn.Module, record: AdapterSet) -> dict[str, Tensor]:
-    """Returns the parameters and buffers of a set's head and norms, parked or in their places."""
-    return {path: tensor for name, module in own_modules(model, record) for path, tensor in named_tensors(module, name)}
-
-
-def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns every module of the plain backbone, those in whose places the active set has its own included."""
-    ledger = find_ledger(model)
-    parked = ledger.parked_plain if ledger else {}
-    found: dict[str, nn.Module] = {}
-    for name, module in backbone_modules(model):
-        if name in parked:
-            found.update(backbone_modules(parked[name], name))
-        elif not within(name, parked):
-            found[name] = module
-    return found
-
-
-def plain_module(model: nn.Module, name: str) -> nn.Module:
-    """Returns one module of the plain backbone, as `plain_modules`.
+def set_modules(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, nn.Module]]:
+    """Walks a set's adapters, by site, and then its private modules, by the backbone's names.
 
     Raises:
-        InjectionError: There is none.
+        InjectionError: One is no longer there.
     """
-    ledger = find_ledger(model)
-    for place, module in ledger.parked_plain.items() if ledger else ():
-        if within(name, (place,)):
-            return find_module(module, name[len(place) + 1 :])
-    return find_module(model, name)
+    for site in spec.sites:
+        yield f"adapter at {site.name}", adapter_of(model, spec, site)
+    for name in spec.private:
+        yield name, private_module(model, spec, name)
 
 
-def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns every tensor of the plain backbone, as `plain_modules`."""
-    return {path: tensor for name, module in plain_modules(model).items() for path, tensor in named_tensors(module, name)}
+def set_tensors(model: nn.Module, spec: SetSpec) -> dict[str, Tensor]:
+    """Returns the parameters and buffers of a set, by names that mean something within the set."""
+    return {
+        f"{name}: {path}": tensor
+        for name, module in set_modules(model, spec)
+        for key, each in module.named_modules(remove_duplicate=False)
+        for path, tensor in named_tensors(each, key)
+    }
 
 
 def backbone_differences(model: nn.Module, fingerprint: Fingerprint, head: tuple[str, ...] = ()) -> dict[str, str]:
-    """Compares the plain backbone of a model, injected into or not, with a fingerprint.
+    """Compares the backbone of a model, injected into or not, with a fingerprint.
 
     Args:
         model: The whole model.
         fingerprint: What the backbone is to be.
         head: Modules that are not compared.
     """
-    return fingerprint.differences(plain_modules(model), plain_tensors(model), head)
+    return fingerprint.differences(dict(backbone_modules(model)), dict(backbone_tensors(model)), head)

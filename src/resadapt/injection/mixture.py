@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from resadapt.base.errors import InjectionError
 from resadapt.base.nested import map_tensors
 
-__all__ = ["InTurns", "Mixture", "run_own"]
+__all__ = ["InTurns", "Mixture"]
 
 
 class Mixture:
@@ -25,8 +25,6 @@ class Mixture:
 
     def __init__(self, names: Iterable[str | None]) -> None:
         self.names = tuple(names)
-        self.own: dict[str, dict[str, nn.Module]] = {}
-        """The modules that some of the sets have as their own, by place and set."""
 
     def __reduce__(self) -> Any:
         """Refuses: a copy of the model would go on mixing for ever."""
@@ -107,27 +105,6 @@ class _Apart(list[Tensor]):
 
 def _rows(rows: list[int], tensor: Tensor) -> Tensor:
     return tensor[rows]
-
-
-def run_own(
-    follow_flags: Callable[[nn.Module], None],
-    place: str,
-    own: Mapping[str, nn.Module],
-    mixture: Mixture,
-    plain: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Forward of a module of which some sets have their own: each sample goes through its set's, with the flags of the place."""
-
-    def run(name: str | None, values: Any) -> Any:
-        rows, keywords = values
-        if name is None:
-            return plain(*rows, **keywords)
-        follow_flags(own[name])
-        return own[name](*rows, **keywords)
-
-    return mixture.run(place, own, run, (args, kwargs))
 
 
 def _joined(place: str, results: list[Any], rows: list[list[int]]) -> Any:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from resadapt.base.errors import InjectionError
-from resadapt.base.names import listing, within
+from resadapt.base.names import quote_names, within
 from resadapt.base.tensors import address
 from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module
 
@@ -46,7 +46,7 @@ def match(modules: Mapping[str, nn.Module], pattern: str, argument: str) -> list
     if not found:
         near = difflib.get_close_matches(pattern, [name for name in modules if name], n=5, cutoff=0.5)
         near += [name for name in modules if name.endswith(f".{pattern}") and name not in near][:5]
-        hint = f"Did you mean {listing(near)}?" if near else f"The model has {listing([n for n in modules if n])}."
+        hint = f"Did you mean {quote_names(near)}?" if near else f"The model has {quote_names([n for n in modules if n])}."
         raise InjectionError(f"{argument}: {pattern!r} matches no module of {type(modules['']).__name__}. {hint}")
     return found
 

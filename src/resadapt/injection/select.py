@@ -9,7 +9,7 @@ from torch import nn
 
 from resadapt.adapters.family import Adapter, takes
 from resadapt.base.errors import InjectionError
-from resadapt.base.names import listing
+from resadapt.base.names import quote_names
 from resadapt.base.spec import SiteSpec
 from resadapt.injection.measure import Shape, measure_sites
 from resadapt.injection.patterns import match, names_in
@@ -104,7 +104,7 @@ def owner_of(model: nn.Module, name: str) -> str:
     aliases = [other for other, candidate in backbone_modules(model) if candidate is module]
     if len(aliases) > 1:
         raise InjectionError(
-            f"Module {name!r} is shared: it is also {listing([a for a in aliases if a != name])}, and one adapter cannot "
+            f"Module {name!r} is shared: it is also {quote_names([a for a in aliases if a != name])}, and one adapter cannot "
             "serve several places. Choose a module that has one name, or copy the shared one."
         )
     return name

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from resadapt.base.names import within
 from resadapt.base.spec import SiteSpec
-from resadapt.injection.ledger import adapter_tensors, find_ledger, own_tensors
+from resadapt.injection.ledger import adapter_tensors, find_ledger
+from resadapt.injection.private import private_tensors
 from resadapt.injection.walk import unwrap
 
 __all__ = ["AdapterSetInfo", "list_adapters"]
@@ -61,9 +62,9 @@ def list_adapters(model: nn.Module) -> list[AdapterSetInfo]:
         return []
     inner = unwrap(model)
     infos = []
-    for name, record in ledger.sets.items():
-        spec = record.spec
-        own = [(path, tensor) for path, tensor in own_tensors(inner, record).items() if isinstance(tensor, nn.Parameter)]
+    for name, adapter_set in ledger.sets.items():
+        spec = adapter_set.spec
+        head, norms = (_parameters(private_tensors(inner, spec, names)) for names in (spec.head, spec.norms))
         infos.append(
             AdapterSetInfo(
                 name=name,
@@ -72,9 +73,13 @@ def list_adapters(model: nn.Module) -> list[AdapterSetInfo]:
                 sites=spec.sites,
                 head=spec.head,
                 norm=spec.norm,
-                adapter_parameters=sum(t.numel() for _, t in adapter_tensors(inner, spec) if isinstance(t, nn.Parameter)),
-                head_parameters=sum(tensor.numel() for path, tensor in own if within(path, spec.head)),
-                norm_parameters=sum(tensor.numel() for path, tensor in own if within(path, spec.norms) and tensor.requires_grad),
+                adapter_parameters=sum(p.numel() for p in _parameters(dict(adapter_tensors(inner, spec)))),
+                head_parameters=sum(p.numel() for p in head),
+                norm_parameters=sum(p.numel() for p in norms) if "affine" in spec.norm else 0,
             )
         )
     return infos
+
+
+def _parameters(tensors: Mapping[str, Tensor]) -> list[nn.Parameter]:
+    return [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]

@@ -13,18 +13,19 @@ from resadapt.base.arguments import check_flag
 from resadapt.base.blueprint import blueprint_of
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.inputs import describe
-from resadapt.base.names import listing
+from resadapt.base.names import quote_names
 from resadapt.base.spec import SetSpec
-from resadapt.injection.building import family_named, plain_options
+from resadapt.injection.building import family_named, json_options
 from resadapt.injection.freeze import norms_of
-from resadapt.injection.installation import check_model, install, uninstall
+from resadapt.injection.installation import check_model, install, take_place, uninstall
 from resadapt.injection.ledger import Ledger, ledger_of
 from resadapt.injection.mixture import Mixture
-from resadapt.injection.owned import settle
 from resadapt.injection.patterns import select_head
+from resadapt.injection.private import private_module
 from resadapt.injection.select import select_sites
-from resadapt.injection.switching import activated, check_switchable, mixed, on_plain, switch
-from resadapt.injection.walk import unwrap
+from resadapt.injection.sharding import are_sharded
+from resadapt.injection.switching import activated, check_switchable, mixed, on_backbone, switch
+from resadapt.injection.walk import backbone_modules, unwrap
 
 __all__ = [
     "adapters_disabled",
@@ -104,12 +105,12 @@ def inject_adapters(
     if dropout is not None and not takes(kind, "dropout"):
         raise InjectionError(f"family {family!r} has nothing that drops: leave dropout out.")
     start = {key: family_options.pop(key) for key in ("init",) if key in family_options}
-    with on_plain(model):
+    with on_backbone(model):
         heads = select_head(model, head)
         spec = SetSpec(
             name=name,
             family=family,
-            options=plain_options(kind, family_options),
+            options=json_options(kind, family_options),
             dropout=float(default_of(kind, "dropout", 0.0) if dropout is None else dropout),
             norm=norm,
             sites=select_sites(model, kind, layers, bottleneck, example_input, channel_dim),
@@ -117,7 +118,7 @@ def inject_adapters(
             norms=norms_of(model, norm, heads),
             blueprints={path: told for path, module in heads.items() if (told := blueprint_of(module)) is not None},
         )
-    if not spec.sites and not spec.own:
+    if not spec.sites and not spec.private:
         raise InjectionError(
             "layers is empty, and the set has neither a head nor norms of its own: name at least one module, such as "
             "layers=('layer4',), or head='fc'."
@@ -157,11 +158,18 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
     going = list(ledger.sets) if name is None else [ledger.set_named(name).spec.name]
     kept = _set_to_keep(ledger, going, name) if keep_head else None
     check_switchable(inner, ledger)
-    record = None if kept is None else ledger.sets[kept]
+    if are_sharded(module for _, module in backbone_modules(inner)):
+        raise InjectionError("The model is sharded (fully_shard), which ties its parameters to it. Remove sets before sharding.")
+    head = {}
+    if kept is not None:
+        spec = ledger.sets[kept].spec
+        head = {path: private_module(inner, spec, path) for path in spec.head}
     for each in going:
         uninstall(inner, ledger, each)
-    if record:
-        settle(inner, {name: record.parked[name] for name in record.spec.head})
+    for path, module in head.items():
+        for name, parameter in module.named_parameters(prefix=path):
+            parameter.requires_grad_(ledger.requires_grad.get(name, True))
+        take_place(inner, path, module)
     return model
 
 
@@ -266,7 +274,7 @@ def _set_to_keep(ledger: Ledger, going: list[str], name: str | None) -> str:
     kept = name or ledger.active or (going[0] if len(going) == 1 else None)
     if kept is None:
         raise InjectionError(
-            f"keep_head: the model has {listing(going)}, and none of them is active to say whose head to keep. Call "
+            f"keep_head: the model has {quote_names(going)}, and none of them is active to say whose head to keep. Call "
             "set_active_adapters(model, name) first."
         )
     return kept

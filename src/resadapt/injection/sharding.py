@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from resadapt.base.tensors import is_sharded
+from resadapt.injection.walk import backbone_modules
 
 __all__ = ["are_sharded", "reshard", "sharded_tensors"]
 
@@ -35,9 +36,11 @@ def reshard(model: nn.Module) -> None:
 
     What is written into a gathered parameter would be lost.
     """
-    for module in nn.Module.modules(model):
-        if isinstance(module, _kind()):
-            module.reshard()
+    kind = _kind()
+    if any(isinstance(module, kind) for _, module in backbone_modules(model)):
+        for module in nn.Module.modules(model):
+            if isinstance(module, kind):
+                module.reshard()
 
 
 def _kind() -> Any:

@@ -20,8 +20,9 @@ from resadapt.base.undisturbed import EAGERLY, call
 from resadapt.injection.intercept import Prefix, intercepted
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.mixture import InTurns
+from resadapt.injection.sharding import are_sharded
 from resadapt.injection.switching import mixed
-from resadapt.injection.walk import unwrap
+from resadapt.injection.walk import backbone_modules, unwrap
 
 __all__ = ["forward_all"]
 
@@ -69,6 +70,8 @@ def forward_all(model: nn.Module, inputs: object, names: Iterable[str | None] | 
     if isinstance(model, DistributedDataParallel) and torch.is_grad_enabled():
         raise InjectionError("DistributedDataParallel averages one forward at a time: run each set on its own, or model.module.")
     inner = unwrap(model)
+    if are_sharded(module for _, module in backbone_modules(inner)):
+        raise InjectionError("The model is sharded (fully_shard), and gathers its parts call by call: run each set on its own.")
     shared = _Shared(site.owner for spec in specs.values() for site in spec.sites)
     outputs = {}
     with ExitStack() as stack:

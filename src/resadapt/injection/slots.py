@@ -1,4 +1,4 @@
-"""Where adapters live: a slot, the reserved child of the module whose output they adapt."""
+"""Where adapters and a set's private modules live: a slot, the reserved child of a module of the backbone."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ SLOT = "resadapt"
 
 
 class AdapterSlot(nn.Module):
-    """Holds the adapters of one module, by set name, and applies the active one.
+    """Holds what sets have at one module: adapters of its output, by set name, and private modules that run in its place.
 
-    The slot sits beside what it adapts, so that moving, copying, sharding or slicing the module takes the adapters along.
+    The slot sits beside what it adapts, so that moving, copying, sharding or slicing the module takes its content along.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.sites: dict[str, SiteSpec] = {}
+        """The sets that have an adapter in this slot, and the sites that they adapt."""
+        self.routes: dict[str, str] = {}
+        """The sets that have a private module in this slot, and the modules of the backbone that these run in place of."""
         self.active: str | None = None
         self.mixture: Mixture | None = None
-        """Which set's adapter each sample gets, while a batch is mixed."""
+        """Which set each sample runs with, while a batch is mixed."""
         self._last: object = None
         """What ran in the last forward that a backward pass may follow."""
 
@@ -40,20 +43,39 @@ class AdapterSlot(nn.Module):
         self.sites[name] = site
         self.add_module(name, adapter)
 
+    def insert_private(self, name: str, place: str, module: nn.Module) -> None:
+        """Takes in the module that a set runs in place of one of the backbone.
+
+        Raises:
+            InjectionError: The set has one in this slot already.
+        """
+        if name in self.routes and (self.routes[name] != place or self._modules[_key(name, place)] is not module):
+            raise InjectionError(
+                f"Set {name!r}: {self.routes[name]!r} and {place!r} end in one module that both share, and each needs a module of "
+                "its own there. Take one of them out of head."
+            )
+        self.routes[name] = place
+        self.add_module(_key(name, place), module)
+
     def take_out(self, name: str) -> None:
-        """Lets go of a set's adapter, if it has one."""
-        self.sites.pop(name, None)
-        self._modules.pop(name, None)
+        """Lets go of what a set has here, if it has anything."""
+        if name in self.routes:
+            del self._modules[_key(name, self.routes.pop(name))]
+        if self.sites.pop(name, None):
+            del self._modules[name]
         self.activate(self.active)
 
     def activate(self, name: str | None) -> None:
-        """Chooses the set whose adapter is applied; a set that has none here leaves the output as it is."""
-        self.active = name if name in self.sites else None
+        """Chooses the set that runs; one that has nothing here leaves the module as it is."""
+        self.active = name if name in self.sites or name in self.routes else None
 
-    @property
-    def running(self) -> SiteSpec:
-        """The site that is adapted now: the active set's, in a mixed batch any set's."""
-        return self.sites[self.active] if self.active is not None else next(iter(self.sites.values()))
+    def private(self, name: str | None, place: str) -> nn.Module | None:
+        """Returns the module that a set runs in place of one of the backbone, None if it has none."""
+        return self._modules[_key(name, place)] if self.routes.get(name) == place else None  # type: ignore[arg-type]
+
+    def site(self) -> SiteSpec:
+        """Returns the site that is adapted now: the active set's, in a mixed batch any set's."""
+        return self.sites[self.active] if self.active in self.sites else next(iter(self.sites.values()))
 
     def adapt(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Returns an adapter's result where the owner was called with some arguments and returned an output.
@@ -65,7 +87,7 @@ class AdapterSlot(nn.Module):
         if self.mixture is None:
             return self._adapted(self.active, owner, args, output)
         return self.mixture.run(
-            self.running.owner, self.sites, lambda name, values: self._adapted(name, owner, *values), (args, output)
+            self.site().owner, self.sites, lambda name, values: self._adapted(name, owner, *values), (args, output)
         )
 
     def _check_again(self) -> None:
@@ -76,12 +98,12 @@ class AdapterSlot(nn.Module):
                 self._last = now
         elif now != self._last and is_checkpointed():
             raise InjectionError(
-                f"Activations around {self.running.owner!r} are computed anew for the backward pass, with {now!r} where it was "
+                f"Activations around {self.site().owner!r} are computed anew for the backward pass, with {now!r} where it was "
                 f"{self._last!r}: call backward before sets are switched, and inside the body of adapters_for."
             )
 
     def _adapted(self, name: str | None, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if name is None:
+        if name not in self.sites:
             return output
         site, adapter = self.sites[name], self._modules[name]
         if not isinstance(output, fx.Proxy):  # a symbolic value has no type or shape to look at
@@ -90,9 +112,7 @@ class AdapterSlot(nn.Module):
             raise InjectionError(
                 f"Site {site.name!r} was given its input by keyword, where its adapter cannot see it. Pass it as first argument."
             )
-        if self.mixture is not None:
-            owner = self.mixture.own.get(site.owner, {}).get(name, owner)
-        adapted = apply(adapter, owner, args, output)
+        adapted = apply(adapter, self.private(name, site.owner) or owner, args, output)
         if not isinstance(output, fx.Proxy):
             _check_adapted(adapted, output, site)
         return adapted
@@ -100,11 +120,16 @@ class AdapterSlot(nn.Module):
     @override
     def forward(self, *args: object) -> None:
         """Refuses: only the hook of the owner applies adapters."""
-        names = sorted({site.name for site in self.sites.values()})
+        names = sorted({site.name for site in self.sites.values()} | {*self.routes.values()})
         raise InjectionError(
             f"The module at site {names} runs over its own children and met the adapter among them. Choose a module inside it; "
             "if it was injected into already, call remove_adapters(model) first."
         )
+
+
+def _key(name: str | None, place: str) -> str:
+    """Returns the child that a set's private module is, such as ``day@fc``; an adapter's has the name of the set alone."""
+    return f"{name}@{place.rpartition('.')[2]}"
 
 
 def _check_adapted(adapted: object, output: Tensor, site: SiteSpec) -> None:

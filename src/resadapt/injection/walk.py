@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from resadapt.base.errors import InjectionError
-from resadapt.base.names import listing
+from resadapt.base.names import quote_names
 from resadapt.injection.slots import SLOT, AdapterSlot
 
 __all__ = [
@@ -97,7 +97,7 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
     """
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise InjectionError(
-            f"Tensors have no values here (not loaded, or offloaded?): {listing(empty)}. Load them, or undo the offloading: "
+            f"Tensors have no values here (not loaded, or offloaded?): {quote_names(empty)}. Load them, or undo the offloading: "
             "accelerate.hooks.remove_hook_from_submodules(model) undoes accelerate's."
         )
 

@@ -19,15 +19,16 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
 from resadapt.base.errors import AdapterWarning, InjectionError
-from resadapt.base.names import listing
+from resadapt.base.names import quote_names
 from resadapt.base.nested import named_in
+from resadapt.base.spec import SetSpec
 from resadapt.injection.freeze import hold_in_eval
-from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_of, adapter_tensors, own_tensors
-from resadapt.injection.owned import replaced
+from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_of, set_tensors
+from resadapt.injection.private import lost_modules, private_module
 from resadapt.injection.slots import AdapterSlot
 from resadapt.injection.walk import find_module, find_slot, is_leaf
 
-__all__ = ["begin_forward", "check_first_forward", "check_rules", "count_run", "end_forward"]
+__all__ = ["begin_forward", "check_first_forward", "check_rules", "count_private", "count_run", "end_forward"]
 
 
 @dataclass
@@ -39,6 +40,8 @@ class _Forward:
     runs: dict[int, int] = field(default_factory=dict)
 
 
+_AVERAGED = "_resadapt_averaged"
+"""Attribute of a DistributedDataParallel: the identities of the parameters that it averages."""
 _current: ContextVar[_Forward | None] = ContextVar("resadapt_forward", default=None)
 """The forward that this thread is in."""
 
@@ -51,9 +54,9 @@ def begin_forward(root: nn.Module, args: Any) -> None:
     _current.set(_Forward(id(root), outer if outer is None or outer.root != id(root) else outer.outer))
     ledger = root.__dict__.get(LEDGER)
     if root.training and isinstance(ledger, Ledger):
-        for record in ledger.running:
-            _check_head(root, record)
-            _check_averaged(root, record)
+        for adapter_set in ledger.running:
+            _check_private(root, adapter_set)
+            _check_averaged(root, adapter_set)
 
 
 def count_run(slot: AdapterSlot) -> None:
@@ -72,11 +75,17 @@ def count_run(slot: AdapterSlot) -> None:
     elif _is_running(forward.root):
         forward.runs[id(slot)] += 1
         raise InjectionError(
-            f"Site {slot.running.name!r} ran more than once in one forward, and one adapter cannot serve several "
+            f"Site {slot.site().name!r} ran more than once in one forward, and one adapter cannot serve several "
             "places. Call remove_adapters(model) and choose a module that runs once, such as the block around it."
         )
     else:  # that forward was interrupted, and a part of the model is called on its own
         _current.set(None)
+
+
+def count_private(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a set's private module: notes that it ran in the forward of the whole model, if there is one."""
+    if not torch.compiler.is_compiling() and (forward := _current.get()) is not None:
+        forward.runs[id(module)] = forward.runs.get(id(module), 0) + 1
 
 
 def check_rules(owner: nn.Module, slot: AdapterSlot, later: Collection[int]) -> None:
@@ -91,7 +100,7 @@ def check_rules(owner: nn.Module, slot: AdapterSlot, later: Collection[int]) -> 
         return
     around = later and any(hook is not hold_in_eval for hook in owner._forward_pre_hooks.values())
     if around or owner._backward_hooks or owner._backward_pre_hooks:
-        site = slot.running.name
+        site = slot.site().name
         _warn(
             f"The hooks on site {site!r} see the layer and its adapter as one. A method that has a rule for the gradient of such a "
             "layer (DeepLift, deconvolution) is wrong there: use it on resadapt.inference_copy(model)."
@@ -102,24 +111,33 @@ def check_first_forward(root: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the root: after a set's first forward, names the adapters that did not run or get no gradient."""
     forward, ledger = (None, None) if torch.compiler.is_compiling() else (_current.get(), root.__dict__.get(LEDGER))
     if forward is not None and forward.root == id(root) and isinstance(ledger, Ledger):
-        for record in ledger.running:
-            _check_first_of(root, record, forward, output)
+        for adapter_set in ledger.running:
+            _check_first_of(root, adapter_set, forward, output)
 
 
-def _check_first_of(root: nn.Module, record: AdapterSet, forward: _Forward, output: object) -> None:
-    first, training = not record.runs_checked, not record.gradients_checked and root.training and torch.is_grad_enabled()
+def _check_first_of(root: nn.Module, adapter_set: AdapterSet, forward: _Forward, output: object) -> None:
+    first = not adapter_set.runs_checked
+    training = not adapter_set.gradients_checked and root.training and torch.is_grad_enabled()
     if not first and not training:
         return
-    record.runs_checked, record.gradients_checked = True, record.gradients_checked or training
-    idle = [site.name for site in record.spec.sites if not _ran(root, site.owner, forward)]
+    adapter_set.runs_checked, adapter_set.gradients_checked = True, adapter_set.gradients_checked or training
+    spec = adapter_set.spec
+    idle = [site.name for site in spec.sites if not _ran(root, site.owner, id(find_slot(find_module(root, site.owner))), forward)]
+    unused = [name for name in spec.private if not _ran(root, name, id(private_module(root, spec, name)), forward)]
     if first and idle:
         _warn(
-            f"The adapters at {listing(idle)} did not run in the first forward: their modules are not called, or not as modules. "
+            f"The adapters at {quote_names(idle)} did not run in the first forward: their modules are not called, or not as modules. "
             "Unless they run later, take them out of layers, or choose the modules around them."
         )
-    if training and (cut_off := _cut_off(root, record, output, idle)):
+    if first and unused:
         _warn(
-            f"The adapters at {listing(cut_off)} get no gradient from the model's output: they ran under no_grad, or what they "
+            f"The head or norms {quote_names(unused)} of set {spec.name!r} did not run in the first forward: the model does not call "
+            "these modules, or reads their weights itself, which are the backbone's. Unless they run later, choose the modules "
+            "around them."
+        )
+    if training and (cut_off := _cut_off(root, spec, output, {*idle, *unused})):
+        _warn(
+            f"The adapters at {quote_names(cut_off)} get no gradient from the model's output: they ran under no_grad, or what they "
             "returned was detached. They will not be trained."
         )
 
@@ -146,33 +164,35 @@ def _is_running(root: int) -> bool:
     return False
 
 
-def _check_head(root: nn.Module, record: AdapterSet) -> None:
-    if gone := replaced(root, record.spec.own):
+def _check_private(root: nn.Module, adapter_set: AdapterSet) -> None:
+    if gone := lost_modules(root, adapter_set.spec):
         raise InjectionError(
-            f"The modules {listing(gone)} were replaced after the injection, so the set {record.spec.name!r} does not have them. "
-            "Put the injected modules back, or replace the head first and inject then."
+            f"The modules {quote_names(gone)} were replaced after the injection, so the set {adapter_set.spec.name!r} does not have "
+            "them. Put the injected modules back, or replace the head first and inject then."
         )
 
 
-def _check_averaged(root: nn.Module, record: AdapterSet) -> None:
+def _check_averaged(root: nn.Module, adapter_set: AdapterSet) -> None:
     """Refuses to train parameters that DistributedDataParallel, which was built for others, does not average."""
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is None or not torch.is_grad_enabled():
         return
-    averaged = {id(parameter) for parameter in ddp._module_parameters}
-    trained = dict(adapter_tensors(root, record.spec)) | own_tensors(root, record)
+    if _AVERAGED not in ddp.__dict__:  # the buckets are made when the model is wrapped, of what requires a gradient then
+        buckets = ddp.reducer._get_zeros_like_grad_buckets()
+        ddp.__dict__[_AVERAGED] = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+    averaged = ddp.__dict__[_AVERAGED]
+    trained = set_tensors(root, adapter_set.spec)
     left_out = [path for path, tensor in trained.items() if tensor.requires_grad and id(tensor) not in averaged]
     if left_out and any(module is root for module in ddp.module.modules()):
         raise InjectionError(
-            f"DistributedDataParallel does not average the gradients of {listing(left_out)}: the set {record.spec.name!r} became "
+            f"DistributedDataParallel does not average the gradients of {quote_names(left_out)}: the set {adapter_set.spec.name!r} became "
             "the active one, or one of a mixed batch, after the model was wrapped. Wrap the model again, "
             "DistributedDataParallel(wrapper.module), once the set to train is active; it can be only one."
         )
 
 
-def _ran(root: nn.Module, owner: str, forward: _Forward) -> bool:
-    slot = find_slot(find_module(root, owner))
-    return id(slot) in forward.runs or _is_compiled(root, owner)
+def _ran(root: nn.Module, name: str, key: int, forward: _Forward) -> bool:
+    return key in forward.runs or _is_compiled(root, name)
 
 
 def _is_compiled(root: nn.Module, name: str) -> bool:
@@ -188,17 +208,19 @@ def _is_compiled(root: nn.Module, name: str) -> bool:
         module = passed_on or module._modules[waiting.pop(0)]  # type: ignore[assignment]
 
 
-def _cut_off(root: nn.Module, record: AdapterSet, output: object, idle: list[str]) -> list[str]:
-    """Names the sites whose adapters a backward pass from the output would not reach."""
+def _cut_off(root: nn.Module, spec: SetSpec, output: object, idle: set[str]) -> list[str]:
+    """Names the sites, head modules and norms of a set that a backward pass from the output would not reach."""
     tensors = [tensor for _, tensor in named_in(output)]
     reached = _reached_from(tensors)
     if not tensors or reached is None:
         return []
+    parts: dict[str, nn.Module] = {site.name: adapter_of(root, spec, site) for site in spec.sites}
+    parts |= {name: private_module(root, spec, name) for name in spec.private if name not in parts}
     cut_off = []
-    for site in record.spec.sites:
-        trained = {id(p) for p in adapter_of(root, record.spec, site).parameters() if p.requires_grad}
-        if site.name not in idle and trained and not trained & reached:
-            cut_off.append(site.name)
+    for name, module in parts.items():
+        trained = {id(p) for p in module.parameters() if p.requires_grad}
+        if name not in idle and trained and not trained & reached:
+            cut_off.append(name)
     return cut_off
 
 

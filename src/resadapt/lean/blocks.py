@@ -20,10 +20,12 @@ from torchvision.ops.misc import Conv2dNormActivation, Conv3dNormActivation
 from typing_extensions import override
 
 from resadapt.adapters import PooledAdapter
+from resadapt.base.overlay import Overlay, class_of
 from resadapt.base.tensors import is_channels_last
-from resadapt.injection.freeze import FrozenStatistics, Overlay
+from resadapt.injection.freeze import FrozenStatistics
 from resadapt.injection.hooks import apply_adapter
 from resadapt.injection.intercept import own_forward
+from resadapt.injection.route import running_at
 from resadapt.injection.walk import find_slot
 from resadapt.lean.absent import Absent
 from resadapt.lean.functions import is_ordinary
@@ -81,10 +83,11 @@ def _run(module: nn.Module, x: Any, given: Given) -> Any:
     if not is_ordinary(x):  # nothing is folded then
         return module(x)
     known = not module._compiled_call_impl and not has_hooks(module, apply_adapter) and _takes_any(module)
-    if known and isinstance(module, _Inner) and "forward" not in module.__dict__:
+    runs = running_at(module)
+    if known and isinstance(module, _Inner) and runs is module and "forward" not in module.__dict__:
         out = module.inside(x, given)
         return out if find_slot(module) is None else apply_adapter(module, (x,), out)
-    known = known and (isinstance(module, _Inner) or type(module) in _ANY_LAYOUT)
+    known = known and runs is not None and (isinstance(runs, _Inner) or class_of(runs) in _ANY_LAYOUT)
     token = _caller.set((given, known))
     try:
         return module(x if known else _as_given(x, given))
@@ -97,7 +100,7 @@ def _takes_any(module: nn.Module) -> bool:
     slot = find_slot(module)
     if own_forward(module) is not None or (slot is not None and slot.mixture is not None):
         return False
-    adapter = slot._modules[slot.active] if slot is not None and slot.active is not None else None
+    adapter = slot._modules[slot.active] if slot is not None and slot.active in slot.sites else None
     if adapter is None or isinstance(adapter, PooledAdapter):
         return True
     drops = adapter.training and any(isinstance(each, nn.Dropout) and each.p for each in adapter.modules())

@@ -15,15 +15,16 @@ from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import listing, reasons_listing, within
+from resadapt.base.names import quote_names, quote_reasons, within
 from resadapt.base.nested import map_tensors
 from resadapt.base.tensors import dtype_name, stamp
 from resadapt.base.undisturbed import EAGERLY
 from resadapt.injection.intercept import own_forward
-from resadapt.injection.ledger import backbone_differences, ledger_of, plain_modules, plain_tensors
-from resadapt.injection.place import HOOKS
+from resadapt.injection.ledger import backbone_differences, ledger_of
+from resadapt.injection.private import HOOKS
+from resadapt.injection.sharding import are_sharded
 from resadapt.injection.switching import check_switchable
-from resadapt.injection.walk import unwrap
+from resadapt.injection.walk import backbone_modules, backbone_tensors, unwrap
 from resadapt.lean.absent import NeededError
 from resadapt.lean.feature_rows import FeatureRows
 from resadapt.lean.prefix import Plan, check_values, continued, plan_for, values_for
@@ -96,11 +97,12 @@ def cache_prefix(
     inner = unwrap(model)
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise InjectionError("The model is wrapped in data parallelism, which features would pass by. Give the model inside.")
-    record = ledger.needed_set
-    spec = record.spec
-    check_switchable(inner, ledger, [record])
+    spec = ledger.needed_set.spec
+    check_switchable(inner, ledger, [ledger.needed_set])
+    if are_sharded(module for _, module in backbone_modules(inner)):
+        raise InjectionError("The model is sharded (fully_shard), whose parts are gathered where it runs whole. Cache before sharding.")
     if drifted := backbone_differences(inner, ledger.fingerprint):
-        raise InjectionError(f"The backbone is not what was injected into: {reasons_listing(drifted)}.")
+        raise InjectionError(f"The backbone is not what was injected into: {quote_reasons(drifted)}.")
     _refuse_trained(inner)
     samples = Samples(data, batch_size, num_workers, variants)
     device = next((parameter.device for parameter in nn.Module.parameters(inner)), torch.device("cpu"))
@@ -138,7 +140,7 @@ class PrefixCache(Dataset[Any]):
 
     def __repr__(self) -> str:
         """Says what is kept."""
-        kept = listing([self._plan.forms[number].name for number in self._plan.needed])
+        kept = quote_names([self._plan.forms[number].name for number in self._plan.needed])
         return f"PrefixCache({len(self):,} samples, {self._rows.nbytes / 2**20:,.1f} MiB: {kept})"
 
     @override
@@ -179,14 +181,14 @@ class PrefixCache(Dataset[Any]):
         kept = [_told(form.dtype, form.shape[1:]) for form in forms]
         if given != kept or len({len(tensor) for tensor in tensors}) > 1:
             raise InjectionError(
-                f"The features are {listing(given)}, where {listing(kept)} was kept: give a batch of what the data set has."
+                f"The features are {quote_names(given)}, where {quote_names(kept)} was kept: give a batch of what the data set has."
             )
         # Copies: the model may change them in place.
         values = {n: form.laid_out(tensor.clone()) for n, form, tensor in zip(plan.needed, forms, tensors, strict=True)}
         with EAGERLY:  # what is compiled cannot be told what is not there
             output = continued(model, plan, [plan.spec, active], values, len(tensors[0]))
         if isinstance(output, NeededError):
-            names = listing([plan.forms[number].name for number in output.numbers])
+            names = quote_names([plan.forms[number].name for number in output.numbers])
             raise InjectionError(
                 f"With the set {active.name!r} the model needs the {names}, which was not kept: the features were "
                 f"computed for {plan.spec.name!r}, and the modules that ran then (optimize_backbone changes them). Make them anew."
@@ -198,7 +200,7 @@ class PrefixCache(Dataset[Any]):
             return
         _refuse_trained(model)
         if drifted := backbone_differences(model, self._backbone):
-            raise InjectionError(f"The backbone has changed since its features were kept: {reasons_listing(drifted)}.")
+            raise InjectionError(f"The backbone has changed since its features were kept: {quote_reasons(drifted)}.")
         check_values(model, self._plan, *self._tried)
         self._stamps = today
 
@@ -214,7 +216,7 @@ def _told(dtype: torch.dtype, sizes: Iterable[int]) -> str:
 def _stamps(model: nn.Module, plan: Plan) -> list[object]:
     """Returns what changes when a tensor or a setting of the backbone does, or what stands around a module that is not run."""
     places = [place for place, _ in plan.calls]
-    tensors = [(stamp(tensor), tensor.requires_grad) for tensor in plain_tensors(model).values()]
+    tensors = [(stamp(tensor), tensor.requires_grad) for _, tensor in backbone_tensors(model)]
     settings = [  # of copies, since another thread may put something over a forward meanwhile
         (
             type(module),
@@ -222,15 +224,15 @@ def _stamps(model: nn.Module, plan: Plan) -> list[object]:
             [hook for hooks in HOOKS for hook in (vars(module).get(hooks) or {}).copy().values()] if within(name, places) else [],
             own_forward(module) if within(name, places) else None,
         )
-        for name, module in plain_modules(model).items()
+        for name, module in backbone_modules(model)
     ]
     return [tensors, settings]
 
 
 def _refuse_trained(model: nn.Module) -> None:
     """Refuses a backbone of which something is to be trained, which no gradient would reach."""
-    if trained := [path for path, tensor in plain_tensors(model).items() if tensor.requires_grad]:
+    if trained := [path for path, tensor in backbone_tensors(model) if tensor.requires_grad]:
         raise InjectionError(
-            f"{listing(trained)} of the backbone is to be trained, and from kept features no gradient reaches it. Freeze it again, "
+            f"{quote_names(trained)} of the backbone is to be trained, and from kept features no gradient reaches it. Freeze it again, "
             "requires_grad_(False)."
         )

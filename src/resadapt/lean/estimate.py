@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.nested import named_in
+from resadapt.base.overlay import FOLDED
 from resadapt.base.undisturbed import EAGERLY
-from resadapt.injection.freeze import FOLDED
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.sets import remove_adapters
 from resadapt.injection.walk import unwrap
@@ -120,18 +120,10 @@ def _without_elements(model: nn.Module) -> nn.Module:
     """Returns a copy of a model on the meta device, made without copying an element."""
     with torch.no_grad():
         memo: dict[int, Any] = {}
-        for tensor in _tensors(model):
+        for tensor in (*nn.Module.parameters(model), *nn.Module.buffers(model)):
             empty = torch.empty_like(tensor, device="meta")
             memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    """Returns all tensors that a model owns, those of parked modules too."""
-    ledger = ledger_of(model)
-    parked = [module for record in ledger.sets.values() for module in record.parked.values()]
-    models = [model, *parked, *ledger.parked_plain.values()]
-    return [tensor for each in models for tensor in (*nn.Module.parameters(each), *nn.Module.buffers(each))]
 
 
 def cost_of_step(model: nn.Module, x: Tensor) -> StepCost:

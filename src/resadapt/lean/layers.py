@@ -15,13 +15,13 @@ from torch.nn.modules.conv import _ConvNd
 from torchvision.models.video.resnet import Conv3DNoTemporal, Conv3DSimple
 from typing_extensions import override
 
+from resadapt.base.overlay import Overlay
 from resadapt.injection.freeze import (
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
     FrozenBatchNorm3d,
     FrozenStatistics,
     FrozenSyncBatchNorm,
-    Overlay,
 )
 from resadapt.lean.functions import (
     CompiledReLU,

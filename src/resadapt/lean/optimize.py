@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from resadapt.base.arguments import check_flag
-from resadapt.injection.freeze import FOLDED, Overlay, class_of, put_class, strip
-from resadapt.injection.ledger import ledger_of, plain_modules
+from resadapt.base.overlay import FOLDED, Overlay, class_of, mixin_of, put_class, strip
+from resadapt.injection.ledger import ledger_of
+from resadapt.injection.private import private_modules
 from resadapt.injection.walk import backbone_modules, unwrap
 from resadapt.lean.blocks import FOLDING, in_residual_blocks
 from resadapt.lean.layers import LEAN
@@ -58,14 +60,17 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
     layers = _layers(model)
     inside = in_residual_blocks(layers)
     for module in layers:
-        if type(module) in LEAN:
-            if not isinstance(module, Overlay):  # for torch.fx, a leaf is what torch.nn has
-                module.__dict__["__module__"] = type(module).__module__
-            module.__class__ = LEAN[type(module)]
+        kind, mixin = class_of(module), mixin_of(module)
+        if is_parametrized(module):
+            continue
+        if kind in LEAN:
+            if not issubclass(kind, Overlay):  # for torch.fx, a leaf is what torch.nn has
+                module.__dict__["__module__"] = kind.__module__
+            put_class(module, LEAN[kind], mixin)
             if fold_norms and isinstance(module, nn.modules.conv._ConvNd):
                 module.__dict__[FOLDED] = FoldedPair(id(module) in inside)
-        elif fold_norms and type(module) in FOLDING:
-            module.__class__ = FOLDING[type(module)]
+        elif fold_norms and kind in FOLDING:
+            put_class(module, FOLDING[kind], mixin)
     return model
 
 
@@ -92,13 +97,14 @@ def restore_backbone(model: nn.Module) -> nn.Module:
     for module in _layers(model):
         strip(module)
         if (kind := class_of(module)) in stock:
-            put_class(module, stock[kind])
+            put_class(module, stock[kind], mixin_of(module))
     return model
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules of the backbone, the plain ones that a set's own take the places of included."""
-    ledger_of(model)
-    inner = unwrap(model)
+    """Returns the modules of the backbone, and those that sets run in place of them."""
+    ledger, inner = ledger_of(model), unwrap(model)
     found = {id(module): module for _, module in backbone_modules(inner)}
-    return list((found | {id(module): module for module in plain_modules(inner).values()}).values())
+    for adapter_set in ledger.sets.values():
+        found |= {id(module): module for _, module in private_modules(inner, adapter_set.spec)}
+    return list(found.values())

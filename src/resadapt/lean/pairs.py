@@ -10,10 +10,12 @@ from torch.autograd import Function
 from torch.nn.modules import module as torch_module
 from typing_extensions import override
 
+from resadapt.base.overlay import FOLDED, Overlay
 from resadapt.base.tensors import is_channels_last, stamp
 from resadapt.base.undisturbed import is_undisturbed
-from resadapt.injection.freeze import FOLDED, FrozenStatistics, Overlay
+from resadapt.injection.freeze import FrozenStatistics
 from resadapt.injection.intercept import Intercept
+from resadapt.injection.route import running_at
 from resadapt.lean.functions import PLAIN, is_ordinary
 
 __all__ = ["FoldedPair", "Given", "has_hooks", "in_one_step", "with_gradient_as_given"]
@@ -133,7 +135,7 @@ def _are_one(convolution: nn.Module, norm: nn.Module) -> bool:
         and convolution.bias is convolution._parameters.get("bias")
         and all(part is None or _is_constant(part) for part in _parts(convolution, norm))
         and not (has_hooks(convolution) or has_hooks(norm))
-        and not (_is_replaced(convolution) or _is_replaced(norm))
+        and not (_runs_otherwise(convolution) or _runs_otherwise(norm))
     )
 
 
@@ -153,10 +155,10 @@ def has_hooks(module: nn.Module, but: Any = None) -> bool:
     )
 
 
-def _is_replaced(module: nn.Module) -> bool:
-    """Tells whether something stands in the place of a module's forward."""
+def _runs_otherwise(module: nn.Module) -> bool:
+    """Tells whether something else runs in place of a module's forward."""
     forward = module.__dict__.get("forward")
-    return forward is not None and not (isinstance(forward, Intercept) and forward.only_passes_on)
+    return running_at(module) is not module or (forward is not None and not (isinstance(forward, Intercept) and forward.only_passes_on))
 
 
 def _parts(convolution: nn.Module, norm: nn.Module) -> list[Any]:

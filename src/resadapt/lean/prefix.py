@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, InjectionError
-from resadapt.base.names import listing
+from resadapt.base.names import quote_names
 from resadapt.base.nested import map_tensors, named_in
 from resadapt.base.spec import SetSpec
 from resadapt.base.tensors import same_bits
-from resadapt.base.undisturbed import EAGERLY, call, in_evaluation, random_states_kept
+from resadapt.base.undisturbed import EAGERLY, call, restored
 from resadapt.injection.intercept import Prefix, intercepted
 from resadapt.injection.walk import backbone_modules
 from resadapt.lean.absent import Absent, Form, NeededError
@@ -123,7 +123,7 @@ def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
         AdapterError: The model does not take the samples.
     """
     _check_plain(inputs, "input")
-    with _quiet(model):
+    with restored(model):
         recorder = _Recorder(sum(1 for _ in named_in(inputs)))
         recorder.start(spec.name)
         try:
@@ -152,7 +152,7 @@ def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
             plan = replace(plan, needed=tuple(sorted({*plan.needed, *found.numbers})))
     if ragged := [forms[number].name for number in plan.needed if not forms[number].has_rows]:
         raise InjectionError(
-            f"The model needs the {listing(ragged)}, which has no row for each sample. Its features cannot be kept."
+            f"The model needs the {quote_names(ragged)}, which has no row for each sample. Its features cannot be kept."
         )
     one, other = ([tensor for _, tensor in named_in(value)] for value in (expected, found))
     if len(one) != len(other) or not all(map(same_bits, one, other)):
@@ -182,7 +182,7 @@ def check_values(model: nn.Module, plan: Plan, inputs: object, values: Mapping[i
     Raises:
         InjectionError: They do not.
     """
-    with _quiet(model):
+    with restored(model):
         for training in (False, True, True):
             _set_training(model, training)
             today = values_for(model, plan, inputs)
@@ -274,11 +274,3 @@ def _are_near(one: Tensor, other: Tensor) -> bool:
 def _set_training(model: nn.Module, training: bool) -> None:
     for _, module in backbone_modules(model):
         module.training = training
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Runs the body in evaluation mode, without gradients, eagerly, and puts training flags and random states back."""
-    devices = {parameter.device for parameter in nn.Module.parameters(model)} or {torch.device("cpu")}
-    with torch.no_grad(), random_states_kept(devices), EAGERLY, in_evaluation(model):
-        yield

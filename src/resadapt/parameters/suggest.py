@@ -18,9 +18,9 @@ from resadapt.base.errors import AdapterError
 from resadapt.base.nested import map_tensors
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.undisturbed import call, undisturbed
-from resadapt.injection.building import buildable, family_named, plain_options, weightless
+from resadapt.injection.building import buildable, family_named, json_options, weightless
 from resadapt.injection.select import select_sites
-from resadapt.injection.switching import on_plain
+from resadapt.injection.switching import on_backbone
 from resadapt.injection.walk import find_module, unwrap
 from resadapt.parameters.trainable import count_parameters
 
@@ -106,11 +106,11 @@ def suggest_layers(
     if isinstance(layers, Mapping):
         raise AdapterError("layers is a mapping: give names only, since the widths are what is chosen.")
     start = {key: family_options.pop(key) for key in ("init",) if key in family_options}
-    with on_plain(inner):
+    with on_backbone(inner):
         sites = select_sites(inner, kind, layers, 1 if takes(kind, "bottleneck") else 64, example_input, channel_dim)
         if not sites:
             raise AdapterError("layers is empty: name the sites to choose from.")
-        spec = SetSpec("suggested", family, plain_options(kind, family_options), 0.0, "frozen", sites, ())
+        spec = SetSpec("suggested", family, json_options(kind, family_options), 0.0, "frozen", sites, ())
         calls = _calls(inner, spec, example_input) if example_input is not None else {}
         if flops is not None and not calls:
             raise AdapterError("flops= needs an example_input=, on which operations are counted.")

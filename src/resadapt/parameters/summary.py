@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from resadapt.injection.ledger import adapter_of, ledger_of
-from resadapt.injection.owned import tensors_in
+from resadapt.injection.private import private_tensors
 from resadapt.injection.walk import unwrap
 from resadapt.parameters.trainable import ParameterCount, count_parameters
 
@@ -79,7 +79,7 @@ def summary(model: nn.Module) -> ModelSummary:
             size = _size(adapter_of(inner, spec, site).parameters())
             rows.append((site.name, spec.family, site.channels, site.bottleneck, size, size / count.total))
         for name in spec.head:
-            size = _size(tensor for tensor in tensors_in(inner, (name,)).values() if isinstance(tensor, nn.Parameter))
+            size = _size(tensor for tensor in private_tensors(inner, spec, (name,)).values() if isinstance(tensor, nn.Parameter))
             rows.append((name, "head", None, None, size, size / count.total))
         if spec.norms:
             rows.append((f"{len(spec.norms)} norms", spec.norm, None, None, count.norm, count.norm / count.total))

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from resadapt.base.arguments import check_flag, check_rate
 from resadapt.base.errors import AdapterError, AdapterKeyError
 from resadapt.injection.ledger import Ledger, adapter_tensors, find_ledger, ledger_of
-from resadapt.injection.owned import tensors_in
+from resadapt.injection.private import private_tensors
 from resadapt.injection.walk import unwrap
 
 __all__ = [
@@ -198,6 +198,6 @@ def _members(model: nn.Module, ledger: Ledger) -> dict[int, str]:
         return {}
     spec = ledger.active_set.spec
     members = dict.fromkeys((id(tensor) for _, tensor in adapter_tensors(model, spec)), "adapters")
-    members |= dict.fromkeys((id(tensor) for tensor in tensors_in(model, spec.head).values()), "head")
-    trained = (tensor for tensor in tensors_in(model, spec.norms).values() if "affine" in spec.norm)
+    members |= dict.fromkeys((id(tensor) for tensor in private_tensors(model, spec, spec.head).values()), "head")
+    trained = (tensor for tensor in private_tensors(model, spec, spec.norms).values() if "affine" in spec.norm)
     return members | dict.fromkeys((id(tensor) for tensor in trained), "norm")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError, AdapterKeyError
-from resadapt.base.names import listing
+from resadapt.base.names import quote_names
 from resadapt.injection.installation import install
 from resadapt.injection.ledger import ledger_of
-from resadapt.injection.switching import activate
+from resadapt.injection.private import private_module
 from resadapt.injection.walk import unwrap
 from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict
 
@@ -66,25 +66,20 @@ def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> 
     if not isinstance(name, str):
         raise AdapterError(f"name={name!r} is {type(name).__name__}: give the new set's name as text.")
     first, *others = weights
-    record = ledger.sets[first]
+    adapter_set = ledger.sets[first]
     for other in others:
-        if differing := ledger.sets[other].spec.differences(record.spec):
-            raise AdapterKeyError(f"The sets {first!r} and {other!r} differ in {listing(differing)}, so there is no sum of them.")
+        if differing := ledger.sets[other].spec.differences(adapter_set.spec):
+            raise AdapterKeyError(f"The sets {first!r} and {other!r} differ in {quote_names(differing)}, so there is no sum of them.")
     tensors = {each: adapter_state_dict(model, each) for each in weights}
     total = {key: _sum([(weight, tensors[each][key]) for each, weight in weights.items()]) for key in tensors[first]}
     if lost := [key for key, tensor in total.items() if key.endswith(".running_var") and (tensor < 0).any()]:
         raise AdapterError(
-            f"weights: with these {listing(lost)} would be negative, and no variance is. Choose weights of one sign."
+            f"weights: with these {quote_names(lost)} would be negative, and no variance is. Choose weights of one sign."
         )
-    spec, active = replace(record.spec, name=name), ledger.active
-    try:
-        activate(inner, ledger, None)  # so that the head is not what stands in the model
-        heads = {path: record.parked[path] for path in spec.head}
-        with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
-            install(inner, spec, record.example, heads, fill=partial(load_adapter_state_dict, model, total, name))
-    except BaseException:
-        activate(inner, ledger, active)
-        raise
+    spec = replace(adapter_set.spec, name=name)
+    heads = {path: private_module(inner, adapter_set.spec, path) for path in spec.head}
+    with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
+        install(inner, spec, adapter_set.example, heads, fill=partial(load_adapter_state_dict, model, total, name))
     return model
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resadapt.base.errors import BackboneMismatchError
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import listing
+from resadapt.base.names import quote_names
 from resadapt.base.outputs import outputs_of
 from resadapt.base.tensors import same_bits
 from resadapt.files.adapter_file import AdapterInfo
@@ -110,7 +110,7 @@ class Comparison:
             return Check("tensors", "not checked", _ABSENT)
         live = self.evidence.tensors
         if wrong := [key for key, tensor in live.items() if not same_bits(tensor, reloaded.tensors[key])]:
-            return Check("tensors", "failed", f"differ: {listing(wrong)}")
+            return Check("tensors", "failed", f"differ: {quote_names(wrong)}")
         return Check("tensors", "passed", f"{len(live)} tensors equal bit for bit")
 
     def _sites(self, reloaded: Evidence) -> Check:
@@ -119,7 +119,7 @@ class Comparison:
         if reloaded.run.probe is None:
             return Check("sites", "not checked", reloaded.run.unusable)
         if reloaded.idle:
-            return Check("sites", "failed", f"the adapters at {listing(reloaded.idle)} did not run on the probe")
+            return Check("sites", "failed", f"the adapters at {quote_names(reloaded.idle)} did not run on the probe")
         return Check("sites", "passed", f"all {len(self.info.set.sites)} adapters ran on the probe")
 
     def _outputs(self, reloaded: Evidence) -> Check:
@@ -131,7 +131,7 @@ class Comparison:
             return Check("outputs", "failed", f"reloaded model: {reloaded.run.unusable}")
         if not same(self.evidence.run.outputs, reloaded.run.outputs):
             replaced = replaced_forwards(self.live)
-            cause = f"the replaced forward of {listing(replaced)}" if replaced else "a hook or a state of yours"
+            cause = f"the replaced forward of {quote_names(replaced)}" if replaced else "a hook or a state of yours"
             return Check("outputs", "failed", f"live and reloaded model differ on the probe: {cause} that the file does not carry?")
         count = sum(tensor.numel() for tensor in reloaded.run.outputs.values())
         return Check("outputs", "passed", f"{count:,} numbers on the probe equal bit for bit")
@@ -167,4 +167,4 @@ def _compared(live: float, reloaded: float, tolerance: float, shared: str) -> Ch
 def _ran(when: str, modules: tuple[str, ...]) -> str:
     if not modules:
         return ""
-    return f"modules of the live model ran {when} ({listing(modules, 3)}), so they would agree in any case"
+    return f"modules of the live model ran {when} ({quote_names(modules, 3)}), so they would agree in any case"

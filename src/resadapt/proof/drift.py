@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.injection.freeze import freeze_norms, running_as_built
-from resadapt.injection.ledger import backbone_differences, ledger_of, plain_modules, plain_tensors
-from resadapt.injection.owned import replaced
-from resadapt.injection.switching import check_intact
-from resadapt.injection.walk import check_values, unwrap
+from resadapt.injection.freeze import freeze_norm
+from resadapt.injection.ledger import backbone_differences, ledger_of
+from resadapt.injection.private import lost_modules
+from resadapt.injection.switching import check_switchable
+from resadapt.injection.walk import backbone_modules, backbone_tensors, check_values, unwrap
 
 __all__ = ["BackboneReport", "accept_backbone", "check_backbone"]
 
@@ -57,8 +57,8 @@ def check_backbone(model: nn.Module) -> BackboneReport:
     ledger = ledger_of(model)
     inner = unwrap(model)
     reasons = backbone_differences(inner, ledger.fingerprint)
-    for record in ledger.sets.values():
-        for name in replaced(inner, record.spec.own):
+    for adapter_set in ledger.sets.values():
+        for name in lost_modules(inner, adapter_set.spec):
             reasons.setdefault(name, "was replaced after the injection")
     return BackboneReport(not reasons, list(reasons), reasons)
 
@@ -90,9 +90,9 @@ def accept_backbone(model: nn.Module) -> None:
     """
     ledger = ledger_of(model)
     inner = unwrap(model)
-    check_intact(inner, ledger)
-    plain = plain_tensors(inner)
-    check_values(plain)
-    if record := ledger.active_set:  # norms that came in since are frozen too
-        freeze_norms(inner, running_as_built(record.spec))
-    ledger.fingerprint = Fingerprint.of(plain_modules(inner), plain)
+    check_switchable(inner, ledger)
+    modules, tensors = dict(backbone_modules(inner)), dict(backbone_tensors(inner))
+    check_values(tensors)
+    for module in modules.values():  # norms that came in since are frozen too
+        freeze_norm(module)
+    ledger.fingerprint = Fingerprint.of(modules, tensors)

@@ -70,7 +70,7 @@ def measure(model: nn.Module, metric: Metric, bystander: nn.Module | None = None
     Raises:
         AdapterError: The metric returns no number.
     """
-    with _as_it_was(model), _as_it_was(bystander), _running(bystander) as running:
+    with _unchanged(model), _unchanged(bystander), _running(bystander) as running:
         value: Any = metric(model)
     try:
         if isinstance(value, str | bytes):
@@ -81,23 +81,20 @@ def measure(model: nn.Module, metric: Metric, bystander: nn.Module | None = None
 
 
 @contextmanager
-def _as_it_was(model: nn.Module | None) -> Iterator[None]:
-    """Runs the body undisturbed, and puts back which set is active and which ones are trained."""
+def _unchanged(model: nn.Module | None) -> Iterator[None]:
+    """Runs the body undisturbed, and restores which set is active and which ones are trained."""
     ledger = None if model is None else find_ledger(model)
     if model is None or ledger is None:
         yield
         return
-    records = dict(ledger.sets)
-    parked = [module for record in records.values() for module in record.parked.values()]
-    trained, flags = {*ledger.trained}, {name: dict(record.parked_requires_grad) for name, record in records.items()}
-    # The set is put back before flags and buffers are, which are those of the set's own head.
-    with undisturbed(model, [*parked, *ledger.parked_plain.values()]), activated(model, ledger, ledger.active):
+    trained, flags = {*ledger.trained}, {name: dict(each.requires_grad) for name, each in ledger.sets.items()}
+    with undisturbed(model), activated(model, ledger, ledger.active):
         try:
             yield
         finally:
             ledger.trained = trained & ledger.sets.keys()
-            for name, record in records.items():
-                record.parked_requires_grad = flags[name]
+            for name in flags.keys() & ledger.sets.keys():
+                ledger.sets[name].requires_grad = flags[name]
 
 
 @contextmanager

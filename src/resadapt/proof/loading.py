@@ -15,13 +15,13 @@ from torch.nn.parameter import is_lazy
 from resadapt.base.blueprint import blueprint_of, build_from
 from resadapt.base.errors import AdapterError, AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import listing, reasons_listing, within
+from resadapt.base.names import quote_names, quote_reasons, within
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.injection.building import saved_shapes, weightless
 from resadapt.injection.installation import check_model, install
-from resadapt.injection.ledger import backbone_differences, find_ledger, plain_modules, plain_tensors
-from resadapt.injection.switching import on_plain, switch
-from resadapt.injection.walk import backbone_modules, unwrap
+from resadapt.injection.ledger import backbone_differences, find_ledger
+from resadapt.injection.switching import on_backbone, switch
+from resadapt.injection.walk import backbone_modules, backbone_tensors, unwrap
 from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, tensors_to_save
 
 __all__ = ["fingerprint_of", "load_adapters", "load_file_content"]
@@ -99,7 +99,7 @@ def load_file_content(
     if not same and (wrong := backbone_differences(model, info.backbone, info.set.head)):
         raise BackboneMismatchError(
             f"{info.path}: the backbone is not the one these adapters were trained on; {len(wrong)} of its tensors and modules are "
-            f"not those of the file: {reasons_listing(wrong)}. Build the backbone as it was then, and load its own weights, in "
+            f"not those of the file: {quote_reasons(wrong)}. Build the backbone as it was then, and load its own weights, in "
             "their own dtype, into it first."
         )
     state = {key: tensor for key, tensor in tensors.items() if key.startswith(("adapters.", "head.", "norms."))}
@@ -109,7 +109,7 @@ def load_file_content(
         return
     if differing := info.set.differences(ledger.sets[name].spec):
         raise AdapterKeyError(
-            f"{info.path}: the model's set {name!r} differs from the file's in {listing(differing)}. Load it under another "
+            f"{info.path}: the model's set {name!r} differs from the file's in {quote_names(differing)}. Load it under another "
             f"name=, or call remove_adapters(model, {name!r}) first."
         )
     live = live_tensors(model, ledger.sets[name])
@@ -120,10 +120,10 @@ def load_file_content(
 
 def fingerprint_of(model: nn.Module) -> Fingerprint | None:
     """Returns the fingerprint of a model that nothing was injected into; None of another, or where tensors have no values."""
-    tensors = plain_tensors(model)
+    tensors = dict(backbone_tensors(model))
     if find_ledger(model) is not None or any(is_lazy(tensor) or tensor.is_meta for tensor in tensors.values()):
         return None
-    return Fingerprint.of(plain_modules(model), tensors)
+    return Fingerprint.of(dict(backbone_modules(model)), tensors)
 
 
 def _inject_from_file(
@@ -132,7 +132,7 @@ def _inject_from_file(
     spec = replace(info.set, name=name)
     try:
         with torch.random.fork_rng(devices=[]):  # how heads and adapters start is overwritten at once
-            with on_plain(model):
+            with on_backbone(model):
                 _check_description(model, info, state)
                 heads = _heads(model, info, state)
             install(model, spec, info.example, heads, fingerprint, partial(load_adapter_state_dict, model, state, name))
@@ -142,24 +142,24 @@ def _inject_from_file(
 
 def _heads(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     """Returns a module for each place of a file's head: the model's own where it is of that form, else built as the file tells."""
-    plain, heads = plain_modules(model), {}
+    modules, heads = dict(backbone_modules(model)), {}
     built: dict[int, nn.Module] = {}  # one for all names of a place
     spec = info.set
     for name in spec.head:
-        if name not in plain:
+        if name not in modules:
             raise InjectionError(f"The backbone has no module {name!r}, where the file has a head.")
         stored = {key: tensor for key, tensor in state.items() if within(key, (f"head.{name}",))}
         blueprint = spec.blueprints.get(name)
-        if blueprint is None or blueprint_of(plain[name]) == blueprint:
-            fitting(tensors_to_save(backbone_modules(plain[name], name), spec), stored, spec.name)
-            heads[name] = plain[name]
+        if blueprint is None or blueprint_of(modules[name]) == blueprint:
+            fitting(tensors_to_save(backbone_modules(modules[name], name), spec), stored, spec.name)
+            heads[name] = modules[name]
             continue
         try:
             with torch.device("meta"):  # no memory for it before its sizes are known to be those of the file
                 form = tensors_to_save(backbone_modules(build_from(blueprint), name), spec)
             if {key: tensor.shape for key, tensor in form.items()} != {key: tensor.shape for key, tensor in stored.items()}:
                 raise ValueError("its tensors are others")
-            heads[name] = built.setdefault(id(plain[name]), build_from(blueprint))
+            heads[name] = built.setdefault(id(modules[name]), build_from(blueprint))
         except ValueError as error:
             raise AdapterFileError(f"{info.path}: the head {name!r} cannot be built as it is described: {error}.") from error
     return heads
@@ -172,6 +172,6 @@ def _check_description(model: nn.Module, info: AdapterInfo, state: Mapping[str, 
         described = {f"adapters.{site.name}.{key}": shape for key, shape in shapes.items()}
         if wrong := [key for key, shape in described.items() if key not in state or tuple(state[key].shape) != shape]:
             raise AdapterFileError(
-                f"{info.path}: it describes an adapter at site {site.name!r} whose tensors it does not have: {listing(wrong)}. "
+                f"{info.path}: it describes an adapter at site {site.name!r} whose tensors it does not have: {quote_names(wrong)}. "
                 "Save it again."
             )

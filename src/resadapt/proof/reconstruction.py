@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError
-from resadapt.base.names import listing
+from resadapt.base.names import quote_names
 from resadapt.base.tensors import is_dense, is_sharded
 from resadapt.base.undisturbed import random_states_kept
 from resadapt.injection.ledger import find_ledger
@@ -63,7 +63,7 @@ def _rebuilt(live: nn.Module, rebuild: Rebuild) -> Reconstruction:
         raise AdapterError("rebuild returned a model with adapters: return the plain backbone, as it was before the injection.")
     if shared := _shared_parts(live, model):
         return Reconstruction(
-            Check(_LINE, "failed", f"rebuild() returned a model that shares {listing(shared)} with the live one: build it afresh")
+            Check(_LINE, "failed", f"rebuild() returned a model that shares {quote_names(shared)} with the live one: build it afresh")
         )
     if len(devices) == 1:
         model.to(devices.pop())
@@ -87,7 +87,7 @@ def _copied(live: nn.Module) -> Reconstruction:
     try:
         model = copy.deepcopy(live, unused)
         if shared := _shared_parts(live, model):
-            detail = f"a copy.deepcopy of the live model shares {listing(shared)} with it: pass rebuild="
+            detail = f"a copy.deepcopy of the live model shares {quote_names(shared)} with it: pass rebuild="
             return Reconstruction(Check(_LINE, "failed", detail))
         if find_ledger(model) is not None:
             remove_adapters(model)
@@ -96,7 +96,7 @@ def _copied(live: nn.Module) -> Reconstruction:
         return Reconstruction(Check(_LINE, "failed", detail))
     detail = "a copy of the live model; pass rebuild= to prove that the backbone can be built without it"
     replaced = replaced_forwards(model)
-    reason = f"the forward of {listing(replaced)} was replaced on the instance and may run the live model: pass rebuild="
+    reason = f"the forward of {quote_names(replaced)} was replaced on the instance and may run the live model: pass rebuild="
     return Reconstruction(Check(_LINE, "not checked", detail), model, reason if replaced else "")
 
 

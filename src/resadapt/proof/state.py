@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterFileError, AdapterKeyError
 from resadapt.base.module_record import other_state
-from resadapt.base.names import listing, reasons_listing, within
+from resadapt.base.names import quote_names, quote_reasons, within
 from resadapt.base.spec import SetSpec
-from resadapt.base.tensors import address, dtype_name, is_dense, is_sharded, same_bits, whole
+from resadapt.base.tensors import address, dtype_name, full_tensor, is_dense, is_sharded, same_bits
 from resadapt.injection.building import saved_tensors
-from resadapt.injection.ledger import AdapterSet, adapter_of, ledger_of, own_modules
-from resadapt.injection.owned import follow
+from resadapt.injection.ledger import AdapterSet, adapter_of, ledger_of
+from resadapt.injection.private import private_modules
 from resadapt.injection.sharding import reshard
-from resadapt.injection.walk import find_module, persistent_tensors, unwrap
+from resadapt.injection.walk import persistent_tensors, unwrap
 
 __all__ = ["adapter_state_dict", "fitting", "live_tensors", "load_adapter_state_dict", "refuse_unsaved_state", "tensors_to_save"]
 
@@ -42,7 +42,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
         ['adapters.layer4.down.weight', 'adapters.layer4.down.bias']
     """
     live = live_tensors(unwrap(model), ledger_of(model).chosen(name))
-    return {key: whole(tensor).detach().clone() for key, tensor in live.items()}
+    return {key: full_tensor(tensor).detach().clone() for key, tensor in live.items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], name: str | None = None) -> None:
@@ -63,54 +63,52 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], 
         >>> model = inject_adapters(resnet18(), "layer4", 8)
         >>> load_adapter_state_dict(model, adapter_state_dict(model))
     """
-    record = ledger_of(model).chosen(name)
+    adapter_set = ledger_of(model).chosen(name)
     reshard(unwrap(model))
-    live = live_tensors(unwrap(model), record)
-    ready = fitting(live, state_dict, record.spec.name)
+    live = live_tensors(unwrap(model), adapter_set)
+    ready = fitting(live, state_dict, adapter_set.spec.name)
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(_distributed_as(tensor, ready[key]))
 
 
-def refuse_unsaved_state(model: nn.Module, record: AdapterSet) -> None:
+def refuse_unsaved_state(model: nn.Module, adapter_set: AdapterSet) -> None:
     """Refuses a head or an adapter with state that an adapter file cannot carry.
 
     Raises:
         AdapterFileError: A module keeps extra state, or packed weights of a quantized layer.
     """
-    heads = [(f"The head's module {path!r}", module) for path, module in own_modules(model, record)]
+    heads = [(f"The head's module {path!r}", module) for path, module in private_modules(model, adapter_set.spec)]
     adapters = [
         (f"The adapter at {site.name!r}", module)
-        for site in record.spec.sites
-        for module in adapter_of(model, record.spec, site).modules()
+        for site in adapter_set.spec.sites
+        for module in adapter_of(model, adapter_set.spec, site).modules()
     ]
     for what, module in heads + adapters:
         if kept := other_state(module):
             raise AdapterFileError(
-                f"{what} ({type(module).__name__}) keeps {listing(kept)} besides its parameters and buffers, which an adapter "
+                f"{what} ({type(module).__name__}) keeps {quote_names(kept)} besides its parameters and buffers, which an adapter "
                 "file does not carry. Keep that in a buffer, or take the module out of the set."
             )
 
 
-def live_tensors(model: nn.Module, record: AdapterSet) -> dict[str, Tensor]:
+def live_tensors(model: nn.Module, adapter_set: AdapterSet) -> dict[str, Tensor]:
     """Returns a set's own tensors, parameters and persistent buffers, by their names in a file."""
-    spec = record.spec
-    for place, module in record.parked.items():
-        follow(module, find_module(model, place))
+    spec = adapter_set.spec
     adapters = {
         f"adapters.{site.name}.{key}": tensor for site in spec.sites for key, tensor in saved_tensors(adapter_of(model, spec, site))
     }
-    described = {f"adapters.{key}": shape for key, shape in record.shapes.items()}
+    described = {f"adapters.{key}": shape for key, shape in adapter_set.shapes.items()}
     found = {key: tuple(tensor.shape) for key, tensor in adapters.items() if is_sharded(tensor) or is_dense(tensor)}
     if changed := sorted({key for key, _ in described.items() ^ found.items()} | (adapters.keys() - described.keys())):
         raise AdapterKeyError(
-            f"The adapters of set {spec.name!r} do not have the tensors of their family: {listing(changed)}. They were pruned, "
+            f"The adapters of set {spec.name!r} do not have the tensors of their family: {quote_names(changed)}. They were pruned, "
             "parametrized, quantized or flattened: make the first two permanent (torch.nn.utils.prune.remove, "
             "parametrize.remove_parametrizations), save before the others."
         )
-    live = adapters | tensors_to_save(own_modules(model, record), spec)
+    live = adapters | tensors_to_save(private_modules(model, adapter_set.spec), spec)
     if gone := [key for key, tensor in live.items() if tensor.is_meta]:
-        raise AdapterKeyError(f"Tensors of set {spec.name!r} have no values here (offloaded?): {listing(gone)}. Bring them back.")
+        raise AdapterKeyError(f"Tensors of set {spec.name!r} have no values here (offloaded?): {quote_names(gone)}. Bring them back.")
     return live
 
 
@@ -138,7 +136,7 @@ def fitting(live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) 
         if not isinstance(value, Tensor):
             problems[key] = f"is {type(value).__name__}, not a tensor"
             continue
-        value = whole(value)
+        value = full_tensor(value)
         if value.shape != tensor.shape:
             problems[key] = f"has shape {list(value.shape)} where the model has {list(tensor.shape)}"
         elif value.layout is not torch.strided or value.is_meta or value.is_quantized:
@@ -157,7 +155,7 @@ def fitting(live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) 
             if head
             else "Inject with the layers, bottleneck and family that the tensors were made with."
         )
-        raise AdapterKeyError(f"The tensors do not fit the set {name!r}: {reasons_listing(problems)}. {mend}")
+        raise AdapterKeyError(f"The tensors do not fit the set {name!r}: {quote_reasons(problems)}. {mend}")
     return ready
 
 

@@ -13,11 +13,12 @@ from torch import nn
 
 from resadapt.base.arguments import check_flag
 from resadapt.base.errors import AdapterError, BackboneDriftError
-from resadapt.base.names import listing, reasons_listing
+from resadapt.base.names import quote_names, quote_reasons
 from resadapt.files.adapter_file import as_json, encode_adapter_file, read_adapter_file
 from resadapt.files.atomic import atomic_write, target_of
 from resadapt.files.container import format_for
 from resadapt.injection.ledger import find_ledger, ledger_of
+from resadapt.injection.private import lost_modules
 from resadapt.injection.walk import unwrap
 from resadapt.proof.compare import Comparison
 from resadapt.proof.drift import check_backbone
@@ -90,19 +91,19 @@ def save_adapters(
         (True, 0.0, 'passed')
     """
     ledger, inner = ledger_of(model), unwrap(model)
-    record = ledger.chosen(name)
+    adapter_set = ledger.chosen(name)
     check_flag("verify", verify)
     _check_arguments(metric, tolerance, rebuild)
     sharded = check_ranks(inner)
     target = on_one_rank(sharded, lambda: _writable(path))
     entries = as_json(metadata, target)
-    refuse_unsaved_state(inner, record)
-    if metric is not None:  # before it takes its time
+    if metric is not None or lost_modules(inner, adapter_set.spec):  # before the metric takes its time
         _refuse_drift(inner)
-    looked_at = [record] if metric is None else list(ledger.sets.values())
-    forms = probe_forms(inner, record.example)
+    refuse_unsaved_state(inner, adapter_set)
+    looked_at = [adapter_set] if metric is None else list(ledger.sets.values())
+    forms = probe_forms(inner, adapter_set.example)
     with sets_kept(inner, target, looked_at):
-        evidence = collect(inner, record.spec.name, lambda: run_probe(inner, probe, forms), metric)
+        evidence = collect(inner, adapter_set.spec.name, lambda: run_probe(inner, probe, forms), metric)
     # The weights are hashed once where a copy of them serves: what it has is what the live model has.
     copied = reconstruct(inner, None) if verify and rebuild is None and not sharded else None
     today = fingerprint_of(copied.model) if copied and copied.model else None
@@ -116,10 +117,10 @@ def save_adapters(
         kept, samples = record_probe(evidence.run)
         data = encode_adapter_file(
             target,
-            record.spec,
-            ledger.fingerprint.without(record.spec.head),
+            adapter_set.spec,
+            ledger.fingerprint.without(adapter_set.spec.head),
             evidence.tensors | samples,
-            example=record.example,
+            example=adapter_set.example,
             probe=kept,
             metadata=entries,
         )
@@ -192,7 +193,7 @@ def verify_adapters(
         evidence = None
         if ledger is not None and (name := info.set.name if info.set.name in ledger.sets else ledger.active):
             if differing := info.set.differences(ledger.sets[name].spec):
-                detail = f"the model's set {name!r} differs from the file's in {listing(differing)}"
+                detail = f"the model's set {name!r} differs from the file's in {quote_names(differing)}"
                 return report_of(info.path, [Check("tensors", "failed", detail)], "the sets are not the same")
             forms = probe_forms(inner, info.probe.form if info.probe else None, info.example)
             evidence = collect(inner, name, lambda: run_probe(inner, probe, forms), metric)
@@ -214,7 +215,7 @@ def _refuse_drift(model: nn.Module) -> None:
     if not report.ok:
         raise BackboneDriftError(
             f"{len(report.drifted)} tensors and modules of the backbone are not what was injected into: "
-            f"{reasons_listing(report.reasons)}. The adapter file would not contain these changes. Keep the backbone frozen; or, "
+            f"{quote_reasons(report.reasons)}. The adapter file would not contain these changes. Keep the backbone frozen; or, "
             "if it is meant to be as it is now (a full checkpoint was loaded), call accept_backbone(model). If this is an average "
             "of models (EMA), whose arithmetic rounds frozen tensors too, load its set into the model that was trained, or one "
             "injected afresh, load_adapter_state_dict(model, adapter_state_dict(average)), and save that.",

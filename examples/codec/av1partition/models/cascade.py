@@ -12,7 +12,7 @@ from av1partition.data.blocks import BLOCK
 from av1partition.data.inputs import CODE_SIZE, luma, quantizer_code
 from av1partition.data.tasks import KINDS, SPECIALISTS, STAGE1, Task
 from av1partition.models.backbones import FEATURES, AttentionResNet18
-from resadapt import inject_adapters, suggest_layers
+from resadapt import adapter_state_dict, inject_adapters, load_adapter_state_dict, suggest_layers
 
 SITES = {"plain": ("layer1", "layer2", "layer3", "layer4"), "attention": ("se1", "se2", "se3", "spatial_attn")}
 HIDDEN = 128
@@ -225,7 +225,8 @@ def adapt(
         example_input=example,
         **options,
     )
-    cascade.get_submodule(head).load_state_dict(new_head(task, quantizer).state_dict())
+    start = {f"head.{head}.{key}": tensor for key, tensor in new_head(task, quantizer).state_dict().items()}
+    load_adapter_state_dict(cascade, adapter_state_dict(cascade, name or task.key) | start, name or task.key)
     return cascade
 
 
