@@ -185,6 +185,7 @@ def test_a_head_trains_its_norms() -> None:
     assert backbone_bytes(model) == frozen
     assert not torch.equal(private(model, "layer4.1").bn1.running_mean, head)
 
+
 def test_frozen_by_hand_stays_frozen() -> None:
     model = resadapt.inject_adapters(small_resnet(), head="fc")
     model.layer1.requires_grad_(False)

@@ -68,6 +68,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("verify",),
         ),
     },
+    {"types": (("",),)},
     {"": (("",),)},
 )
 PLACES = {

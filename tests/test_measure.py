@@ -17,7 +17,7 @@ import resadapt
 X = images(2, 8)
 
 
-def only_site(model: nn.Module) -> resadapt.SiteSpec:
+def only_site(model: nn.Module) -> resadapt.types.SiteSpec:
     ((site,),) = (info.sites for info in resadapt.list_adapters(model))
     return site
 
@@ -200,7 +200,7 @@ def test_a_form_with_channels_last_is_told_by_the_file(path: Any) -> None:
         other(X)
 
 
-def only_site_of(model: nn.Module, name: str) -> resadapt.SiteSpec:
+def only_site_of(model: nn.Module, name: str) -> resadapt.types.SiteSpec:
     return next(info.sites[0] for info in resadapt.list_adapters(model) if info.name == name)
 
 

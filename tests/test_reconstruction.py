@@ -31,13 +31,13 @@ def trained(model: Any = None) -> Any:
     return model
 
 
-def outcomes(report: resadapt.VerificationReport) -> dict[str, str]:
+def outcomes(report: resadapt.types.VerificationReport) -> dict[str, str]:
     return {check.name: check.outcome for check in report.checks}
 
 
 def test_without_rebuild_the_report_says_that_a_copy_served(path: Path) -> None:
     report = resadapt.save_adapters(trained(), path)
-    assert report["reconstruction"] == resadapt.Check(
+    assert report["reconstruction"] == resadapt.types.Check(
         "reconstruction",
         "not checked",
         "a copy of the live model; pass rebuild= to prove that the backbone can be built without it",
@@ -517,7 +517,10 @@ def test_a_failing_proof_stays_one_when_the_metric_leaves_something_on_the_reloa
 
 
 def test_a_metric_that_changes_the_live_model_when_it_is_called_again(path: Path) -> None:
-    for attribute, error in (("c2.weight", resadapt.BackboneDriftError), ("head.resadapt.default@head.weight", resadapt.VerificationError)):
+    for attribute, error in (
+        ("c2.weight", resadapt.BackboneDriftError),
+        ("head.resadapt.default@head.weight", resadapt.VerificationError),
+    ):
         model = trained()
 
         def metric(m: Any, model: Any = model, attribute: str = attribute) -> float:

@@ -58,7 +58,7 @@ def model() -> nn.Module:
 LINES = ("file", "reconstruction", "backbone", "tensors", "sites", "outputs", "recorded outputs", "metric")
 
 
-def outcomes(report: resadapt.VerificationReport) -> dict[str, str]:
+def outcomes(report: resadapt.types.VerificationReport) -> dict[str, str]:
     return {check.name: check.outcome for check in report.checks}
 
 
@@ -395,7 +395,7 @@ def test_outputs_that_are_never_the_same(path: Path) -> None:
     assert "other outputs each time" in report["outputs"].detail
 
 
-def record(outputs: dict[str, Tensor]) -> tuple[resadapt.ProbeRecord, dict[str, Tensor]]:
+def record(outputs: dict[str, Tensor]) -> tuple[resadapt.types.ProbeRecord, dict[str, Tensor]]:
     kept, stored = record_probe(ProbeRun(Probe(X), outputs))
     assert kept is not None
     return kept, stored

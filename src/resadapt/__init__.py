@@ -1,6 +1,7 @@
-"""Small trainable residual adapters for any torchvision ResNet, with adapter files that prove themselves."""
+"""Small trainable residual adapters for any torchvision ResNet, in adapter files that are verified when they are saved."""
 
-from resadapt.adapters import Adapter, FamilyInfo, Site, list_families, register_family
+import resadapt.types
+from resadapt.adapters import Adapter, Site, list_families, register_family
 from resadapt.base.errors import (
     AdapterError,
     AdapterFileError,
@@ -11,32 +12,27 @@ from resadapt.base.errors import (
     InjectionError,
     VerificationError,
 )
-from resadapt.base.fingerprint import Fingerprint, TensorRecord
-from resadapt.base.module_record import ModuleRecord
-from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.version import __version__
 from resadapt.deploy.fold import fold_adapters
 from resadapt.deploy.inference_copy import inference_copy
-from resadapt.files.adapter_file import AdapterInfo, ProbeRecord, read_adapter_info
-from resadapt.injection.set_info import AdapterSetInfo, list_adapters
+from resadapt.files.adapter_file import read_adapter_info
+from resadapt.injection.set_info import list_adapters
 from resadapt.injection.sets import adapters_disabled, adapters_for, inject_adapters, remove_adapters, set_active_adapters
 from resadapt.injection.sharing import forward_all
-from resadapt.lean.cache import PrefixCache, cache_prefix
-from resadapt.lean.estimate import StepCost, TrainingEstimate, estimate_training
+from resadapt.lean.cache import cache_prefix
+from resadapt.lean.estimate import estimate_training
 from resadapt.lean.optimize import optimize_backbone, restore_backbone
-from resadapt.parameters.suggest import SuggestedLayers, suggest_layers
-from resadapt.parameters.summary import ModelSummary, summary
+from resadapt.parameters.suggest import suggest_layers
+from resadapt.parameters.summary import summary
 from resadapt.parameters.trainable import (
-    ParameterCount,
     count_parameters,
     named_trainable_parameters,
     parameter_groups,
     trainable_parameters,
 )
 from resadapt.proof.combine import combine_adapters
-from resadapt.proof.drift import BackboneReport, accept_backbone, check_backbone
+from resadapt.proof.drift import accept_backbone, check_backbone
 from resadapt.proof.loading import load_adapters
-from resadapt.proof.report import Check, VerificationReport
 from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict
 from resadapt.proof.verify import save_adapters, verify_adapters
 
@@ -44,31 +40,13 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "AdapterFileError",
-    "AdapterInfo",
     "AdapterKeyError",
-    "AdapterSetInfo",
     "AdapterWarning",
     "BackboneDriftError",
     "BackboneMismatchError",
-    "BackboneReport",
-    "Check",
-    "FamilyInfo",
-    "Fingerprint",
     "InjectionError",
-    "ModelSummary",
-    "ModuleRecord",
-    "ParameterCount",
-    "PrefixCache",
-    "ProbeRecord",
-    "SetSpec",
     "Site",
-    "SiteSpec",
-    "StepCost",
-    "SuggestedLayers",
-    "TensorRecord",
-    "TrainingEstimate",
     "VerificationError",
-    "VerificationReport",
     "__version__",
     "accept_backbone",
     "adapter_state_dict",

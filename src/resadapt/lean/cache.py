@@ -100,7 +100,9 @@ def cache_prefix(
     spec = ledger.needed_set.spec
     check_switchable(inner, ledger, [ledger.needed_set])
     if are_sharded(module for _, module in backbone_modules(inner)):
-        raise InjectionError("The model is sharded (fully_shard), whose parts are gathered where it runs whole. Cache before sharding.")
+        raise InjectionError(
+            "The model is sharded (fully_shard), whose parts are gathered where it runs whole. Cache before sharding."
+        )
     if drifted := backbone_differences(inner, ledger.fingerprint):
         raise InjectionError(f"The backbone is not what was injected into: {quote_reasons(drifted)}.")
     _refuse_trained(inner)

@@ -158,7 +158,9 @@ def has_hooks(module: nn.Module, but: Any = None) -> bool:
 def _runs_otherwise(module: nn.Module) -> bool:
     """Tells whether something else runs in place of a module's forward."""
     forward = module.__dict__.get("forward")
-    return running_at(module) is not module or (forward is not None and not (isinstance(forward, Intercept) and forward.only_passes_on))
+    return running_at(module) is not module or (
+        forward is not None and not (isinstance(forward, Intercept) and forward.only_passes_on)
+    )
 
 
 def _parts(convolution: nn.Module, norm: nn.Module) -> list[Any]:

@@ -69,7 +69,9 @@ def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> 
     adapter_set = ledger.sets[first]
     for other in others:
         if differing := ledger.sets[other].spec.differences(adapter_set.spec):
-            raise AdapterKeyError(f"The sets {first!r} and {other!r} differ in {quote_names(differing)}, so there is no sum of them.")
+            raise AdapterKeyError(
+                f"The sets {first!r} and {other!r} differ in {quote_names(differing)}, so there is no sum of them."
+            )
     tensors = {each: adapter_state_dict(model, each) for each in weights}
     total = {key: _sum([(weight, tensors[each][key]) for each, weight in weights.items()]) for key in tensors[first]}
     if lost := [key for key, tensor in total.items() if key.endswith(".running_var") and (tensor < 0).any()]:

@@ -44,7 +44,9 @@ def sets_kept(model: nn.Module, target: Path, sets: Iterable[AdapterSet]) -> Ite
         raise failure_of(report_of(target, [Check("tensors", "failed", detail)], "the model changed"))
 
 
-def _restore_sets(model: nn.Module, names: Collection[str], before: Mapping[str, tuple[AdapterSet, dict[str, Tensor]]]) -> list[str]:
+def _restore_sets(
+    model: nn.Module, names: Collection[str], before: Mapping[str, tuple[AdapterSet, dict[str, Tensor]]]
+) -> list[str]:
     """Puts sets back as they were, as far as that can be done, and says what was wrong with each."""
     ledger = find_ledger(model)
     there = ledger.sets if ledger else {}

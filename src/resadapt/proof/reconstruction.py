@@ -63,7 +63,9 @@ def _rebuilt(live: nn.Module, rebuild: Rebuild) -> Reconstruction:
         raise AdapterError("rebuild returned a model with adapters: return the plain backbone, as it was before the injection.")
     if shared := _shared_parts(live, model):
         return Reconstruction(
-            Check(_LINE, "failed", f"rebuild() returned a model that shares {quote_names(shared)} with the live one: build it afresh")
+            Check(
+                _LINE, "failed", f"rebuild() returned a model that shares {quote_names(shared)} with the live one: build it afresh"
+            )
         )
     if len(devices) == 1:
         model.to(devices.pop())

@@ -108,7 +108,9 @@ def live_tensors(model: nn.Module, adapter_set: AdapterSet) -> dict[str, Tensor]
         )
     live = adapters | tensors_to_save(private_modules(model, adapter_set.spec), spec)
     if gone := [key for key, tensor in live.items() if tensor.is_meta]:
-        raise AdapterKeyError(f"Tensors of set {spec.name!r} have no values here (offloaded?): {quote_names(gone)}. Bring them back.")
+        raise AdapterKeyError(
+            f"Tensors of set {spec.name!r} have no values here (offloaded?): {quote_names(gone)}. Bring them back."
+        )
     return live
 
 

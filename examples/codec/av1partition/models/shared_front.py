@@ -15,7 +15,8 @@ from av1partition.data.inputs import luma
 from av1partition.data.tasks import Task
 from av1partition.models.backbones import front, parts, rest
 from av1partition.models.cascade import BACKBONE, Cascade
-from resadapt import AdapterSetInfo, list_adapters, list_families
+from resadapt import list_adapters, list_families
+from resadapt.types import AdapterSetInfo
 
 
 def shared_end(cascade: Cascade) -> str:
