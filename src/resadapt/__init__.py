@@ -1,6 +1,6 @@
 """Small trainable residual adapters for any torchvision ResNet, in adapter files that are verified when they are saved."""
 
-import resadapt.types
+import resadapt.types  # noqa: F401 - resadapt.types is there once resadapt is imported
 from resadapt.adapters import Adapter, Site, list_families, register_family
 from resadapt.base.errors import (
     AdapterError,

@@ -11,9 +11,10 @@ from torch import nn
 from resadapt.base.errors import InjectionError
 from resadapt.base.names import quote_names, within
 from resadapt.base.tensors import address
+from resadapt.injection.route import call_places
 from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module
 
-__all__ = ["match", "names_in", "select_head"]
+__all__ = ["called_modules", "match", "names_in", "select_head"]
 
 
 def names_in(names: object, argument: str) -> list[str]:
@@ -52,7 +53,7 @@ def match(modules: Mapping[str, nn.Module], pattern: str, argument: str) -> list
 
 
 def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
-    """Returns the outermost modules that `head` names, and for each the module that is to stand there.
+    """Returns the outermost modules that `head` names, and for each the module that the set gets a copy of.
 
     Of those that a glob found some may have no parameters.
 
@@ -87,7 +88,27 @@ def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
                 raise InjectionError(
                     f"head: {name!r} shares the tensor {path!r} with the backbone, which stays frozen. Untie them."
                 )
-    return {name: given.get(name, modules[name]) for name in outermost}
+    heads: dict[str, nn.Module] = {}
+    for name in outermost:
+        for place in called_modules(model, (name,)):
+            heads[place] = find_module(given[name], place[len(name) + 1 :]) if name in given else modules[place]
+    return heads
+
+
+def called_modules(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Returns names of modules, and in place of containers that are never called the modules inside with parameters.
+
+    Raises:
+        InjectionError: There is no such module, or none in it is ever called.
+    """
+    found: list[str] = []
+    for name in names:
+        module = find_module(model, name)
+        places = [place for place, inside in call_places(module, name) if place == name or _has_parameters(inside)]
+        if not places:
+            raise InjectionError(f"head: module {name!r} ({type(module).__name__}) has no forward, so it never runs. Choose another.")
+        found += places
+    return tuple(found)
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -167,8 +167,8 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
     for each in going:
         uninstall(inner, ledger, each)
     for path, module in head.items():
-        for name, parameter in module.named_parameters(prefix=path):
-            parameter.requires_grad_(ledger.requires_grad.get(name, True))
+        for key, parameter in module.named_parameters(prefix=path):
+            parameter.requires_grad_(ledger.requires_grad.get(key, True))
         take_place(inner, path, module)
     return model
 

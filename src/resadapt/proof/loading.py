@@ -20,11 +20,12 @@ from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.injection.building import saved_shapes, weightless
 from resadapt.injection.installation import check_model, install
 from resadapt.injection.ledger import backbone_differences, find_ledger
+from resadapt.injection.patterns import called_modules
 from resadapt.injection.switching import on_backbone, switch
 from resadapt.injection.walk import backbone_modules, backbone_tensors, unwrap
 from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, tensors_to_save
 
-__all__ = ["fingerprint_of", "load_adapters", "load_file_content"]
+__all__ = ["fingerprint_of", "in_called_modules", "load_adapters", "load_file_content"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -102,6 +103,7 @@ def load_file_content(
             f"not those of the file: {quote_reasons(wrong)}. Build the backbone as it was then, and load its own weights, in "
             "their own dtype, into it first."
         )
+    info = in_called_modules(model, info)
     state = {key: tensor for key, tensor in tensors.items() if key.startswith(("adapters.", "head.", "norms."))}
     ledger = find_ledger(model)
     if ledger is None or name not in ledger.sets:
@@ -116,6 +118,14 @@ def load_file_content(
     fitting(live, state, name)  # before anything changes
     switch(model, ledger, name)
     load_adapter_state_dict(model, state, name)
+
+
+def in_called_modules(model: nn.Module, info: AdapterInfo) -> AdapterInfo:
+    """Returns what a file says with the head as today's injection names it: version 0.2 named containers that never run."""
+    try:
+        return replace(info, set=replace(info.set, head=called_modules(model, info.set.head)))
+    except InjectionError:  # what is missing is found when the set is injected
+        return info
 
 
 def fingerprint_of(model: nn.Module) -> Fingerprint | None:

@@ -24,7 +24,7 @@ from resadapt.proof.compare import Comparison
 from resadapt.proof.drift import check_backbone
 from resadapt.proof.evidence import Metric, collect
 from resadapt.proof.kept import sets_kept
-from resadapt.proof.loading import fingerprint_of
+from resadapt.proof.loading import fingerprint_of, in_called_modules
 from resadapt.proof.probe import probe_forms, record_probe, run_probe
 from resadapt.proof.ranks import check_ranks, on_one_rank
 from resadapt.proof.reconstruction import Rebuild, reconstruct
@@ -192,7 +192,7 @@ def verify_adapters(
     with sets_kept(inner, info.path, looked_at):
         evidence = None
         if ledger is not None and (name := info.set.name if info.set.name in ledger.sets else ledger.active):
-            if differing := info.set.differences(ledger.sets[name].spec):
+            if differing := in_called_modules(inner, info).set.differences(ledger.sets[name].spec):
                 detail = f"the model's set {name!r} differs from the file's in {quote_names(differing)}"
                 return report_of(info.path, [Check("tensors", "failed", detail)], "the sets are not the same")
             forms = probe_forms(inner, info.probe.form if info.probe else None, info.example)
