@@ -20,10 +20,9 @@ OPTIONAL = {"safetensors"}
 FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "base": (
-            ("version", "errors", "names", "spec", "tensors", "nested", "checkpointed", "overlay"),
-            ("snapshot", "arguments", "inputs", "module_record", "blueprint"),
+            ("version", "errors", "tensors", "overlay"),
+            ("spec", "inputs", "module_record"),
             ("undisturbed", "fingerprint"),
-            ("outputs",),
         ),
         "adapters": (
             ("family",),
@@ -37,8 +36,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("mixture",),
             ("slots",),
             ("walk",),
-            ("sharding", "patterns", "freeze", "route"),
-            ("private",),
+            ("freeze", "private"),
             ("ledger",),
             ("watch", "intercept"),
             ("hooks",),
@@ -54,16 +52,16 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "parameters": (("trainable",), ("suggest", "summary")),
         "lean": (
-            ("absent", "samples", "bits", "estimate"),
+            ("stand_in", "samples", "bits", "estimate"),
             ("functions", "prefix"),
             ("layers", "pairs", "feature_rows"),
             ("blocks", "cache"),
             ("optimize",),
         ),
-        "deploy": (("plain_copy", "same_outputs"), ("inference_copy", "fold")),
+        "deploy": (("stock_copy", "same_outputs"), ("inference_copy", "fold")),
         "proof": (
-            ("report", "ranks", "probe", "drift", "state"),
-            ("reconstruction", "evidence", "kept", "loading", "combine"),
+            ("report", "probe", "drift", "state"),
+            ("reconstruction", "evidence", "loading", "combine"),
             ("compare",),
             ("verify",),
         ),
@@ -151,7 +149,11 @@ def test_imports_point_one_way(name: str) -> None:
             "from resadapt.injection.hooks import attach",
             "injection.slots may not import resadapt.injection.hooks",
         ),
-        ("injection.route", "from resadapt.injection.freeze import x", "injection.route may not import resadapt.injection.freeze"),
+        (
+            "injection.private",
+            "from resadapt.injection.freeze import x",
+            "injection.private may not import resadapt.injection.freeze",
+        ),
         (
             "injection.sets",
             "def f():\n    import resadapt.files.container",

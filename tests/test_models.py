@@ -15,7 +15,7 @@ from torchvision import models
 from torchvision.models import detection, quantization, segmentation, video
 
 import resadapt
-from resadapt.base.outputs import outputs_of
+from resadapt.base.undisturbed import outputs_of
 from resadapt.proof.probe import same
 
 

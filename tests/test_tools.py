@@ -53,7 +53,8 @@ def test_the_table_has_a_column_for_each_count() -> None:
 
 
 def test_a_jump_back_is_a_function_first_entered_in_a_file_that_was_left() -> None:
-    a1, a2, b1, b2, c1 = (Function(f"{name[0]}.py", name) for name in ("a1", "a2", "b1", "b2", "c1"))
+    names = ("a1", "a2", "b1", "b2", "c1")
+    a1, a2, b1, b2, c1 = (Function(f"{name[0]}.py", name) for name in names)
     # README calls a1; a1 calls b1, which calls b2 and a2; a1 calls b1 and b2 itself, then c1.
     calls = [(None, a1), (a1, b1), (b1, b2), (b1, a2), (a2, b1), (a1, b2), (a1, c1)]
     reading = read(dict.fromkeys(calls))

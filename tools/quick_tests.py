@@ -30,9 +30,8 @@ def find(wanted: Iterable[str], folder: Path) -> list[Path]:
     """
     found = {name: sorted(folder.rglob(name)) for name in wanted}
     if missing := [name for name, paths in found.items() if not paths]:
-        raise FileNotFoundError(
-            f"No test file below {folder} is named {', '.join(missing)}. Correct {LIST}."
-        )
+        lost = ", ".join(missing)
+        raise FileNotFoundError(f"No test file below {folder} is named {lost}. Correct {LIST}.")
     return [path for paths in found.values() for path in paths]
 
 

@@ -1,4 +1,4 @@
-"""Counts how many files a reader opens to follow README's four lines, and how often he jumps back.
+"""Counts the files that a reader of README's four lines opens, and how often they jump back.
 
     .venv/bin/python tools/trace_readme.py [--json] [--list]
 
@@ -15,7 +15,7 @@ jumps back
     function is in another file than the one before it, and that file was opened earlier, the
     reader jumps back. A function is read once, so each counts at most once.
 calls back
-    Distinct calls, caller to callee, into another file that was opened before. A caller is the
+    Distinct calls, caller to callee, into another file that was opened before. The caller is the
     nearest function of the package on the stack: frames of torch in between are passed over.
 
 Python 3.12 and newer run comprehensions inside the function around them, which makes the numbers a
@@ -124,7 +124,8 @@ def recorded(calls: Calls) -> Iterator[None]:
 def backbone() -> nn.Module:
     """Builds README's backbone."""
     torch.manual_seed(0)
-    return resnet18(num_classes=3)
+    model: nn.Module = resnet18(num_classes=3)
+    return model
 
 
 def trace_readme(folder: Path) -> dict[str, Calls]:
@@ -139,7 +140,8 @@ def trace_readme(folder: Path) -> dict[str, Calls]:
     optimizer = torch.optim.AdamW(groups)
     images, labels = torch.randn(4, 3, 64, 64), torch.arange(4) % 3
     with recorded(traced["training step"]):
-        nn.functional.cross_entropy(model.train()(images), labels).backward()
+        loss = nn.functional.cross_entropy(model.train()(images), labels)
+        torch.autograd.backward(loss)
         optimizer.step()
     with recorded(traced["save"]):
         resadapt.save_adapters(model, path, rebuild=backbone)
@@ -155,6 +157,11 @@ def table(counts: dict[str, dict[str, int]]) -> str:
     for name, row in counts.items():
         lines.append(f"{name:18}" + "".join(f"{row[column]:12}" for column in columns))
     return "\n".join(lines)
+
+
+def pairs(calls: Calls) -> list[tuple[str, str]]:
+    """Returns caller and callee of each call as text."""
+    return [(str(caller or "README"), str(callee)) for caller, callee in calls]
 
 
 def listing(name: str, calls: Calls) -> str:
@@ -188,11 +195,8 @@ def main() -> None:
     if options.json:
         result: dict[str, Any] = {"counts": counts, "package": package}
         if options.list:
-            result["calls"] = {
-                name: [[str(caller or "README"), str(callee)] for caller, callee in calls]
-                for name, calls in traced.items()
-            }
             result["files"] = {name: read(calls).files for name, calls in traced.items()}
+            result["calls"] = {name: pairs(calls) for name, calls in traced.items()}
         print(json.dumps(result, indent=2))
         return
     print(table(counts))

@@ -17,7 +17,13 @@ from resadapt.deploy.fold import fold_adapters
 from resadapt.deploy.inference_copy import inference_copy
 from resadapt.files.adapter_file import read_adapter_info
 from resadapt.injection.set_info import list_adapters
-from resadapt.injection.sets import adapters_disabled, adapters_for, inject_adapters, remove_adapters, set_active_adapters
+from resadapt.injection.sets import (
+    adapters_disabled,
+    adapters_for,
+    inject_adapters,
+    remove_adapters,
+    set_active_adapters,
+)
 from resadapt.injection.sharing import forward_all
 from resadapt.lean.cache import cache_prefix
 from resadapt.lean.estimate import estimate_training

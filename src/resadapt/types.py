@@ -1,4 +1,7 @@
-"""The types of what the functions of `resadapt` return: reports, descriptions, counts and estimates."""
+"""The types of what the functions of `resadapt` return.
+
+Reports, descriptions, counts and estimates.
+"""
 
 from resadapt.adapters import FamilyInfo
 from resadapt.base.fingerprint import Fingerprint, TensorRecord

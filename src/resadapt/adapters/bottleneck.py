@@ -15,9 +15,10 @@ _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 class BottleneckAdapter(Adapter):
     """Bottleneck adapter at every position of a feature map: ``x + up(dropout(act(down(x))))``.
 
-    2Cb + b + C parameters. Where paper and code differ: the paper leaves the non-linearity open and draws the weights with standard
-    deviation 1e-2, its code has the tanh form of GELU and 1e-3, both truncated at two standard deviations, biases zero. Here
-    ``"normal"`` is N(0, 1e-3), not truncated, as in `pooled`. The default is the exact identity, with `down` drawn as wide as its
+    2Cb + b + C parameters. Where paper and code differ: the paper leaves the non-linearity open and
+    draws the weights with standard deviation 1e-2, its code has the tanh form of GELU and 1e-3,
+    both truncated at two standard deviations, biases zero. Here ``"normal"`` is N(0, 1e-3), not
+    truncated, as in `pooled`. The default is the exact identity, with `down` drawn as wide as its
     input needs (He), so that `up` gets a gradient of full size from the first step.
 
     Args:
@@ -25,14 +26,15 @@ class BottleneckAdapter(Adapter):
         bottleneck: b, width of the hidden layer.
         dropout: Probability of dropping a hidden unit at a position in training.
         activation: The non-linearity: ``"relu"``, ``"gelu"`` (exact) or ``"silu"``.
-        init: ``"identity"`` starts `up` at zero and draws `down` from N(0, 2 / C); ``"normal"`` draws the weights of both from
-            N(0, 1e-3), a standard deviation. Biases start at zero.
+        init: ``"identity"`` starts `up` at zero and draws `down` from N(0, 2 / C); ``"normal"``
+            draws the weights of both from N(0, 1e-3), a standard deviation. Biases start at zero.
 
     Raises:
         ValueError: The site has more than 3 spatial dimensions, or an option is none of its values.
 
     References:
-        Houlsby et al. 2019, arXiv:1902.00751, and its code, google-research/adapter-bert; He et al. 2015, arXiv:1502.01852.
+        Houlsby et al. 2019, arXiv:1902.00751, and its code, google-research/adapter-bert; He et al.
+        2015, arXiv:1502.01852.
 
     Example:
         >>> import torch
@@ -48,7 +50,13 @@ class BottleneckAdapter(Adapter):
     source = "arXiv:1902.00751"
 
     def __init__(
-        self, site: Site, bottleneck: int, *, dropout: float = 0.0, activation: str = "relu", init: str = "identity"
+        self,
+        site: Site,
+        bottleneck: int,
+        *,
+        dropout: float = 0.0,
+        activation: str = "relu",
+        init: str = "identity",
     ) -> None:
         super().__init__()
         check_choice("activation", activation, tuple(_ACTIVATIONS))

@@ -1,4 +1,7 @@
-"""The `conv` family: Conv-Adapter, a depthwise convolution and a pointwise one beside or behind a convolution or a block."""
+"""The `conv` family.
+
+Conv-Adapter, a depthwise convolution and a pointwise one beside or behind a convolution or a block.
+"""
 
 import math
 from typing import Any
@@ -7,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from resadapt.adapters.convolutions import Convolution, convolution_like, convolution_of, cropped, nn_class
+from resadapt.adapters.convolutions import (
+    Convolution,
+    convolution_like,
+    convolution_of,
+    cropped,
+    nn_class,
+)
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
 
 __all__ = ["ConvAdapter"]
@@ -18,28 +27,34 @@ _SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-s
 
 @register_family("conv")
 class ConvAdapter(Adapter):
-    """Conv-Adapter: ``y + s up(act(down(h)))``, down a grouped convolution of the site's kernel to b channels, up of one tap.
+    """Conv-Adapter: ``y + s up(act(down(h)))``, down a grouped convolution of the site's kernel to
+    b channels, up of one tap.
 
-    In the parallel schemes h is the input of the site, else its output y. Each of the b channels is computed from its own group of
-    h's channels, so b divides their number. C_h k^2 + b C_out + C_out parameters.
+    In the parallel schemes h is the input of the site, else its output y. Each of the b channels is
+    computed from its own group of h's channels, so b divides their number. C_h k^2 + b C_out +
+    C_out parameters.
 
     Args:
         site: A convolution, or for the residual schemes a block with a `downsample`.
         bottleneck: b, number of hidden channels; the paper's is C_h / gamma.
-        scheme: ``"conv-parallel"``: down has the geometry of the convolution beside it. ``"conv-sequential"``: its kernel and
-            dilation, at stride 1. ``"residual-parallel"``: 3 taps, strides as in the block's `downsample`.
-            ``"residual-sequential"``: 3 taps, stride 1.
+        scheme: ``"conv-parallel"``: down has the geometry of the convolution beside it.
+            ``"conv-sequential"``: its kernel and dilation, at stride 1. ``"residual-parallel"``: 3
+            taps, strides as in the block's `downsample`. ``"residual-sequential"``: 3 taps, stride
+            1.
         activation: ``"relu"``, ``"gelu"`` or ``"silu"``.
-        init: ``"identity"`` starts up at zero, so that the adapter changes nothing until it is trained; ``"paper"`` draws down and
-            up as the authors' ResNet does, with variance 2 / (C_out k^2). s starts at one.
+        init: ``"identity"`` starts up at zero, so that the adapter changes nothing until it is
+            trained; ``"paper"`` draws down and up as the authors' ResNet does, with variance 2 /
+            (C_out k^2). s starts at one.
 
     Raises:
-        ValueError: The site is no such module, b does not divide the channels of h, or an option is not known.
+        ValueError: The site is no such module, b does not divide the channels of h, or an option is
+            not known.
 
     References:
-        Chen et al. 2022, arXiv:2208.07463; no biases, as in its formula. The authors' code (Hhhhhhao/Conv-Adapter) has biases, adds
-        behind the ReLU after the 3x3 convolution of a Bottleneck, always with padding 1 and dilation 1, and its BasicBlock fails.
-        Here the sum is at the site's output, and the geometry is the site's.
+        Chen et al. 2022, arXiv:2208.07463; no biases, as in its formula. The authors' code
+        (Hhhhhhao/Conv-Adapter) has biases, adds behind the ReLU after the 3x3 convolution of a
+        Bottleneck, always with padding 1 and dilation 1, and its BasicBlock fails. Here the sum is
+        at the site's output, and the geometry is the site's.
 
     Example:
         >>> import torch
@@ -51,13 +66,21 @@ class ConvAdapter(Adapter):
     """
 
     reads = "input"
-    formula = "x + s up(act(down h)), down in b groups; in the sequential schemes of x in place of h"
+    formula = (
+        "x + s up(act(down h)), down in b groups; in the sequential schemes of x in place of h"
+    )
     size = "C_h k^2 + b C_out + C_out"
     starts = "identity (up = 0), or He-normal"
     source = "arXiv:2208.07463"
 
     def __init__(
-        self, site: Site, bottleneck: int, *, scheme: str = "conv-parallel", activation: str = "relu", init: str = "identity"
+        self,
+        site: Site,
+        bottleneck: int,
+        *,
+        scheme: str = "conv-parallel",
+        activation: str = "relu",
+        init: str = "identity",
     ) -> None:
         super().__init__()
         check_choice("scheme", scheme, _SCHEMES)
@@ -69,7 +92,9 @@ class ConvAdapter(Adapter):
             self.reads = "output"
         transposed = not behind and isinstance(place, Convolution) and place.transposed
         self._cropped = site.spatial_dims if transposed else 0
-        self.down = _beside(place, site, bottleneck) if not behind else _behind(place, site, bottleneck)
+        self.down = (
+            _beside(place, site, bottleneck) if not behind else _behind(place, site, bottleneck)
+        )
         self.act = _ACTIVATIONS[activation]()
         self.up = nn_class("Conv", site.spatial_dims)(bottleneck, site.channels, 1, bias=False)
         self.scale = nn.Parameter(torch.ones(site.channels, *[1] * site.spatial_dims))
@@ -97,11 +122,26 @@ def _beside(place: nn.Module, site: Site, width: int) -> Convolution:
     channels = site.channels if first is None else first.in_channels
     strides = [1] * site.spatial_dims
     for each in shortcut:
-        if isinstance(each, Convolution | nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d | nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d):
-            step = each.stride if isinstance(each.stride, tuple) else (each.stride,) * site.spatial_dims
+        if isinstance(
+            each,
+            Convolution
+            | nn.AvgPool1d
+            | nn.AvgPool2d
+            | nn.AvgPool3d
+            | nn.MaxPool1d
+            | nn.MaxPool2d
+            | nn.MaxPool3d,
+        ):
+            step = (
+                each.stride
+                if isinstance(each.stride, tuple)
+                else (each.stride,) * site.spatial_dims
+            )
             strides = [a * b for a, b in zip(strides, step, strict=True)]
     kind = nn_class("Conv", site.spatial_dims)
-    down: Convolution = kind(_divided(channels, width), width, 3, stride=strides, padding=1, groups=width, bias=False)
+    down: Convolution = kind(
+        _divided(channels, width), width, 3, stride=strides, padding=1, groups=width, bias=False
+    )
     return down
 
 
@@ -109,9 +149,15 @@ def _behind(place: nn.Module, site: Site, width: int) -> Convolution:
     """Returns the convolution that keeps the size of a module's output."""
     options: dict[str, Any] = {"kernel_size": 3}
     if isinstance(place, Convolution):
-        options = {"kernel_size": place.kernel_size, "dilation": place.dilation, "padding_mode": place.padding_mode}
+        options = {
+            "kernel_size": place.kernel_size,
+            "dilation": place.dilation,
+            "padding_mode": place.padding_mode,
+        }
     kind = nn_class("Conv", site.spatial_dims)
-    down: Convolution = kind(_divided(site.channels, width), width, padding="same", groups=width, bias=False, **options)
+    down: Convolution = kind(
+        _divided(site.channels, width), width, padding="same", groups=width, bias=False, **options
+    )
     return down
 
 
@@ -121,7 +167,10 @@ def _block_of(site: Site) -> nn.Module:
     while isinstance(block, nn.Sequential) and len(block) > 0:
         block = block[-1]
     if block is None or not hasattr(block, "downsample"):
-        raise ValueError("its residual schemes need a residual block: a module with a downsample, which may be None")
+        raise ValueError(
+            "its residual schemes need a residual block: a module with a downsample, which may be "
+            "None"
+        )
     return block
 
 
@@ -129,9 +178,12 @@ def _divided(channels: int, width: int) -> int:
     """Returns a number of channels that has a width among its divisors."""
     if channels % width:
         divisors = [each for each in range(1, channels + 1) if channels % each == 0]
-        near = [max((d for d in divisors if d < width), default=None), min((d for d in divisors if d > width), default=None)]
+        near = [
+            max((d for d in divisors if d < width), default=None),
+            min((d for d in divisors if d > width), default=None),
+        ]
         raise ValueError(
-            f"its bottleneck must divide the {channels} channels that it reads, and {width} does not: "
-            f"{' or '.join(str(each) for each in near if each is not None)} does"
+            f"its bottleneck must divide the {channels} channels that it reads, and {width} does "
+            f"not: {' or '.join(str(each) for each in near if each is not None)} does"
         )
     return channels

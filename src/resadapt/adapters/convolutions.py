@@ -23,29 +23,37 @@ __all__ = [
 
 Convolution = nn.modules.conv._ConvNd
 Layer = nn.modules.conv._ConvNd | nn.Linear
-_PLAIN: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_STRAIGHT: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def layer_of(site: Site) -> Layer:
     """Returns a site's module if it is a layer with a weight that computes as torch's own does.
 
-    A subclass is one if it inherits its forward, as torchvision's ``Conv3DSimple`` does. timm's ``Conv2dSame`` pads in a forward of
-    its own, quantization-aware layers round in theirs: what stands in their attributes is not what they compute.
+    A subclass is one if it inherits its forward, as torchvision's ``Conv3DSimple`` does. timm's
+    ``Conv2dSame`` pads in a forward of its own, quantization-aware layers round in theirs: what
+    stands in their attributes is not what they compute.
 
     Args:
         site: Where an adapter is built.
 
     Raises:
-        ValueError: It is no convolution and no Linear, has a forward of its own, or its weight has no shape yet.
+        ValueError: It is no convolution and no Linear, has a forward of its own, or its weight has
+            no shape yet.
     """
     module = site.module
     if not isinstance(module, Convolution | nn.Linear):
         raise ValueError("it needs a convolution or a Linear")
-    stock = next(kind for kind in (*_PLAIN, *_TRANSPOSED, nn.Linear) if isinstance(module, kind))
+    stock = next(kind for kind in (*_STRAIGHT, *_TRANSPOSED, nn.Linear) if isinstance(module, kind))
     for name in ("forward", "_conv_forward"):
-        if getattr(type(module), name, None) is not getattr(stock, name, None) or name in module.__dict__:
-            raise ValueError(f"it needs a layer that computes as {stock.__name__} does, and this one has a {name} of its own")
+        if (
+            getattr(type(module), name, None) is not getattr(stock, name, None)
+            or name in module.__dict__
+        ):
+            raise ValueError(
+                f"it needs a layer that computes as {stock.__name__} does, and this one has a "
+                f"{name} of its own"
+            )
     if is_lazy(module.weight):
         raise ValueError("it needs a weight with a shape, so run the model once before")
     return module
@@ -64,10 +72,14 @@ def convolution_of(site: Site) -> Convolution:
     return layer
 
 
-def convolution_like(layer: Convolution, in_channels: int, out_channels: int, groups: int) -> Convolution:
-    """Returns a new convolution without bias that meets every input as another one does, in a class of torch's own.
+def convolution_like(
+    layer: Convolution, in_channels: int, out_channels: int, groups: int
+) -> Convolution:
+    """Returns a new convolution without bias that meets every input as another one does, in a class
+    of torch's own.
 
-    The output of a transposed one is as large as it can be, since a call may choose the size: `cropped` gives it that of another.
+    The output of a transposed one is as large as it can be, since a call may choose the size:
+    `cropped` gives it that of another.
 
     Args:
         layer: Whose kernel size, stride, padding, dilation and padding mode it has.
@@ -77,8 +89,10 @@ def convolution_like(layer: Convolution, in_channels: int, out_channels: int, gr
     """
     options: dict[str, Any] = {}
     if layer.transposed:
-        options["output_padding"] = [max(s, d) - 1 for s, d in zip(layer.stride, layer.dilation, strict=True)]
-    kind = (_TRANSPOSED if layer.transposed else _PLAIN)[len(layer.kernel_size) - 1]
+        options["output_padding"] = [
+            max(s, d) - 1 for s, d in zip(layer.stride, layer.dilation, strict=True)
+        ]
+    kind = (_TRANSPOSED if layer.transposed else _STRAIGHT)[len(layer.kernel_size) - 1]
     convolution: Convolution = kind(
         in_channels,
         out_channels,
@@ -110,7 +124,10 @@ def paddings(layer: Convolution) -> list[tuple[int, int]]:
     """Returns what a convolution adds before and behind each spatial dimension."""
     if isinstance(layer.padding, tuple):
         return [(each, each) for each in layer.padding]
-    totals = [d * (k - 1) if layer.padding == "same" else 0 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    totals = [
+        d * (k - 1) if layer.padding == "same" else 0
+        for k, d in zip(layer.kernel_size, layer.dilation, strict=True)
+    ]
     return [(total // 2, total - total // 2) for total in totals]
 
 
@@ -138,5 +155,8 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     if weight is None or (bias is None and module.bias is not None):
-        raise ValueError(f"this {type(module).__name__} computes its weight or bias from other tensors, so it cannot take this up")
+        raise ValueError(
+            f"this {type(module).__name__} computes its weight or bias from other tensors, so it "
+            "cannot take this up"
+        )
     return weight, bias

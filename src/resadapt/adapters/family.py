@@ -1,6 +1,7 @@
 """What a family of adapters is, the place that an adapter is built for, and the families by name."""
 
-# No annotations from the future here or in a family: torch.jit.script cannot read annotations that are text.
+# No annotations from the future here or in a family: torch.jit.script cannot read annotations that
+# are text.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,17 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "Adapter", "Site", "apply", "check_choice", "default_of", "options_of", "register_family", "takes"]
+__all__ = [
+    "FAMILIES",
+    "Adapter",
+    "Site",
+    "apply",
+    "check_choice",
+    "default_of",
+    "options_of",
+    "register_family",
+    "takes",
+]
 
 
 @dataclass(frozen=True)
@@ -17,9 +28,11 @@ class Site:
 
     Args:
         channels: C, size of the channel dimension of the module's output.
-        spatial_dims: Number of dimensions besides batch and channels: 2 for images, 3 for video, 0 for ``[N, C]``.
+        spatial_dims: Number of dimensions besides batch and channels: 2 for images, 3 for video, 0
+            for ``[N, C]``.
         channel_dim: Where the channels are: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``.
-        module: The module whose output is adapted, to look at when the adapter is built. An adapter must not keep it.
+        module: The module whose output is adapted, to look at when the adapter is built. An adapter
+            must not keep it.
     """
 
     channels: int
@@ -36,15 +49,16 @@ class Site:
 class Adapter(nn.Module):
     """Base class of the families: the mathematics of one adapter, and nothing else.
 
-    A family's constructor is called as ``family(site, bottleneck=..., dropout=..., **options)``, with `bottleneck` and `dropout`
-    only if it has parameters of these names. Options are JSON values, which travel in the adapter file; only ``init``, how an
-    adapter starts, does not. It raises ValueError at a site where the family has no meaning, and keeps nothing of the site's
-    module. Its forward returns the adapted output, of the same shape. Non-linearities should be modules: attribution methods look
-    for them.
+    A family's constructor is called as ``family(site, bottleneck=..., dropout=..., **options)``,
+    with `bottleneck` and `dropout` only if it has parameters of these names. Options are JSON
+    values, which travel in the adapter file; only ``init``, how an adapter starts, does not. It
+    raises ValueError at a site where the family has no meaning, and keeps nothing of the site's
+    module. Its forward returns the adapted output, of the same shape. Non-linearities should be
+    modules: attribution methods look for them.
 
     Attributes:
-        reads: What its forward is called with: ``"output"`` of the site's module; ``"input"``: output and input; ``"weight"``:
-            output, input, weight and bias.
+        reads: What its forward is called with: ``"output"`` of the site's module; ``"input"``:
+            output and input; ``"weight"``: output, input, weight and bias.
         formula: What the adapted output is, as text.
         size: Number of parameters, as text.
         starts: How it starts.
@@ -76,12 +90,14 @@ class Adapter(nn.Module):
     source = ""
 
     def folded(self, module: nn.Module) -> "tuple[Tensor, Tensor | None]":
-        """Returns the weight and bias with which the site's module alone gives the adapted output, in evaluation.
+        """Returns the weight and bias with which the site's module alone gives the adapted output,
+        in evaluation.
 
         It changes nothing. Only linear families can.
 
         Raises:
-            ValueError: The family is not linear, or the module has no tensor that could take this up.
+            ValueError: The family is not linear, or the module has no tensor that could take this
+                up.
         """
         raise ValueError("it is not linear")
 
@@ -93,7 +109,8 @@ FAMILIES: dict[str, type[Adapter]] = {}
 def register_family(name: str) -> Callable[[AdapterT], AdapterT]:
     """Makes a class a family of adapters, usable, saved and loaded by its name; a class decorator.
 
-    A file has the family's name and options, not its code: what loads the file must have registered the class before.
+    A file has the family's name and options, not its code: what loads the file must have registered
+    the class before.
 
     Args:
         name: The family's name, for ``inject_adapters(family=)`` and in files.
@@ -119,17 +136,26 @@ def register_family(name: str) -> Callable[[AdapterT], AdapterT]:
         ...         return self.a * x
     """
     if not isinstance(name, str) or not name:
-        raise TypeError(f"register_family({name!r}): give the family's name as text, @register_family('name').")
+        raise TypeError(
+            f"register_family({name!r}): give the family's name as text, @register_family('name')."
+        )
 
     def register(family: AdapterT) -> AdapterT:
         if not (isinstance(family, type) and issubclass(family, Adapter)):
-            raise TypeError(f"register_family({name!r}): {family!r} must be a class that derives from resadapt.Adapter.")
+            raise TypeError(
+                f"register_family({name!r}): {family!r} must be a class that derives from "
+                "resadapt.Adapter."
+            )
         known = FAMILIES.get(name)
-        # The same class once more, as a notebook's cell that is run again makes it, takes the place of the first.
-        if known is not None and (known.__module__, known.__qualname__) != (family.__module__, family.__qualname__):
+        # The same class once more, as a notebook's cell that is run again makes it, takes the place
+        # of the first.
+        if known is not None and (known.__module__, known.__qualname__) != (
+            family.__module__,
+            family.__qualname__,
+        ):
             raise ValueError(
-                f"The family {name!r} is {known.__module__}.{known.__qualname__} already. Register {family.__qualname__} under "
-                "another name."
+                f"The family {name!r} is {known.__module__}.{known.__qualname__} already. Register "
+                f"{family.__qualname__} under another name."
             )
         FAMILIES[name] = family
         return family
@@ -145,7 +171,11 @@ def takes(family: type[Adapter], argument: str) -> bool:
 def default_of(family: type[Adapter], argument: str, otherwise: Any) -> Any:
     """Returns the value that a parameter of a family's constructor has by itself."""
     parameter = inspect.signature(family).parameters.get(argument)
-    return otherwise if parameter is None or parameter.default is parameter.empty else parameter.default
+    return (
+        otherwise
+        if parameter is None or parameter.default is parameter.empty
+        else parameter.default
+    )
 
 
 def options_of(family: type[Adapter], given: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +183,8 @@ def options_of(family: type[Adapter], given: dict[str, Any]) -> dict[str, Any]:
     own = {
         name: parameter.default
         for name, parameter in inspect.signature(family).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        and parameter.default is not parameter.empty
     }
     return {name: value for name, value in own.items() if name not in ("dropout", "init")} | given
 
@@ -165,7 +196,9 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None
         ValueError: It is none.
     """
     if value not in choices:
-        raise ValueError(f"{argument}={value!r} is not known: use {' or '.join(map(repr, choices))}")
+        raise ValueError(
+            f"{argument}={value!r} is not known: use {' or '.join(map(repr, choices))}"
+        )
 
 
 def apply(adapter: Any, module: Any, args: tuple[Any, ...], output: Any) -> Any:

@@ -1,4 +1,7 @@
-"""What a linear family asks of the layer that takes it up: whose weight and bias give the adapted output by themselves."""
+"""What a linear family asks of the layer that takes it up.
+
+Whose weight and bias give the adapted output by themselves.
+"""
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -12,12 +15,14 @@ __all__ = ["affine_tensors", "swap_if_transposed"]
 
 _CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm, FrozenBatchNorm2d, LayerNorm2d)
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
-# Where forwards that are affine in weight and bias are defined. One of another library may do more, as that of timm's norms does.
+# Where forwards that are affine in weight and bias are defined. One of another library may do more,
+# as that of timm's norms does.
 _KNOWN = ("torch.nn.modules.", "torchvision.ops.misc", "torchvision.models.convnext", "resadapt.")
 
 
 def affine_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
-    """Returns the weight and bias of a layer that is affine in them, for each channel of its output.
+    """Returns the weight and bias of a layer that is affine in them, for each channel of its
+    output.
 
     Args:
         module: The layer: a convolution, transposed or not, a Linear, or a norm.
@@ -27,7 +32,8 @@ def affine_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None
         The weight, and the bias if there is one.
 
     Raises:
-        ValueError: It is no such layer, has no weight of its own, or its channels are not those of the site.
+        ValueError: It is no such layer, has no weight of its own, or its channels are not those of
+            the site.
 
     Example:
         >>> weight, bias = affine_tensors(nn.Conv2d(3, 8, 5), Site(8))
@@ -35,15 +41,26 @@ def affine_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None
         torch.Size([8, 3, 5, 5])
     """
     kind = type(module).__name__
-    forwards = [getattr(type(module), name).__module__ for name in ("forward", "_conv_forward") if hasattr(module, name)]
-    if not isinstance(module, _CHANNELS_FIRST + _CHANNELS_LAST) or not all(each.startswith(_KNOWN) for each in forwards):
-        raise ValueError(f"{kind} is no convolution, Linear or norm of PyTorch's own, whose weight could take it up")
+    forwards = [
+        getattr(type(module), name).__module__
+        for name in ("forward", "_conv_forward")
+        if hasattr(module, name)
+    ]
+    if not isinstance(module, _CHANNELS_FIRST + _CHANNELS_LAST) or not all(
+        each.startswith(_KNOWN) for each in forwards
+    ):
+        raise ValueError(
+            f"{kind} is no convolution, Linear or norm of PyTorch's own, whose weight could take "
+            "it up"
+        )
     own = {**module._parameters, **module._buffers}
     weight, bias = own.get("weight"), own.get("bias")
     if weight is None:
         raise ValueError(f"{kind} has no weight of its own that could take it up")
     if bias is None and getattr(module, "bias", None) is not None:
-        raise ValueError(f"this {kind} computes its bias from other tensors, so it cannot take this up")
+        raise ValueError(
+            f"this {kind} computes its bias from other tensors, so it cannot take this up"
+        )
     channels = getattr(module, "out_channels", weight.shape[0])
     last = isinstance(module, _CHANNELS_LAST) and not isinstance(module, LayerNorm2d)
     if channels != site.channels or (site.spatial_dims > 0 and last != (site.channel_dim == -1)):
@@ -54,11 +71,13 @@ def affine_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None
 
 
 def swap_if_transposed(module: nn.Module, weight: Tensor) -> Tensor:
-    """Returns the weight of a transposed convolution with output channels first, or the other way round; others as they are.
+    """Returns the weight of a transposed convolution with output channels first, or the other way
+    round; others as they are.
 
     Args:
         module: The layer.
-        weight: ``[C_in, C_out / groups, ...]``, or what this function made of it: ``[C_out, C_in / groups, ...]``.
+        weight: ``[C_in, C_out / groups, ...]``, or what this function made of it: ``[C_out, C_in /
+            groups, ...]``.
 
     Example:
         >>> convolution = nn.ConvTranspose2d(4, 6, 3, groups=2)

@@ -1,4 +1,7 @@
-"""The `lora` family: a change of a layer's weight that has a low rank, and DoRA, which learns its norms besides."""
+"""The `lora` family.
+
+A change of a layer's weight that has a low rank, and DoRA, which learns its norms besides.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -22,33 +25,39 @@ __all__ = ["LoraAdapter"]
 
 @register_family("lora")
 class LoraAdapter(Adapter):
-    """Low-rank change of a layer: ``W x + alpha / r B(A x)``, with A as the layer itself and B of one tap.
+    """Low-rank change of a layer: ``W x + alpha / r B(A x)``, with A as the layer itself and B of
+    one tap.
 
-    A has the layer's kernel, stride, padding, padding mode, dilation and groups, from C_in channels to r in each group; B has its
-    groups and one tap. So any rank goes with any number of groups, and each group's change of weight has rank r. The A of a
-    transposed convolution is transposed. r(C_in k^2 + C_out) parameters.
+    A has the layer's kernel, stride, padding, padding mode, dilation and groups, from C_in channels
+    to r in each group; B has its groups and one tap. So any rank goes with any number of groups,
+    and each group's change of weight has rank r. The A of a transposed convolution is transposed.
+    r(C_in k^2 + C_out) parameters.
 
-    With `dora` each row v of the changed weight is scaled to a norm that is learned: ``(|w| + magnitude) v / |v|``, where w is the
-    frozen row and no gradient passes through ``|v|``. What is learned is the change of the norm, which starts at zero: its gradient
-    is that of the norm, the start is exact in every dtype, and weight decay draws to the backbone. A frozen row of zeros stays one.
-    C_out more parameters.
+    With `dora` each row v of the changed weight is scaled to a norm that is learned: ``(|w| +
+    magnitude) v / |v|``, where w is the frozen row and no gradient passes through ``|v|``. What is
+    learned is the change of the norm, which starts at zero: its gradient is that of the norm, the
+    start is exact in every dtype, and weight decay draws to the backbone. A frozen row of zeros
+    stays one. C_out more parameters.
 
     Args:
         site: A convolution or a Linear.
         bottleneck: r, the rank.
-        dropout: Probability of dropping an element of what A is given, in training. The frozen layer's input is never dropped.
+        dropout: Probability of dropping an element of what A is given, in training. The frozen
+            layer's input is never dropped.
         alpha: The change is scaled by alpha / r; None for alpha = r, whatever the rank.
         dora: Whether the norms of the weight's rows are learned too.
-        init: ``"identity"`` draws A as torch draws a layer, U(-1, 1) / sqrt(fan in); ``"normal"`` draws it with standard deviation
-            1 / r. In both B starts at zero, so that the adapter changes nothing until it is trained.
+        init: ``"identity"`` draws A as torch draws a layer, U(-1, 1) / sqrt(fan in); ``"normal"``
+            draws it with standard deviation 1 / r. In both B starts at zero, so that the adapter
+            changes nothing until it is trained.
 
     Raises:
         ValueError: The site is neither a convolution nor a Linear, or `init` is neither of the two.
 
     References:
-        Hu et al. 2021, arXiv:2106.09685; DoRA: Liu et al. 2024, arXiv:2402.09353. Outputs, gradients and merged weights are PEFT's
-        where it has the geometry; its magnitude is ``|w| + magnitude``, its start ``"gaussian"`` is ``"normal"``. In DoRA with
-        dropout PEFT drops from the frozen layer's input too.
+        Hu et al. 2021, arXiv:2106.09685; DoRA: Liu et al. 2024, arXiv:2402.09353. Outputs,
+        gradients and merged weights are PEFT's where it has the geometry; its magnitude is ``|w| +
+        magnitude``, its start ``"gaussian"`` is ``"normal"``. In DoRA with dropout PEFT drops from
+        the frozen layer's input too.
 
     Example:
         >>> import torch
@@ -88,7 +97,9 @@ class LoraAdapter(Adapter):
             self.groups, self._each_channel = layer.groups, [-1] + [1] * site.spatial_dims
             width = layer.groups * bottleneck
             self.down = convolution_like(layer, layer.in_channels, width, layer.groups)
-            self.up = nn_class("Conv", site.spatial_dims)(width, layer.out_channels, 1, groups=layer.groups, bias=False)
+            self.up = nn_class("Conv", site.spatial_dims)(
+                width, layer.out_channels, 1, groups=layer.groups, bias=False
+            )
         else:
             self.groups, self._each_channel = 1, [-1]
             self.down = nn.Linear(layer.in_features, bottleneck, bias=False)
@@ -104,7 +115,9 @@ class LoraAdapter(Adapter):
         nn.init.zeros_(self.up.weight)
 
     @override
-    def forward(self, output: Tensor, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, output: Tensor, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         """Adapts a layer's output, given its input, and for DoRA its weight and bias."""
         x = self.dropout(x)
         change: Tensor = self.scale * self.up(cropped(self.down(x), output, self._cropped))
@@ -112,7 +125,9 @@ class LoraAdapter(Adapter):
         if weight is None or magnitude is None:
             return output + change
         factor = self._factor(weight, magnitude).to(output.dtype).reshape(self._each_channel)
-        linear = output if bias is None else output - bias.to(output.dtype).reshape(self._each_channel)
+        linear = (
+            output if bias is None else output - bias.to(output.dtype).reshape(self._each_channel)
+        )
         return output + (factor - 1) * linear + factor * change
 
     def _change(self) -> Tensor:
@@ -128,7 +143,9 @@ class LoraAdapter(Adapter):
         frozen = rows(weight.detach(), self.groups, self.transposed)
         changed = frozen + self._change().detach()
         norm = torch.linalg.vector_norm(changed, dim=1)
-        factor: Tensor = (torch.linalg.vector_norm(frozen, dim=1) + magnitude) / (norm + (norm == 0))
+        factor: Tensor = (torch.linalg.vector_norm(frozen, dim=1) + magnitude) / (
+            norm + (norm == 0)
+        )
         return factor
 
     @override

@@ -16,25 +16,30 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @register_family("mona")
 class MonaAdapter(Adapter):
-    """Multi-cognitive visual adapter: ``x + U gelu(h + P h)``, ``h = z + mean(DW3 z, DW5 z, DW7 z)``, ``z = D(g1 LN(x) + g2 x)``.
+    """Multi-cognitive visual adapter: ``x + U gelu(h + P h)``, ``h = z + mean(DW3 z, DW5 z, DW7
+    z)``, ``z = D(g1 LN(x) + g2 x)``.
 
-    D, U and P map channels at every position, LN normalises over the channels of a position, DWk are depthwise filters of size k
-    that keep the size, with zeros around it. With d spatial dimensions 2Cb + 5C + b^2 + (5 + 3^d + 5^d + 7^d)b parameters.
+    D, U and P map channels at every position, LN normalises over the channels of a position, DWk
+    are depthwise filters of size k that keep the size, with zeros around it. With d spatial
+    dimensions 2Cb + 5C + b^2 + (5 + 3^d + 5^d + 7^d)b parameters.
 
-    Where the paper's formula leaves things open, the code was followed: g1 and g2 are vectors with a number for each channel, start
-    at 1e-6 and 1, and LN has a weight and bias of its own besides; dropout stands between gelu and U; all layers have a bias;
-    gelu is the exact one. Two defaults are this library's: U and its bias start at zero, so that the start is the identity, where
-    the code leaves PyTorch's own start (``"uniform"``), and dropout is 0.0, where the code has 0.1. The code's width is 64. It
-    knows images only; here the filters have as many dimensions as the site.
+    Where the paper's formula leaves things open, the code was followed: g1 and g2 are vectors with
+    a number for each channel, start at 1e-6 and 1, and LN has a weight and bias of its own besides;
+    dropout stands between gelu and U; all layers have a bias; gelu is the exact one. Two defaults
+    are this library's: U and its bias start at zero, so that the start is the identity, where the
+    code leaves PyTorch's own start (``"uniform"``), and dropout is 0.0, where the code has 0.1. The
+    code's width is 64. It knows images only; here the filters have as many dimensions as the site.
 
     Args:
         site: A module with a feature map of 1 to 3 spatial dimensions as its output.
         bottleneck: b, width of the hidden layer.
         dropout: Probability of dropping a hidden unit at a position in training.
-        init: ``"identity"`` starts U at zero; ``"uniform"`` leaves it as PyTorch draws it, as all other layers.
+        init: ``"identity"`` starts U at zero; ``"uniform"`` leaves it as PyTorch draws it, as all
+            other layers.
 
     Raises:
-        ValueError: The site has no spatial dimensions or more than 3, or `init` is neither of the two.
+        ValueError: The site has no spatial dimensions or more than 3, or `init` is neither of the
+            two.
 
     References:
         Yin et al. 2024, arXiv:2408.08345, and its code, Leiyi-Hu/mona (swin_transformer_mona.py).
@@ -52,7 +57,9 @@ class MonaAdapter(Adapter):
     starts = "identity (U = 0), or PyTorch's own"
     source = "arXiv:2408.08345"
 
-    def __init__(self, site: Site, bottleneck: int, *, dropout: float = 0.0, init: str = "identity") -> None:
+    def __init__(
+        self, site: Site, bottleneck: int, *, dropout: float = 0.0, init: str = "identity"
+    ) -> None:
         super().__init__()
         check_choice("init", init, ("identity", "uniform"))
         dims, channels = site.spatial_dims, site.channels
@@ -64,7 +71,8 @@ class MonaAdapter(Adapter):
         self.skip_scale = nn.Parameter(torch.ones(channels))
         self.down = pointwise(site, channels, bottleneck)
         self.filter3, self.filter5, self.filter7 = (
-            convolution(bottleneck, bottleneck, size, padding=size // 2, groups=bottleneck) for size in (3, 5, 7)
+            convolution(bottleneck, bottleneck, size, padding=size // 2, groups=bottleneck)
+            for size in (3, 5, 7)
         )
         self.mix = pointwise(replace(site, channel_dim=1), bottleneck, bottleneck)
         self.act = nn.GELU()
@@ -73,7 +81,8 @@ class MonaAdapter(Adapter):
         if init == "identity":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
-        # Orders of the dimensions: the norm and the scales want the channels last, the filters first; the site has one of the two.
+        # Orders of the dimensions: the norm and the scales want the channels last, the filters
+        # first; the site has one of the two.
         stay = list(range(dims + 2))
         last, first = [0, *stay[2:], 1], [0, dims + 1, *stay[1:-1]]
         channels_first = site.channel_dim == 1

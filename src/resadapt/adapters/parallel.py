@@ -1,4 +1,7 @@
-"""The `parallel` family: a convolution of one tap beside a convolution, which the centre of its kernel can take up."""
+"""The `parallel` family.
+
+A convolution of one tap beside a convolution, which the centre of its kernel can take up.
+"""
 
 from typing import Any
 
@@ -17,21 +20,25 @@ _PADS = {"reflect": "ReflectionPad", "replicate": "ReplicationPad", "circular": 
 
 @register_family("parallel")
 class ParallelAdapter(Adapter):
-    """Convolution of one tap beside a convolution: ``W x + alpha x``, with the site's stride and groups.
+    """Convolution of one tap beside a convolution: ``W x + alpha x``, with the site's stride and
+    groups.
 
-    It reads what lies under the centre of the site's kernel, tap ``(k - 1) // 2`` of each dimension, whatever the padding and its
-    mode, the dilation and the kernel's size are. C_in C_out / groups parameters.
+    It reads what lies under the centre of the site's kernel, tap ``(k - 1) // 2`` of each
+    dimension, whatever the padding and its mode, the dilation and the kernel's size are. C_in C_out
+    / groups parameters.
 
     Args:
         site: A convolution.
-        init: ``"identity"`` starts at zero; ``"he"`` draws with variance 2 / C_out as the authors do, which is no identity.
+        init: ``"identity"`` starts at zero; ``"he"`` draws with variance 2 / C_out as the authors
+            do, which is no identity.
 
     Raises:
         ValueError: The site is no convolution, or `init` is neither of the two.
 
     References:
-        Rebuffi et al. 2018, arXiv:1803.10082. The authors' code (srebuffi/residual_adapters) sums before a BatchNorm that each task
-        has for itself, and may drop channels of what alpha is given. Here norms are the set's policy, and nothing is dropped.
+        Rebuffi et al. 2018, arXiv:1803.10082. The authors' code (srebuffi/residual_adapters) sums
+        before a BatchNorm that each task has for itself, and may drop channels of what alpha is
+        given. Here norms are the set's policy, and nothing is dropped.
 
     Example:
         >>> import torch
@@ -53,16 +60,29 @@ class ParallelAdapter(Adapter):
         check_choice("init", init, ("identity", "he"))
         layer = convolution_of(site)
         dims, self.transposed = len(layer.kernel_size), layer.transposed
-        spans = [(d * ((k - 1) // 2), d * (k // 2)) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-        around = [(left - before, right - behind) for (left, right), (before, behind) in zip(paddings(layer), spans, strict=True)]
+        spans = [
+            (d * ((k - 1) // 2), d * (k // 2))
+            for k, d in zip(layer.kernel_size, layer.dilation, strict=True)
+        ]
+        around = [
+            (left - before, right - behind)
+            for (left, right), (before, behind) in zip(paddings(layer), spans, strict=True)
+        ]
         self.pad = nn.Identity() if self.transposed else _pad(layer.padding_mode, around)
         self._first = [-left for left, _ in around]
-        self._embedding = [side for k in reversed(layer.kernel_size) for side in ((k - 1) // 2, k // 2)]
+        self._embedding = [
+            side for k in reversed(layer.kernel_size) for side in ((k - 1) // 2, k // 2)
+        ]
         kind = nn_class("ConvTranspose" if self.transposed else "Conv", dims)
-        # A stride is a choice of positions. Left to the convolution, at few channels in channels_last, its gradient destroys memory
-        # (torch 2.14 on the CPU: F.conv2d of [N, 3, 16, 16] with one tap and stride 2).
-        stride, self._steps = (layer.stride, [1] * dims) if self.transposed else (1, list(layer.stride))
-        self.alpha = kind(layer.in_channels, layer.out_channels, 1, stride=stride, groups=layer.groups, bias=False)
+        # A stride is a choice of positions. Left to the convolution, at few channels in
+        # channels_last, its gradient destroys memory (torch 2.14 on the CPU: F.conv2d of [N, 3, 16,
+        # 16] with one tap and stride 2).
+        stride, self._steps = (
+            (layer.stride, [1] * dims) if self.transposed else (1, list(layer.stride))
+        )
+        self.alpha = kind(
+            layer.in_channels, layer.out_channels, 1, stride=stride, groups=layer.groups, bias=False
+        )
         if init == "he":
             nn.init.normal_(self.alpha.weight, std=(2 / layer.out_channels) ** 0.5)
         else:
@@ -96,7 +116,11 @@ def _pad(mode: str, around: list[tuple[int, int]]) -> nn.Module:
     added, cropped = [max(side, 0) for side in sides], [min(side, 0) for side in sides]
     steps: list[Any] = []
     if any(added):
-        steps.append(nn_class(_PADS[mode], dims)(added) if mode in _PADS else nn_class("ConstantPad", dims)(added, 0.0))
+        steps.append(
+            nn_class(_PADS[mode], dims)(added)
+            if mode in _PADS
+            else nn_class("ConstantPad", dims)(added, 0.0)
+        )
     if any(cropped):
         steps.append(nn_class("ConstantPad", dims)(cropped, 0.0))
     return nn.Sequential(*steps) if steps else nn.Identity()

@@ -1,4 +1,7 @@
-"""The layer that mixes the channels of every position by itself: a Linear, or a convolution of kernel 1."""
+"""The layer that mixes the channels of every position by itself.
+
+A Linear, or a convolution of kernel 1.
+"""
 
 from torch import nn
 
@@ -9,7 +12,9 @@ __all__ = ["pointwise"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def pointwise(site: Site, in_channels: int, out_channels: int, bias: bool = True) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
+def pointwise(
+    site: Site, in_channels: int, out_channels: int, bias: bool = True
+) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
     """Returns a layer that maps the channels at every position, for feature maps of a site's form.
 
     Args:
@@ -19,7 +24,8 @@ def pointwise(site: Site, in_channels: int, out_channels: int, bias: bool = True
         bias: Whether it adds a bias.
 
     Raises:
-        ValueError: The site has more than 3 spatial dimensions and its channels first: there is no such convolution.
+        ValueError: The site has more than 3 spatial dimensions and its channels first: there is no
+            such convolution.
 
     Example:
         >>> pointwise(Site(8), 8, 2)
@@ -30,5 +36,8 @@ def pointwise(site: Site, in_channels: int, out_channels: int, bias: bool = True
     if site.spatial_dims == 0 or site.channel_dim == -1:
         return nn.Linear(in_channels, out_channels, bias)
     if site.spatial_dims > len(_CONVOLUTIONS):
-        raise ValueError(f"it needs at most 3 spatial dimensions, or the channels in the last one, not {site.spatial_dims}")
+        raise ValueError(
+            "it needs at most 3 spatial dimensions, or the channels in the last one, not "
+            f"{site.spatial_dims}"
+        )
     return _CONVOLUTIONS[site.spatial_dims - 1](in_channels, out_channels, 1, bias=bias)

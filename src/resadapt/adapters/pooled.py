@@ -12,21 +12,22 @@ __all__ = ["PooledAdapter"]
 class PooledAdapter(Adapter):
     """Residual adapter on globally pooled features: ``x + up(dropout(relu(down(mean(x)))))``.
 
-    The mean runs over all spatial positions, the sum is broadcast over them. 2Cb + b + C parameters.
+    The mean runs over all spatial positions, the sum is broadcast over them. 2Cb + b + C
+    parameters.
 
     Args:
         site: Any module with a feature map as its output.
         bottleneck: b, width of the hidden layer.
         dropout: Probability of dropping a hidden unit in training.
-        init: ``"normal"`` draws all weights from N(0, 1e-3); ``"identity"`` starts ``up`` at zero, so that the adapter changes
-            nothing until it is trained. Biases start at zero.
+        init: ``"normal"`` draws all weights from N(0, 1e-3); ``"identity"`` starts ``up`` at zero,
+            so that the adapter changes nothing until it is trained. Biases start at zero.
 
     Raises:
         ValueError: `init` is neither of the two.
 
     References:
-        Experiment 11A of the codec study (docs: "The codec example"). Bottleneck adapters: Houlsby et al. 2019, arXiv:1902.00751;
-        pooled channel statistics: Hu et al. 2018, arXiv:1709.01507.
+        Experiment 11A of the codec study (docs: "The codec example"). Bottleneck adapters: Houlsby
+        et al. 2019, arXiv:1902.00751; pooled channel statistics: Hu et al. 2018, arXiv:1709.01507.
 
     Example:
         >>> import torch
@@ -42,7 +43,9 @@ class PooledAdapter(Adapter):
     source = "Experiment 11A of the codec study; arXiv:1902.00751"
     _positions: list[int]
 
-    def __init__(self, site: Site, bottleneck: int, *, dropout: float = 0.1, init: str = "normal") -> None:
+    def __init__(
+        self, site: Site, bottleneck: int, *, dropout: float = 0.1, init: str = "normal"
+    ) -> None:
         super().__init__()
         check_choice("init", init, ("normal", "identity"))
         channels = site.channels
@@ -50,7 +53,8 @@ class PooledAdapter(Adapter):
         self.act = nn.ReLU()
         self.dropout = nn.Dropout(dropout)
         self.up = nn.Linear(bottleneck, channels)
-        # Fixed here: a forward that asks a tensor for its number of dimensions cannot be traced by torch.fx.
+        # Fixed here: a forward that asks a tensor for its number of dimensions cannot be traced by
+        # torch.fx.
         first = 2 if site.channel_dim == 1 else 1
         self._positions = list(range(first, first + site.spatial_dims))
         self._vectors = [-1, channels]
@@ -67,6 +71,8 @@ class PooledAdapter(Adapter):
         """Adapts a feature map ``[N, C, ...]`` (or ``[N, ..., C]``) and returns one of the same shape."""
         pooled = x
         if len(self._positions) > 0:
-            pooled = x.mean(self._positions, keepdim=True).reshape(self._vectors)  # quantized tensors need keepdim
+            pooled = x.mean(self._positions, keepdim=True).reshape(
+                self._vectors
+            )  # quantized tensors need keepdim
         correction: Tensor = self.up(self.dropout(self.act(self.down(pooled))))
         return x + correction.reshape(self._broadcast)

@@ -14,8 +14,8 @@ class FamilyInfo:
     Args:
         name: Its name, for ``inject_adapters(family=)``.
         formula: What the adapted output is; x is the module's output, h its input, W its weight.
-        reads: What of the module it reads, unless an option changes that: ``"output"``, ``"input"`` (and the output), or
-            ``"weight"`` (and both).
+        reads: What of the module it reads, unless an option changes that: ``"output"``, ``"input"``
+            (and the output), or ``"weight"`` (and both).
         size: Number of parameters at a site with C channels.
         starts: How it starts.
         foldable: Whether it can be folded into the module's own tensors.

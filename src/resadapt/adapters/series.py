@@ -1,4 +1,7 @@
-"""The `series` family: a convolution of kernel 1 after the site's module, around which the features pass."""
+"""The `series` family.
+
+A convolution of kernel 1 after the site's module, around which the features pass.
+"""
 
 from dataclasses import replace
 
@@ -17,26 +20,32 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @register_family("series")
 class SeriesAdapter(Adapter):
-    """Series residual adapter: ``x + alpha x``, or ``x + alpha BN(x)``; alpha mixes the channels of every position.
+    """Series residual adapter: ``x + alpha x``, or ``x + alpha BN(x)``; alpha mixes the channels of
+    every position.
 
-    C^2 parameters, and 2C with the norm. Where paper and code differ: the papers write ``x + alpha x`` and place BatchNorms beside
-    it; the authors' code computes ``BN(y + alpha BN(y))`` after each 3x3 convolution. The inner norm belongs to the adapter and is
-    the option `batch_norm` here. The outer one is the network's own norm after the site, whose training is a matter of the set's
-    norm policy, not of the adapter. Without the inner norm the adapter is linear in training too, so that is the default. The code
-    starts alpha as every convolution of its network (``"he"``), so that a pretrained network is another one at first; it reports
-    80.17 % on CIFAR-100 where adapters were there in pretraining already, and 70.97 % off the shelf. The default here is the
+    C^2 parameters, and 2C with the norm. Where paper and code differ: the papers write ``x + alpha
+    x`` and place BatchNorms beside it; the authors' code computes ``BN(y + alpha BN(y))`` after
+    each 3x3 convolution. The inner norm belongs to the adapter and is the option `batch_norm` here.
+    The outer one is the network's own norm after the site, whose training is a matter of the set's
+    norm policy, not of the adapter. Without the inner norm the adapter is linear in training too,
+    so that is the default. The code starts alpha as every convolution of its network (``"he"``), so
+    that a pretrained network is another one at first; it reports 80.17 % on CIFAR-100 where
+    adapters were there in pretraining already, and 70.97 % off the shelf. The default here is the
     identity.
 
     Args:
         site: Any module, a convolution in the source.
-        batch_norm: Whether alpha reads ``BN(x)``, a BatchNorm of the adapter's own, with batch statistics in training.
-        init: ``"identity"`` starts alpha at zero; ``"he"`` draws it from N(0, 2 / C), a standard deviation of sqrt(2 / C).
+        batch_norm: Whether alpha reads ``BN(x)``, a BatchNorm of the adapter's own, with batch
+            statistics in training.
+        init: ``"identity"`` starts alpha at zero; ``"he"`` draws it from N(0, 2 / C), a standard
+            deviation of sqrt(2 / C).
 
     Raises:
         ValueError: The site has more than 3 spatial dimensions, or an option is none of its values.
 
     References:
-        Rebuffi et al. 2017, arXiv:1705.08045; Rebuffi et al. 2018, arXiv:1803.10082; their code, srebuffi/residual_adapters.
+        Rebuffi et al. 2017, arXiv:1705.08045; Rebuffi et al. 2018, arXiv:1803.10082; their code,
+        srebuffi/residual_adapters.
 
     Example:
         >>> import torch
@@ -59,9 +68,14 @@ class SeriesAdapter(Adapter):
         channels = site.channels
         self._place = replace(site, module=None)
         self.alpha = pointwise(site, channels, channels, bias=False)
-        # BatchNorm wants its channels in dimension 1: with channels last, every position becomes a sample.
+        # BatchNorm wants its channels in dimension 1: with channels last, every position becomes a
+        # sample.
         self._flat = batch_norm and site.channel_dim == -1
-        self.norm = _NORMS[0 if self._flat else site.spatial_dims](channels) if batch_norm else nn.Identity()
+        self.norm = (
+            _NORMS[0 if self._flat else site.spatial_dims](channels)
+            if batch_norm
+            else nn.Identity()
+        )
         if init == "identity":
             nn.init.zeros_(self.alpha.weight)
         else:
@@ -76,10 +90,12 @@ class SeriesAdapter(Adapter):
 
     @override
     def folded(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Returns ``(I + alpha) W`` and ``(I + alpha) b``, with the norm's running statistics in alpha where it has one.
+        """Returns ``(I + alpha) W`` and ``(I + alpha) b``, with the norm's running statistics in
+        alpha where it has one.
 
         Raises:
-            ValueError: The module mixes no channels, or only those of a group, or has no bias for the norm's shift.
+            ValueError: The module mixes no channels, or only those of a group, or has no bias for
+                the norm's shift.
         """
         weight, bias = affine_tensors(module, self._place)
         kind = type(module).__name__
@@ -87,13 +103,16 @@ class SeriesAdapter(Adapter):
             raise ValueError(f"{kind} scales each channel by itself, and alpha mixes channels")
         if getattr(module, "groups", 1) > 1:
             raise ValueError(
-                f"{kind} with {module.groups} groups computes an output channel from the inputs of its group, and alpha mixes "
-                "channels of all groups"
+                f"{kind} with {module.groups} groups computes an output channel from the inputs of "
+                "its group, and alpha mixes channels of all groups"
             )
         alpha = self.alpha.weight.reshape(len(self.alpha.weight), -1).to(weight.dtype)
         shift = torch.zeros_like(alpha[0])
         if isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
-            mean, variance = self.norm.get_buffer("running_mean"), self.norm.get_buffer("running_var")
+            mean, variance = (
+                self.norm.get_buffer("running_mean"),
+                self.norm.get_buffer("running_var"),
+            )
             scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
             shift = alpha @ (self.norm.bias - mean * scale).to(weight.dtype)
             alpha = alpha * scale.to(weight.dtype)

@@ -16,13 +16,14 @@ __all__ = ["SsfAdapter"]
 class SsfAdapter(Adapter):
     """Scales and shifts every channel: ``gamma x + beta``.
 
-    2C parameters. The authors draw both near the identity (``"normal"``); here the exact identity is the default. Under autocast
-    the output has the dtype of the input, as a BatchNorm's has.
+    2C parameters. The authors draw both near the identity (``"normal"``); here the exact identity
+    is the default. Under autocast the output has the dtype of the input, as a BatchNorm's has.
 
     Args:
-        site: Any module; in the source every layer with a weight. Norms and convolutions with a bias can take it up when folded.
-        init: ``"identity"`` starts gamma at 1 and beta at 0; ``"normal"`` draws gamma from N(1, 0.02) and beta from N(0, 0.02),
-            standard deviations.
+        site: Any module; in the source every layer with a weight. Norms and convolutions with a
+            bias can take it up when folded.
+        init: ``"identity"`` starts gamma at 1 and beta at 0; ``"normal"`` draws gamma from N(1,
+            0.02) and beta from N(0, 0.02), standard deviations.
 
     Raises:
         ValueError: `init` is neither of the two.
@@ -48,7 +49,8 @@ class SsfAdapter(Adapter):
         check_choice("init", init, ("identity", "normal"))
         std = 0.0 if init == "identity" else 0.02
         self._place = replace(site, module=None)
-        # Vectors, so that parameter_groups(decay_bias=False) leaves them out of weight decay, which would pull gamma to zero.
+        # Vectors, so that parameter_groups(decay_bias=False) leaves them out of weight decay, which
+        # would pull gamma to zero.
         self.gamma = nn.Parameter(torch.empty(site.channels).normal_(1.0, std))
         self.beta = nn.Parameter(torch.empty(site.channels).normal_(0.0, std))
         self._broadcast = [-1] + [1] * (site.spatial_dims if site.channel_dim == 1 else 0)
@@ -56,7 +58,9 @@ class SsfAdapter(Adapter):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """Adapts a feature map ``[N, C, ...]`` (or ``[N, ..., C]``) and returns one of the same shape."""
-        return (x * self.gamma.reshape(self._broadcast) + self.beta.reshape(self._broadcast)).to(x.dtype)
+        return (x * self.gamma.reshape(self._broadcast) + self.beta.reshape(self._broadcast)).to(
+            x.dtype
+        )
 
     @override
     def folded(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -72,5 +76,8 @@ class SsfAdapter(Adapter):
         if bias is not None:
             return scaled, gamma * bias + beta
         if beta.any():
-            raise ValueError(f"{type(module).__name__} has no bias to take up beta: choose the norm after it as the site")
+            raise ValueError(
+                f"{type(module).__name__} has no bias to take up beta: choose the norm after it as "
+                "the site"
+            )
         return scaled, None

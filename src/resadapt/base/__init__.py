@@ -1,1 +1,4 @@
-"""Words and tools for all rooms: errors, descriptions as data, digests, running a model without a trace."""
+"""Words and tools for all rooms.
+
+Errors, descriptions as data, digests, running a model without a trace.
+"""

@@ -1,6 +1,13 @@
-"""The exceptions of resadapt: every message says what happened, where, and how to mend it."""
+"""The exceptions of resadapt, and the words of their messages.
+
+What happened, where, and how to mend it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
 
 __all__ = [
     "AdapterError",
@@ -11,6 +18,10 @@ __all__ = [
     "BackboneMismatchError",
     "InjectionError",
     "VerificationError",
+    "check_flag",
+    "check_rate",
+    "quote_names",
+    "quote_reasons",
 ]
 
 
@@ -36,7 +47,10 @@ class InjectionError(AdapterError):
 
 
 class BackboneDriftError(AdapterError):
-    """The backbone is no longer the one that was injected into (raised when saving); ``report`` is a `BackboneReport`."""
+    """The backbone is no longer the one that was injected into (raised when saving).
+
+    ``report`` is a `BackboneReport`.
+    """
 
 
 class BackboneMismatchError(AdapterError):
@@ -52,4 +66,56 @@ class AdapterKeyError(AdapterError):
 
 
 class VerificationError(AdapterError):
-    """A check of the save round trip failed, and the target file was left as it was; ``report`` is a `VerificationReport`."""
+    """A check of the save round trip failed, and the target file was left as it was.
+
+    ``report`` is a `VerificationReport`.
+    """
+
+
+def quote_names(names: Collection[str], most: int = 8) -> str:
+    """Joins names for a message, the first few of them if they are many."""
+    return _first(", ", [repr(name) for name in names], most)
+
+
+def quote_reasons(reasons: Mapping[str, str], most: int = 8) -> str:
+    """Joins names and what is said of each for a message, the first few of them if they are many."""
+    return _first("; ", [f"{name!r} {reason}" for name, reason in reasons.items()], most)
+
+
+def _first(separator: str, texts: list[str], most: int) -> str:
+    shown = separator.join(texts[:most])
+    return shown if len(texts) <= most else f"{shown} and {len(texts) - most} more"
+
+
+def check_flag(name: str, value: object) -> None:
+    """Checks that an argument is a bool.
+
+    Raises:
+        AdapterError: It is none.
+    """
+    if not isinstance(value, bool):
+        raise AdapterError(f"{name}={value!r:.100} is {type(value).__name__}: give True or False.")
+
+
+def check_rate(name: str, value: object) -> None:
+    """Refuses what is no number, 0 or more, nor a tensor of one.
+
+    Raises:
+        AdapterError: It is none.
+    """
+    try:
+        good = (
+            isinstance(value, int | float | Tensor)
+            and not isinstance(value, bool)
+            and float(value) >= 0
+        )
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        NotImplementedError,
+    ):  # a tensor of several, or without a value
+        good = False
+    if not good:
+        raise AdapterError(f"{name}={repr(value)[:100]}: give a number, 0 or more.")

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import Self
 
 from resadapt.base.module_record import ModuleRecord, record_modules
-from resadapt.base.names import within
+from resadapt.base.spec import within
 from resadapt.base.tensors import dtype_name, dtype_named, raw_bytes, sha256, sha256_of_each
 
 __all__ = ["Fingerprint", "TensorRecord", "record_tensors", "tensor_differences"]
@@ -24,7 +24,8 @@ class TensorRecord:
     Args:
         dtype: Name of the dtype, such as ``"float32"``.
         shape: Sizes.
-        sha256: Digest of the elements in logical (row-major) order, so that the memory format does not matter.
+        sha256: Digest of the elements in logical (row-major) order, so that the memory format does
+            not matter.
     """
 
     dtype: str
@@ -33,7 +34,10 @@ class TensorRecord:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorRecord:
-        """Returns the record of a tensor; all processes that share a sharded one must call together."""
+        """Returns the record of a tensor.
+
+        All processes that share a sharded one must call together.
+        """
         return cls(dtype_name(tensor), tuple(tensor.shape), sha256(tensor))
 
     def to_json(self) -> list[Any]:
@@ -53,7 +57,8 @@ class TensorRecord:
     def difference(self, tensor: Tensor) -> str | None:
         """Says how a tensor differs from this record, None if it does not.
 
-        A tensor that was only converted to a wider dtype still holds the recorded numbers and does not differ.
+        A tensor that was only converted to a wider dtype still holds the recorded numbers and does
+        not differ.
         """
         if difference := self.difference_of_form(tensor):
             return difference
@@ -66,13 +71,15 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is known of a backbone without having it: every parameter and buffer, and what else its modules compute with.
+    """What is known of a backbone without having it: every parameter and buffer, and what else its
+    modules compute with.
 
     Args:
         tensors: The record of each parameter and buffer, by name.
-        modules: The record of each module, by name; None where they were not recorded (files of format 1).
-        caches: Names of the non-persistent buffers. A module may make and resize such a buffer as a cache while it runs, so it is
-            compared only where it has the recorded shape.
+        modules: The record of each module, by name; None where they were not recorded (files of
+            format 1).
+        caches: Names of the non-persistent buffers. A module may make and resize such a buffer as a
+            cache while it runs, so it is compared only where it has the recorded shape.
     """
 
     tensors: dict[str, TensorRecord]
@@ -88,7 +95,11 @@ class Fingerprint:
             tensors: Its parameters and buffers by name.
         """
         names = _non_persistent(modules)
-        return cls(record_tensors(tensors), record_modules(modules.items()), tuple(n for n in tensors if n in names))
+        return cls(
+            record_tensors(tensors),
+            record_modules(modules.items()),
+            tuple(n for n in tensors if n in names),
+        )
 
     def __contains__(self, tensor: object) -> bool:
         """Tells whether a parameter or buffer of this name was recorded."""
@@ -96,7 +107,9 @@ class Fingerprint:
 
     def without(self, head: Collection[str]) -> Self:
         """Returns the fingerprint of the backbone without some of its modules."""
-        outside = {name: record for name, record in (self.modules or {}).items() if not within(name, head)}
+        outside = {
+            name: record for name, record in (self.modules or {}).items() if not within(name, head)
+        }
         return type(self)(
             {name: record for name, record in self.tensors.items() if not within(name, head)},
             None if self.modules is None else outside,
@@ -104,7 +117,10 @@ class Fingerprint:
         )
 
     def differences(
-        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], outside: Collection[str] = ()
+        self,
+        modules: Mapping[str, nn.Module],
+        tensors: Mapping[str, Tensor],
+        outside: Collection[str] = (),
     ) -> dict[str, str]:
         """Compares a backbone with this fingerprint.
 
@@ -114,16 +130,23 @@ class Fingerprint:
             outside: Names of modules that are not compared.
 
         Returns:
-            What is different about each tensor and module that differs; empty when all are the same.
+            What is different about each tensor and module that differs; empty when all are the
+            same.
         """
         caches = {*self.caches, *_non_persistent(modules)}
         compared = {name: tensor for name, tensor in tensors.items() if not within(name, outside)}
         found = tensor_differences(compared, self.tensors)
         for name in caches & found.keys():
-            if name not in compared or name not in self.tensors or tuple(compared[name].shape) != self.tensors[name].shape:
+            if (
+                name not in compared
+                or name not in self.tensors
+                or tuple(compared[name].shape) != self.tensors[name].shape
+            ):
                 del found[name]
         if self.modules is not None:
-            today = record_modules((name, module) for name, module in modules.items() if not within(name, outside))
+            today = record_modules(
+                (name, module) for name, module in modules.items() if not within(name, outside)
+            )
             for name in [*self.modules, *(name for name in today if name not in self.modules)]:
                 if name not in self.modules:
                     found[name or "(the model)"] = f"({today[name].type}) is new"
@@ -137,7 +160,10 @@ class Fingerprint:
         """Returns the fingerprint as JSON values."""
         return {
             "tensors": {name: record.to_json() for name, record in self.tensors.items()},
-            "modules": {name: [each.type, each.config, each.state] for name, each in (self.modules or {}).items()},
+            "modules": {
+                name: [each.type, each.config, each.state]
+                for name, each in (self.modules or {}).items()
+            },
             "caches": list(self.caches),
         }
 
@@ -149,7 +175,11 @@ class Fingerprint:
             ValueError, TypeError, KeyError: The data does not have the form that `to_json` gives.
         """
         modules = data["modules"]
-        records = None if modules is None else {str(name): _module_record(*fields) for name, fields in modules.items()}
+        records = (
+            None
+            if modules is None
+            else {str(name): _module_record(*fields) for name, fields in modules.items()}
+        )
         return cls(tensor_records(data["tensors"]), records, tuple(map(str, data["caches"])))
 
 
@@ -170,20 +200,28 @@ def tensor_records(data: Any) -> dict[str, TensorRecord]:
     """
     records = {}
     for name, (dtype, shape, digest) in dict(data).items():
-        if dtype_named(dtype) is None or not all(type(size) is int for size in shape) or not isinstance(digest, str):
+        if (
+            dtype_named(dtype) is None
+            or not all(type(size) is int for size in shape)
+            or not isinstance(digest, str)
+        ):
             raise ValueError(f"no record of a tensor: {name!r}")
         records[name] = TensorRecord(dtype, tuple(shape), digest)
     return records
 
 
-def tensor_differences(tensors: Mapping[str, Tensor], records: Mapping[str, TensorRecord]) -> dict[str, str]:
+def tensor_differences(
+    tensors: Mapping[str, Tensor], records: Mapping[str, TensorRecord]
+) -> dict[str, str]:
     """Compares tensors with records of the same names, and says for each that differs how."""
     found = {}
     # One that was converted is not hashed twice.
     alike = {
         name: tensor
         for name, tensor in tensors.items()
-        if name in records and dtype_name(tensor) == records[name].dtype and records[name].difference_of_form(tensor) is None
+        if name in records
+        and dtype_name(tensor) == records[name].dtype
+        and records[name].difference_of_form(tensor) is None
     }
     today = record_tensors(alike)
     for name in [*records, *(name for name in tensors if name not in records)]:
@@ -191,13 +229,19 @@ def tensor_differences(tensors: Mapping[str, Tensor], records: Mapping[str, Tens
             found[name] = "is new"
         elif name not in tensors:
             found[name] = "is missing"
-        elif today.get(name) != records[name] and (difference := records[name].difference(tensors[name])):
+        elif today.get(name) != records[name] and (
+            difference := records[name].difference(tensors[name])
+        ):
             found[name] = difference
     return found
 
 
 def _non_persistent(modules: Mapping[str, nn.Module]) -> set[str]:
-    return {f"{name}.{key}" if name else key for name, module in modules.items() for key in module._non_persistent_buffers_set}
+    return {
+        f"{name}.{key}" if name else key
+        for name, module in modules.items()
+        for key in module._non_persistent_buffers_set
+    }
 
 
 def _module_record(kind: Any, config: Any, state: Any) -> ModuleRecord:

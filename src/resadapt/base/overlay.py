@@ -9,7 +9,17 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["FOLDED", "Overlay", "class_of", "is_ours", "mixin_of", "put_class", "stock_classes", "strip", "uncover"]
+__all__ = [
+    "FOLDED",
+    "Overlay",
+    "class_of",
+    "is_ours",
+    "mixin_of",
+    "put_class",
+    "stock_classes",
+    "strip",
+    "uncover",
+]
 
 FOLDED = "_resadapt_folded"
 """Attribute of a frozen convolution that keeps its weight merged with the norm behind it."""
@@ -18,7 +28,10 @@ _ATTRIBUTES = (FOLDED, "__module__")
 _MIXIN = "_resadapt_mixin"
 """Attribute of a class made at run time: the mixin that it adds to its second base."""
 _FIRST = "_resadapt_first"
-"""Attribute of a class made at run time: the class of torch.nn.utils.parametrize that it stands for."""
+"""Attribute of a class made at run time.
+
+The class of torch.nn.utils.parametrize that it stands for.
+"""
 
 
 class Overlay:
@@ -26,7 +39,10 @@ class Overlay:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """Returns a module's class beneath a parametrization and a mixin: what `put_class` has put there."""
+    """Returns a module's class beneath a parametrization and a mixin.
+
+    What `put_class` has put there.
+    """
     beneath = _beneath(module)
     return beneath.__bases__[1] if _MIXIN in vars(beneath) else beneath
 
@@ -37,17 +53,20 @@ def mixin_of(module: nn.Module) -> type | None:
 
 
 def put_class(module: nn.Module, kind: Any, mixin: type | None) -> None:
-    """Gives a module another class, with or without a mixin, beneath the parametrization of torch if there is one.
+    """Gives a module another class, with or without a mixin, beneath the parametrization of torch
+    if there is one.
 
-    Copies of a module share a class that torch.nn.utils.parametrize has made, so that one stays as it is: the module gets another
-    like it, and later the same again.
+    Copies of a module share a class that torch.nn.utils.parametrize has made, so that one stays as
+    it is: the module gets another like it, and later the same again.
     """
     kind = kind if mixin is None else _with_mixin(kind, mixin)
     if not is_parametrized(module):
         module.__class__ = kind
         return
     made = vars(type(module))
-    content = {key: value for key, value in made.items() if key not in ("__dict__", "__weakref__", _FIRST)}
+    content = {
+        key: value for key, value in made.items() if key not in ("__dict__", "__weakref__", _FIRST)
+    }
     first = made.get(_FIRST, type(module))
     if first.__bases__ == (kind,) and content.keys() <= vars(first).keys():
         module.__class__ = first
@@ -70,14 +89,22 @@ def uncover(module: nn.Module) -> None:
     """Gives a module the class that it was built with."""
     if isinstance(module, Overlay):
         strip(module)
-        put_class(module, next(cls for cls in class_of(module).__mro__ if not issubclass(cls, Overlay)), None)
+        put_class(
+            module,
+            next(cls for cls in class_of(module).__mro__ if not issubclass(cls, Overlay)),
+            None,
+        )
 
 
 @contextmanager
 def stock_classes(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Runs the body with modules of the classes that they were built with."""
     covered = [
-        (module, type(module), {key: module.__dict__[key] for key in _ATTRIBUTES if key in module.__dict__})
+        (
+            module,
+            type(module),
+            {key: module.__dict__[key] for key in _ATTRIBUTES if key in module.__dict__},
+        )
         for module in modules
         if isinstance(module, Overlay)
     ]
@@ -96,9 +123,16 @@ def _beneath(module: nn.Module) -> type[nn.Module]:
 
 
 def _with_mixin(kind: type[nn.Module], mixin: type) -> type[nn.Module]:
-    """Returns the one class that adds a mixin to another, with the name and module of the latter: torch.fx goes by these."""
+    """Returns the one class that adds a mixin to another, with the name and module of the latter.
+
+    Torch.fx goes by these.
+    """
     for made in kind.__subclasses__():
         if vars(made).get(_MIXIN) is mixin:
             return made
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
     return type(kind.__name__, (mixin, kind), names | {_MIXIN: mixin})

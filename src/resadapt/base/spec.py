@@ -1,15 +1,17 @@
-"""The description of an adapter set: everything needed to inject it again, as plain data."""
+"""The description of an adapter set as plain data: everything needed to inject it again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from torch import nn
 from typing_extensions import Self
 
-__all__ = ["SetSpec", "SiteSpec"]
-
+__all__ = ["SetSpec", "SiteSpec", "blueprint_of", "build_from", "within"]
 
 _MOST_DIMS = 8
 _SET_FIELDS = {
@@ -23,7 +25,14 @@ _SET_FIELDS = {
     "norms": list,
     "blueprints": dict,
 }
-_SITE_FIELDS = {"name": str, "owner": str, "channels": int, "spatial_dims": int, "bottleneck": int, "channel_dim": int}
+_SITE_FIELDS = {
+    "name": str,
+    "owner": str,
+    "channels": int,
+    "spatial_dims": int,
+    "bottleneck": int,
+    "channel_dim": int,
+}
 # What a description must share with another for the tensors of one to fit the other.
 _STRUCTURE = ("family", "options", "norm", "sites", "head", "norms", "blueprints")
 
@@ -34,9 +43,11 @@ class SiteSpec:
 
     Args:
         name: The site, as in ``model.named_modules()``.
-        owner: The module that carries the adapter: the site itself, or the last block of a Sequential.
+        owner: The module that carries the adapter: the site itself, or the last block of a
+            Sequential.
         channels: C, size of the output's channel dimension.
-        spatial_dims: Number of dimensions other than batch and channels (2 for images, 3 for video, 0 for ``[N, C]``).
+        spatial_dims: Number of dimensions other than batch and channels (2 for images, 3 for video,
+            0 for ``[N, C]``).
         bottleneck: Width of the adapter's hidden layer, in channels; 0 where the family has none.
         channel_dim: Where the channels are: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``.
     """
@@ -68,7 +79,8 @@ class SetSpec:
         sites: The sites, in the order of ``model.named_modules()``.
         head: Names of the backbone's modules that are trained and saved with the adapters.
         norms: Names of the backbone's norms of which the set has its own, as its norm policy says.
-        blueprints: How to build the modules of the head, by name, of those that can be told as data.
+        blueprints: How to build the modules of the head, by name, of those that can be told as
+            data.
     """
 
     name: str
@@ -83,7 +95,10 @@ class SetSpec:
 
     @property
     def private(self) -> tuple[str, ...]:
-        """Names of all the backbone's modules in whose place the set runs private ones: head and norms."""
+        """Names of all the backbone's modules in whose place the set runs private ones.
+
+        Head and norms.
+        """
         return self.head + self.norms
 
     def to_json(self) -> dict[str, Any]:
@@ -118,9 +133,18 @@ class SetSpec:
         if not set(record["blueprints"]) <= set(record["head"]):
             raise ValueError("a blueprint of something that is no head")
         names, owners = {site.name for site in sites}, {site.owner for site in sites}
-        if not (sites or own) or not len(sites) == len(names) == len(owners) or len(set(own)) != len(own):
-            raise ValueError("there is nothing in it, or a site, owner, head or norm is named more than once")
-        return cls(**record | {"sites": sites, "head": tuple(record["head"]), "norms": tuple(record["norms"])})
+        if (
+            not (sites or own)
+            or not len(sites) == len(names) == len(owners)
+            or len(set(own)) != len(own)
+        ):
+            raise ValueError(
+                "there is nothing in it, or a site, owner, head or norm is named more than once"
+            )
+        return cls(
+            **record
+            | {"sites": sites, "head": tuple(record["head"]), "norms": tuple(record["norms"])}
+        )
 
     def differences(self, other: SetSpec) -> list[str]:
         """Names the fields in which two sets differ so that the tensors of one would not fit the other."""
@@ -132,5 +156,135 @@ def _typed(data: Any, what: str, kinds: Mapping[str, type]) -> dict[str, Any]:
         raise ValueError(f"{what}: expected exactly the fields {sorted(kinds)}")
     for key, kind in kinds.items():
         if type(data[key]) is not kind:
-            raise ValueError(f"{what}.{key}: expected {kind.__name__}, found {type(data[key]).__name__}")
+            raise ValueError(
+                f"{what}.{key}: expected {kind.__name__}, found {type(data[key]).__name__}"
+            )
     return data
+
+
+_TYPES: dict[str, type[nn.Module]] = {
+    kind.__name__: kind
+    for kind in (
+        *(
+            nn.Linear,
+            nn.Bilinear,
+            nn.Conv1d,
+            nn.Conv2d,
+            nn.Conv3d,
+            nn.ConvTranspose1d,
+            nn.ConvTranspose2d,
+            nn.ConvTranspose3d,
+        ),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm),
+        *(
+            nn.ReLU,
+            nn.ReLU6,
+            nn.LeakyReLU,
+            nn.GELU,
+            nn.SiLU,
+            nn.Hardswish,
+            nn.Tanh,
+            nn.Sigmoid,
+            nn.Softmax,
+            nn.LogSoftmax,
+        ),
+        *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.Flatten),
+        *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+        *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    )
+}
+_DEEPEST = 16
+
+
+def blueprint_of(module: nn.Module) -> dict[str, Any] | None:
+    """Describes a module made of torch's own layers; None if it has anything else in it."""
+    kind = type(module)
+    if kind is nn.Sequential:
+        children = {
+            name: None if child is None else blueprint_of(child)
+            for name, child in module._modules.items()
+        }
+        return None if None in children.values() else {"type": "Sequential", "children": children}
+    if _TYPES.get(kind.__name__) is not kind:
+        return None
+    settings = {}
+    for name in _settings(kind):
+        value = (
+            module.__dict__[name]
+            if name in module.__dict__
+            else module._parameters.get(name) is not None
+        )
+        settings[name] = list(value) if isinstance(value, tuple) else value
+    described = {"type": kind.__name__, "settings": settings}
+    try:
+        with torch.device("meta"):
+            same = _shape(build_from(described)) == _shape(module)
+    except ValueError:
+        same = False
+    return described if same else None
+
+
+def build_from(blueprint: Any) -> nn.Module:
+    """Builds a module from its description, trusting nothing in it. Under ``torch.device("meta")``
+    it costs no memory.
+
+    Raises:
+        ValueError: It is no description, or no module can be of such sizes.
+    """
+    try:
+        return _build(blueprint, 0)
+    except Exception as error:  # whatever constructors make of absurd sizes
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _build(blueprint: Any, depth: int) -> nn.Module:
+    if not isinstance(blueprint, dict) or depth > _DEEPEST:
+        raise ValueError("no description of a module")
+    if blueprint.get("type") == "Sequential":
+        module = nn.Sequential()
+        for name, child in dict(blueprint["children"]).items():
+            module.add_module(name, _build(child, depth + 1))
+        return module
+    kind = _TYPES.get(str(blueprint.get("type")))
+    if kind is None:
+        raise ValueError(
+            f"{blueprint.get('type')!r} is none of torch's layers that can be told as data"
+        )
+    given = dict(blueprint["settings"])
+    if set(given) != set(_settings(kind)) or not all(_is_json(value) for value in given.values()):
+        raise ValueError(f"no settings of {kind.__name__}: {sorted(given)}")
+    return kind(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+        }
+    )
+
+
+def _settings(kind: type[nn.Module]) -> list[str]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(kind).parameters.values()
+    return [
+        each.name
+        for each in parameters
+        if each.name not in ("device", "dtype", "inplace") and each.kind not in variadic
+    ]
+
+
+def _is_json(value: object) -> bool:
+    if isinstance(value, list):
+        return all(type(item) in (int, bool) for item in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _shape(module: nn.Module) -> tuple[Any, ...]:
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return module.extra_repr(), [
+        (key, None if tensor is None else tuple(tensor.shape)) for key, tensor in tensors
+    ]
+
+
+def within(name: str, modules: Collection[str]) -> bool:
+    """Tells whether a module or tensor name is one of the given modules or lies inside one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)

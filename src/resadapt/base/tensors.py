@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "CHANNELS_LAST",
     "address",
+    "dense_parts",
     "dtype_name",
     "dtype_named",
     "full_tensor",
@@ -22,7 +23,6 @@ __all__ = [
     "is_sharded",
     "local_shard",
     "memory_format",
-    "plain_parts",
     "raw_bytes",
     "row_digests",
     "same_bits",
@@ -51,7 +51,9 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_dense(tensor: Tensor) -> bool:
     """Tells whether a tensor has its elements in memory of its own, and is neither quantized nor made of other tensors."""
     made_of_others = hasattr(tensor, "__tensor_flatten__")
-    return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested or made_of_others)
+    return tensor.layout is torch.strided and not (
+        tensor.is_quantized or tensor.is_nested or made_of_others
+    )
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -77,7 +79,12 @@ def address(tensor: Tensor) -> int:
 def stamp(tensor: Tensor) -> tuple[object, ...]:
     """Returns what changes when a tensor is another one, moved, cast, or written by other means than its `data`."""
     # Whether an inference tensor was written to, nothing tells.
-    return id(tensor), address(tensor), object() if tensor.is_inference() else tensor._version, tensor.dtype
+    return (
+        id(tensor),
+        address(tensor),
+        object() if tensor.is_inference() else tensor._version,
+        tensor.dtype,
+    )
 
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -87,7 +94,9 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def is_channels_last(tensor: Tensor) -> bool:
     """Tells whether a feature map has its channels side by side in memory, and not in the usual way too."""
     last = CHANNELS_LAST.get(tensor.ndim)
-    return last is not None and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
+    return (
+        last is not None and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
+    )
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
@@ -96,8 +105,11 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def raw_bytes(tensor: Tensor) -> bytes | memoryview:
-    """Returns the elements of a tensor, in row-major order, as bytes; of one that is not plain, the elements of its parts."""
-    parts = [_plain_bytes(part) for part in plain_parts(tensor)]
+    """Returns the elements of a tensor, in row-major order, as bytes.
+
+    Of one that is not plain, the elements of its parts.
+    """
+    parts = [_dense_bytes(part) for part in dense_parts(tensor)]
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -107,13 +119,23 @@ def sha256(tensor: Tensor) -> str:
 
 
 def sha256_of_each(tensors: Iterable[Tensor]) -> list[str]:
-    """Returns the digests of several tensors, large ones' from threads; processes that share a sharded one must call together."""
+    """Returns the digests of several tensors, large ones' from threads.
+
+    Processes that share a sharded one must call together.
+    """
     tensors = list(tensors)
-    if any(map(is_sharded, tensors)):  # gathered one after another, in the same order by all processes
+    if any(
+        map(is_sharded, tensors)
+    ):  # gathered one after another, in the same order by all processes
         return [sha256(tensor) for tensor in tensors]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        jobs = [pool.submit(sha256, tensor) if tensor.numel() > _LARGE else None for tensor in tensors]
-        return [sha256(tensor) if job is None else job.result() for tensor, job in zip(tensors, jobs, strict=True)]
+        jobs = [
+            pool.submit(sha256, tensor) if tensor.numel() > _LARGE else None for tensor in tensors
+        ]
+        return [
+            sha256(tensor) if job is None else job.result()
+            for tensor, job in zip(tensors, jobs, strict=True)
+        ]
 
 
 _LARGE = 1 << 16
@@ -135,10 +157,12 @@ def row_digests(tensors: Iterable[Tensor], rows: int) -> Tensor:
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Tells whether two tensors have the same dtype, shape and elements, bit for bit."""
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and raw_bytes(one) == raw_bytes(other)
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and raw_bytes(one) == raw_bytes(
+        other
+    )
 
 
-def _plain_bytes(tensor: Tensor) -> memoryview:
+def _dense_bytes(tensor: Tensor) -> memoryview:
     # Not through NumPy, which would keep the storage from ever being resized.
     own = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     bytes_there = (ctypes.c_ubyte * (own.numel() * own.element_size())).from_address(own.data_ptr())
@@ -146,8 +170,11 @@ def _plain_bytes(tensor: Tensor) -> memoryview:
     return memoryview(bytes_there).cast("B")
 
 
-def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Walks the dense tensors of which a tensor is made: itself, or those inside a sparse, nested, quantized or wrapper tensor."""
+def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Walks the dense tensors of which a tensor is made.
+
+    Itself, or those inside a sparse, nested, quantized or wrapper tensor.
+    """
     tensor = full_tensor(tensor)
     if tensor.is_nested:
         yield from tensor.unbind()
@@ -164,9 +191,11 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
             yield torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
         else:
             yield from (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points())
-    elif hasattr(tensor, "__tensor_flatten__"):  # a wrapper of other tensors, such as a quantized weight of torchao
+    elif hasattr(
+        tensor, "__tensor_flatten__"
+    ):  # a wrapper of other tensors, such as a quantized weight of torchao
         names, _ = tensor.__tensor_flatten__()
         for name in names:
-            yield from plain_parts(getattr(tensor, name))
+            yield from dense_parts(getattr(tensor, name))
     else:
         yield tensor

@@ -12,24 +12,111 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import checkpoint
 
-from resadapt.base.snapshot import Snapshot
+from resadapt.base.inputs import map_tensors, named_in
+from resadapt.base.tensors import dense_parts, local_shard, same_bits
 
-__all__ = ["EAGERLY", "call", "is_undisturbed", "put_over", "random_state", "random_states_kept", "restored", "undisturbed"]
+__all__ = [
+    "EAGERLY",
+    "Snapshot",
+    "call",
+    "is_checkpointed",
+    "is_undisturbed",
+    "outputs_of",
+    "put_over",
+    "random_state",
+    "random_states_kept",
+    "restored",
+    "undisturbed",
+]
+
+
+class Snapshot:
+    """Training flags, buffers, `requires_grad` and gradients of a model at one moment.
+
+    Args:
+        model: The model.
+        values: Whether the values of buffers and gradients are copied too, not only which tensors
+            they are.
+    """
+
+    def __init__(self, model: nn.Module, values: bool = True) -> None:
+        def copied(tensor: Tensor | None) -> Tensor | None:
+            return tensor.clone() if values and tensor is not None else None
+
+        modules = list(nn.Module.modules(model))
+        self._flags = [(module, module.training) for module in modules]
+        self._buffers = [
+            (module, {key: (b, copied(b)) for key, b in module._buffers.items()})
+            for module in modules
+        ]
+        self._parameters = [
+            (p, p.requires_grad, p.grad, copied(p.grad)) for p in nn.Module.parameters(model)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts everything back."""
+        for module, training in self._flags:
+            module.training = training
+        for module, before in self._buffers:
+            _restore_buffers(module, before)
+        for parameter, requires_grad, gradient, value in self._parameters:
+            if parameter.requires_grad is not requires_grad:
+                parameter.requires_grad_(requires_grad)
+            # Of a sharded one, this process's shard alone: others may not be running this.
+            if (
+                gradient is not None
+                and value is not None
+                and not same_bits(local_shard(gradient), local_shard(value))
+            ):
+                gradient.copy_(value)
+            parameter.grad = gradient
+
+
+def _restore_buffers(
+    module: nn.Module, before: dict[str, tuple[Tensor | None, Tensor | None]]
+) -> None:
+    for key in [key for key in module._buffers if key not in before]:
+        del module._buffers[key]
+    for key, (buffer, value) in before.items():
+        module._buffers[key] = buffer  # the module may have put another one there
+        if buffer is None or value is None or torch.equal(buffer, value):
+            continue
+        if buffer.shape == value.shape:
+            buffer.copy_(value)
+        else:  # it was resized in place
+            module._buffers[key] = value
+
+
+def is_checkpointed() -> bool:
+    """Tells whether the caller runs inside of `torch.utils.checkpoint`, reentrant or not, for the first time or again."""
+    frame = sys._getframe(1)
+    while frame:  # the calls that lead here: nothing else tells of both kinds, and nobody pays who does not ask
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Runs the body in evaluation mode, eagerly and without gradients, and restores everything that it may have moved.
+    """Runs the body in evaluation mode, eagerly and without gradients, and restores everything that
+    it may have moved.
 
     Restored are training flags, buffers, `requires_grad`, gradients, and the random states.
     """
-    devices = {parameter.device for parameter in nn.Module.parameters(model)} or {torch.device("cpu")}
+    devices = {parameter.device for parameter in nn.Module.parameters(model)} or {
+        torch.device("cpu")
+    }
     snapshot = Snapshot(model)
     with random_states_kept(devices), torch.no_grad(), EAGERLY:
         try:
-            for module in nn.Module.modules(model):  # not model.eval(), which a model may have made do more than this
+            for module in nn.Module.modules(
+                model
+            ):  # not model.eval(), which a model may have made do more than this
                 module.training = False
             yield
         finally:
@@ -38,7 +125,10 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Runs the body as `restored` does, without autocast and with no norm folded: outputs that two models can be compared by."""
+    """Runs the body as `restored` does, without autocast and with no norm folded.
+
+    Outputs that two models can be compared by.
+    """
     kinds = {parameter.device.type for parameter in nn.Module.parameters(model)} or {"cpu"}
     with restored(model), ExitStack() as stack:
         stack.callback(_inside.reset, _inside.set(True))
@@ -64,7 +154,13 @@ def put_over(module: nn.Module, attribute: str, value: object) -> Iterator[None]
 def random_state() -> bytes:
     """Returns what changes when a random number is drawn from torch, Python or NumPy, on the CPU."""
     numpy: Any = sys.modules.get("numpy")
-    return pickle.dumps((torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state() if numpy else None))
+    return pickle.dumps(
+        (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            numpy.random.get_state() if numpy else None,
+        )
+    )
 
 
 @contextmanager
@@ -73,7 +169,9 @@ def random_states_kept(devices: Iterable[torch.device]) -> Iterator[None]:
     numpy: Any = sys.modules.get("numpy")  # not imported: nothing has been drawn with it
     before, numpy_before = random.getstate(), numpy.random.get_state() if numpy else None
     try:
-        with torch.random.fork_rng(devices=sorted({device.index for device in devices if device.type == "cuda"})):
+        with torch.random.fork_rng(
+            devices=sorted({device.index for device in devices if device.type == "cuda"})
+        ):
             yield
     finally:
         random.setstate(before)
@@ -91,9 +189,11 @@ def call(model: nn.Module, inputs: object) -> object:
 
 
 class _Eagerly:
-    """Runs compiled functions as they were before they were compiled, for as long as any thread is inside.
+    """Runs compiled functions as they were before they were compiled, for as long as any thread is
+    inside.
 
-    Whether functions run compiled is one switch for all threads: the first one in turns it off, the last one out turns it on again.
+    Whether functions run compiled is one switch for all threads: the first one in turns it off, the
+    last one out turns it on again.
     """
 
     def __init__(self) -> None:
@@ -103,7 +203,9 @@ class _Eagerly:
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._inside == 0 and "torch._dynamo" in sys.modules:  # else nothing is compiled; importing it takes a second
+            if (
+                self._inside == 0 and "torch._dynamo" in sys.modules
+            ):  # else nothing is compiled; importing it takes a second
                 self._switch.enter_context(_compilation_off())
             self._inside += 1
 
@@ -130,3 +232,26 @@ def _compilation_off() -> AbstractContextManager[object]:
         return eager
     older: AbstractContextManager[object] = torch._dynamo.config.patch(disable=True)
     return older
+
+
+def outputs_of(model: nn.Module, inputs: object) -> dict[str, Tensor]:
+    """Runs a model in evaluation mode and returns every tensor of its output by its place there.
+
+    The model is left as it was.
+    """
+    own = map_tensors(inputs, torch.clone)  # which the model may change in place
+    with undisturbed(model):
+        return dict(_dense_outputs(call(model, own)))
+
+
+def _dense_outputs(output: object) -> Iterator[tuple[str, Tensor]]:
+    """Walks the dense tensors of an output.
+
+    A sparse, nested or quantized one is walked part by part.
+    """
+    for place, tensor in named_in(output):
+        parts = list(dense_parts(tensor))
+        if len(parts) == 1:
+            yield place, parts[0]
+        else:
+            yield from ((f"{place}.part{number}", part) for number, part in enumerate(parts))

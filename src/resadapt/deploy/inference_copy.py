@@ -9,8 +9,8 @@ from torch import nn
 from typing_extensions import override
 
 from resadapt.adapters.family import apply
-from resadapt.deploy.plain_copy import plain_copy
 from resadapt.deploy.same_outputs import check_outputs
+from resadapt.deploy.stock_copy import stock_copy
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.walk import find_module
 
@@ -18,13 +18,15 @@ __all__ = ["inference_copy"]
 
 
 def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Returns an independent copy with one set, made of plain modules, for fusing, quantizing, scripting and exporting.
+    """Returns an independent copy with one set, made of plain modules, for fusing, quantizing,
+    scripting and exporting.
 
-    Norms have their stock classes, there are no hooks of this library and nothing to switch, and everything is in evaluation mode
-    and needs no gradient. Where a module carries an adapter, the copy has a Sequential of the module and the adapter, so names
-    inside that module get a ``.0``: ``layer4.1.conv1`` becomes ``layer4.1.0.conv1``. A module that takes several arguments gets a
-    Sequential that passes them on, which torch.jit.script cannot read. The outputs are the same, as both are run to see on an input
-    made up for them.
+    Norms have their stock classes, there are no hooks of this library and nothing to switch, and
+    everything is in evaluation mode and needs no gradient. Where a module carries an adapter, the
+    copy has a Sequential of the module and the adapter, so names inside that module get a ``.0``:
+    ``layer4.1.conv1`` becomes ``layer4.1.0.conv1``. A module that takes several arguments gets a
+    Sequential that passes them on, which torch.jit.script cannot read. The outputs are the same, as
+    both are run to see on an input made up for them.
 
     Args:
         model: An injected model.
@@ -48,9 +50,11 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
         (True, 'BatchNorm2d')
     """
     name = ledger_of(model).chosen(name).spec.name
-    copied = plain_copy(model, name)
+    copied = stock_copy(model, name)
     plain, adapters = copied.model, copied.adapters
-    for owner in sorted(adapters, reverse=True):  # the inner ones first: their names are still those of the backbone
+    for owner in sorted(
+        adapters, reverse=True
+    ):  # the inner ones first: their names are still those of the backbone
         parent, _, key = owner.rpartition(".")
         module = find_module(plain, owner)
         adapter = adapters[owner]

@@ -13,9 +13,14 @@ import torch
 import torchvision
 from torch import Tensor
 
-from resadapt.base.errors import AdapterFileError
-from resadapt.base.fingerprint import Fingerprint, TensorRecord, record_tensors, tensor_differences, tensor_records
-from resadapt.base.names import quote_names, quote_reasons
+from resadapt.base.errors import AdapterFileError, quote_names, quote_reasons
+from resadapt.base.fingerprint import (
+    Fingerprint,
+    TensorRecord,
+    record_tensors,
+    tensor_differences,
+    tensor_records,
+)
 from resadapt.base.spec import SetSpec
 from resadapt.base.version import __version__
 from resadapt.files.container import decode, encode, format_for
@@ -104,7 +109,9 @@ def read_adapter_info(path: str | bytes | os.PathLike[str]) -> AdapterInfo:
     return read_adapter_file(path)[0]
 
 
-def read_adapter_file(path: str | bytes | os.PathLike[str]) -> tuple[AdapterInfo, dict[str, Tensor]]:
+def read_adapter_file(
+    path: str | bytes | os.PathLike[str],
+) -> tuple[AdapterInfo, dict[str, Tensor]]:
     """Reads a file and compares every tensor with its digest.
 
     Raises:
@@ -116,13 +123,15 @@ def read_adapter_file(path: str | bytes | os.PathLike[str]) -> tuple[AdapterInfo
             raise OSError("it is no ordinary file")
         data = path.read_bytes()
     except (OSError, TypeError, ValueError, MemoryError) as error:
-        raise AdapterFileError(f"{path!r}: cannot be read: {error or 'it is too large'}. Check the path.") from error
+        raise AdapterFileError(
+            f"{path!r}: cannot be read: {error or 'it is too large'}. Check the path."
+        ) from error
     manifest, tensors = decode(data, path)
     number = manifest.get("format_version")
     if type(number) is not int or not 1 <= number <= FORMAT_VERSION:
         raise AdapterFileError(
-            f"{path}: written in format {number!r} by resadapt {manifest.get('versions', {})}; this version reads formats up to "
-            f"{FORMAT_VERSION}. Install a newer resadapt."
+            f"{path}: written in format {number!r} by resadapt {manifest.get('versions', {})}; "
+            f"this version reads formats up to {FORMAT_VERSION}. Install a newer resadapt."
         )
     try:
         if number == 1:
@@ -142,13 +151,26 @@ def read_adapter_file(path: str | bytes | os.PathLike[str]) -> tuple[AdapterInfo
             metadata=dict(manifest["metadata"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path}: its manifest is not one of format {number}: {error!r}. Save it again.") from error
-    if strange := [name for name in tensors if not name.startswith(("adapters.", "head.", "norms.", "probe."))]:
-        raise AdapterFileError(f"{path}: it has tensors of no known kind: {quote_names(strange)}. Save it again.")
-    if info.probe and (lost := [place for place in info.probe.outputs if f"probe.{place}" not in tensors]):
-        raise AdapterFileError(f"{path}: the recorded outputs {quote_names(lost)} are missing. Save it again.")
+        raise AdapterFileError(
+            f"{path}: its manifest is not one of format {number}: {error!r}. Save it again."
+        ) from error
+    if strange := [
+        name for name in tensors if not name.startswith(("adapters.", "head.", "norms.", "probe."))
+    ]:
+        raise AdapterFileError(
+            f"{path}: it has tensors of no known kind: {quote_names(strange)}. Save it again."
+        )
+    if info.probe and (
+        lost := [place for place in info.probe.outputs if f"probe.{place}" not in tensors]
+    ):
+        raise AdapterFileError(
+            f"{path}: the recorded outputs {quote_names(lost)} are missing. Save it again."
+        )
     if wrong := tensor_differences(tensors, info.tensors):
-        raise AdapterFileError(f"{path}: its tensors are not those of its manifest: {quote_reasons(wrong)}. Save it again.")
+        raise AdapterFileError(
+            f"{path}: its tensors are not those of its manifest: {quote_reasons(wrong)}. Save it "
+            "again."
+        )
     return info, tensors
 
 
@@ -165,11 +187,16 @@ def encode_adapter_file(
     """Returns the bytes of an adapter file for a target, whose name chooses the container.
 
     Raises:
-        AdapterFileError: The container's package is not installed, or the container cannot hold a tensor.
+        AdapterFileError: The container's package is not installed, or the container cannot hold a
+            tensor.
     """
     manifest = {
         "format_version": FORMAT_VERSION,
-        "versions": {"resadapt": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
+        "versions": {
+            "resadapt": __version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
         "set": set_spec.to_json(),
         "backbone": backbone.to_json(),
         "tensors": {name: record.to_json() for name, record in record_tensors(tensors).items()},
@@ -189,17 +216,23 @@ def as_json(metadata: object, target: Path) -> dict[str, Any]:
     if metadata is None:
         return {}
     if not isinstance(metadata, Mapping):
-        raise AdapterFileError(f"{target}: metadata is {type(metadata).__name__}: give a dict with str keys.")
+        raise AdapterFileError(
+            f"{target}: metadata is {type(metadata).__name__}: give a dict with str keys."
+        )
     try:
         text = json.dumps(dict(metadata), allow_nan=False)
         back: dict[str, Any] = json.loads(text)
         same = bool(back == metadata)
     except (TypeError, ValueError, RecursionError) as error:
         raise AdapterFileError(
-            f"{target}: metadata is not JSON: {error}. Use dict, list, str, int, finite float, bool, None."
+            f"{target}: metadata is not JSON: {error}. Use dict, list, str, int, finite float, "
+            "bool, None."
         ) from error
     if not same:
-        raise AdapterFileError(f"{target}: metadata would come back as {back}. Use str keys, and lists in place of tuples.")
+        raise AdapterFileError(
+            f"{target}: metadata would come back as {back}. Use str keys, and lists in place of "
+            "tuples."
+        )
     return back
 
 
@@ -210,7 +243,11 @@ def _probe(data: Any) -> ProbeRecord | None:
     if not isinstance(record.outputs, dict) or not isinstance(record.sha256, str):
         raise ValueError("no record of a probe")
     for output in record.outputs.values():
-        if set(output) != {"shape", "step"} or type(output["step"]) is not int or output["step"] < 1:
+        if (
+            set(output) != {"shape", "step"}
+            or type(output["step"]) is not int
+            or output["step"] < 1
+        ):
             raise ValueError(f"no record of an output: {output!r}")
     return record
 

@@ -21,7 +21,8 @@ __all__ = ["atomic_write", "target_of"]
 
 
 def target_of(path: object) -> Path:
-    """Returns where a file is to be written, links followed, after looking whether that can be done.
+    """Returns where a file is to be written, links followed, after looking whether that can be
+    done.
 
     Raises:
         AdapterFileError: It cannot.
@@ -35,16 +36,19 @@ def target_of(path: object) -> Path:
         kind = "a directory" if target.is_dir() else "no ordinary file"
         raise AdapterFileError(f"{target}: is {kind}. Give the path of a file.")
     if not target.parent.is_dir():
-        raise AdapterFileError(f"{target}: the directory {target.parent} does not exist. Create it first.")
+        raise AdapterFileError(
+            f"{target}: the directory {target.parent} does not exist. Create it first."
+        )
     return target
 
 
 @contextmanager
 def atomic_write(target: Path, data: bytes) -> Iterator[Path]:
-    """Writes a temporary file beside the target for the body to examine; it takes the target's place when the body ends well.
+    """Writes a temporary file beside the target for the body to examine; it takes the target's
+    place when the body ends well.
 
-    The file reaches the disk before the body runs. Whatever fails, the target is what it was and nothing else is left. Temporary
-    files that killed processes left for this target are removed.
+    The file reaches the disk before the body runs. Whatever fails, the target is what it was and
+    nothing else is left. Temporary files that killed processes left for this target are removed.
 
     Yields:
         The path of the temporary file.
@@ -57,7 +61,9 @@ def atomic_write(target: Path, data: bytes) -> Iterator[Path]:
     try:
         file = _created(target.parent, prefix)
     except OSError as error:
-        raise AdapterFileError(f"{target}: cannot be written: {error.strerror}. The previous file, if any, is intact.") from error
+        raise AdapterFileError(
+            f"{target}: cannot be written: {error.strerror}. The previous file, if any, is intact."
+        ) from error
     temporary = Path(file.name)
     try:
         with file:
@@ -69,7 +75,8 @@ def atomic_write(target: Path, data: bytes) -> Iterator[Path]:
                 os.fsync(file.fileno())
             except OSError as error:
                 raise AdapterFileError(
-                    f"{target}: cannot be written: {error.strerror}. The previous file, if any, is intact."
+                    f"{target}: cannot be written: {error.strerror}. The previous file, if any, is "
+                    "intact."
                 ) from error
             yield temporary
             if fcntl is None:
@@ -77,7 +84,9 @@ def atomic_write(target: Path, data: bytes) -> Iterator[Path]:
             try:
                 os.replace(temporary, target)
             except OSError as error:
-                raise AdapterFileError(f"{target}: cannot be replaced: {error.strerror}. The previous file is intact.") from error
+                raise AdapterFileError(
+                    f"{target}: cannot be replaced: {error.strerror}. The previous file is intact."
+                ) from error
     finally:
         temporary.unlink(missing_ok=True)
     _flush_directory(target.parent)
@@ -88,7 +97,8 @@ def _created(directory: Path, prefix: str) -> BinaryIO:
     while True:
         path = directory / f"{prefix}{secrets.token_hex(8)}.tmp"
         file = open(path, "xb")  # noqa: SIM115 - the caller closes it
-        # Not yet locked, another process may take it for one that was left behind: it has the lock now, or has removed the file.
+        # Not yet locked, another process may take it for one that was left behind: it has the lock
+        # now, or has removed the file.
         if _lock(file) is not False and path.exists():
             return file
         file.close()
@@ -104,7 +114,10 @@ def _remove_leftovers(directory: Path, prefix: str) -> None:
 
 
 def _lock(file: BinaryIO) -> bool | None:
-    """Locks an open file; tells whether this process has the lock now, None where there are no locks."""
+    """Locks an open file.
+
+    Tells whether this process has the lock now, None where there are no locks.
+    """
     if fcntl is None:
         return None
     try:

@@ -1,7 +1,9 @@
-"""An adapter file as bytes: a manifest and tensors in a .safetensors or .pt file, sealed by a digest over every byte.
+"""An adapter file as bytes: a manifest and tensors in a .safetensors or .pt file, sealed by a
+digest over every byte.
 
-The seal is 64 hexadecimal digits inside the file: SHA-256 of the file with those digits taken as zeros. A .safetensors file has
-it, before the manifest, in its metadata entry ``resadapt``; a .pt file has it in the comment at the end of its zip archive.
+The seal is 64 hexadecimal digits inside the file: SHA-256 of the file with those digits taken as
+zeros. A .safetensors file has it, before the manifest, in its metadata entry ``resadapt``; a .pt
+file has it in the comment at the end of its zip archive.
 """
 
 from __future__ import annotations
@@ -32,8 +34,31 @@ _GLOBALS = re.compile(
 )
 _OPCODES = frozenset(
     {
-        *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BINPERSID", "EMPTY_DICT", "SETITEM", "SETITEMS", "BINUNICODE"),
-        *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NEWFALSE", "NEWTRUE", "NONE", "BININT", "BININT1", "BININT2"),
+        *(
+            "PROTO",
+            "STOP",
+            "MARK",
+            "GLOBAL",
+            "REDUCE",
+            "BINPERSID",
+            "EMPTY_DICT",
+            "SETITEM",
+            "SETITEMS",
+            "BINUNICODE",
+        ),
+        *(
+            "EMPTY_TUPLE",
+            "TUPLE",
+            "TUPLE1",
+            "TUPLE2",
+            "TUPLE3",
+            "NEWFALSE",
+            "NEWTRUE",
+            "NONE",
+            "BININT",
+            "BININT1",
+            "BININT2",
+        ),
         *("LONG1", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
     }
 )
@@ -41,7 +66,8 @@ _BLANK = b"0" * _DIGITS
 
 
 def format_for(path: Path) -> str:
-    """Returns the format that a file name asks for: by its suffix, or the better one that is installed.
+    """Returns the format that a file name asks for: by its suffix, or the better one that is
+    installed.
 
     Raises:
         AdapterFileError: The name ends in .safetensors and that package is not installed.
@@ -52,7 +78,8 @@ def format_for(path: Path) -> str:
             return "pt"
         case ".safetensors" if not installed:
             raise AdapterFileError(
-                f"{path}: the package safetensors is not installed. Install resadapt[safetensors], or choose a name ending in .pt."
+                f"{path}: the package safetensors is not installed. Install resadapt[safetensors], "
+                "or choose a name ending in .pt."
             )
     return "safetensors" if installed else "pt"
 
@@ -60,8 +87,12 @@ def format_for(path: Path) -> str:
 def encode(manifest: dict[str, Any], tensors: dict[str, Tensor], format: str) -> bytes:
     """Returns the bytes of a file; the same content gives the same bytes."""
     text = json.dumps(manifest, separators=(",", ":"))
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
-    data = bytearray(_safetensors_bytes(text, tensors) if format == "safetensors" else _zip_bytes(text, tensors))
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())
+    }
+    data = bytearray(
+        _safetensors_bytes(text, tensors) if format == "safetensors" else _zip_bytes(text, tensors)
+    )
     at = _seal_position(data)
     data[at : at + _DIGITS] = _seal(data, at)
     return bytes(data)
@@ -73,7 +104,9 @@ def _safetensors_bytes(text: str, tensors: dict[str, Tensor]) -> bytes:
     try:
         return safetensors.torch.save(tensors, {_ENTRY: _BLANK.decode() + text})
     except (KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise AdapterFileError(f"A .safetensors file cannot hold these tensors: {error}. Choose a name ending in .pt.") from error
+        raise AdapterFileError(
+            f"A .safetensors file cannot hold these tensors: {error}. Choose a name ending in .pt."
+        ) from error
 
 
 def _zip_bytes(text: str, tensors: dict[str, Tensor]) -> bytes:
@@ -85,23 +118,28 @@ def _zip_bytes(text: str, tensors: dict[str, Tensor]) -> bytes:
 
 
 def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the manifest and tensors of a file, of which every byte is checked and nothing is executed.
+    """Returns the manifest and tensors of a file, of which every byte is checked and nothing is
+    executed.
 
     Args:
         data: The bytes of the file.
         path: Where they are from, for messages.
 
     Raises:
-        AdapterFileError: The bytes are not those of an adapter file, or not all of them are as they were written.
+        AdapterFileError: The bytes are not those of an adapter file, or not all of them are as they
+            were written.
     """
     try:
         at = _seal_position(data)
     except ValueError as error:
         raise AdapterFileError(
-            f"{path}: not an adapter file of resadapt, or a damaged one ({error}). Check the path; copy or save the file again."
+            f"{path}: not an adapter file of resadapt, or a damaged one ({error}). Check the path; "
+            "copy or save the file again."
         ) from error
     if data[at : at + _DIGITS] != _seal(data, at):
-        raise AdapterFileError(f"{path}: the file was changed or damaged after it was written. Copy or save it again.")
+        raise AdapterFileError(
+            f"{path}: the file was changed or damaged after it was written. Copy or save it again."
+        )
     try:
         if data[:2] == b"PK":
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -125,19 +163,26 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except AdapterFileError:
         raise
     except Exception as error:  # whatever the readers make of bytes that somebody sealed
-        raise AdapterFileError(f"{path}: sealed, but its content cannot be read: {error}. Save it again.") from error
+        raise AdapterFileError(
+            f"{path}: sealed, but its content cannot be read: {error}. Save it again."
+        ) from error
     return manifest, tensors
 
 
 def _check_pickle(data: bytes) -> None:
-    """Refuses a pickle that would make anything but a dictionary of texts and tensors: even an empty bytearray can be large.
+    """Refuses a pickle that would make anything but a dictionary of texts and tensors: even an
+    empty bytearray can be large.
 
     Raises:
         ValueError: It has what resadapt never writes.
     """
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in _OPCODES or (opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument))):
-            raise ValueError(f"{opcode.name} {str(argument)[:100]!r} in its pickle, which resadapt never writes")
+        if opcode.name not in _OPCODES or (
+            opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument))
+        ):
+            raise ValueError(
+                f"{opcode.name} {str(argument)[:100]!r} in its pickle, which resadapt never writes"
+            )
 
 
 def _is_plain(tensor: object) -> bool:
@@ -161,7 +206,9 @@ def _seal(data: bytes | bytearray, at: int) -> bytes:
 def _seal_position(data: bytes | bytearray) -> int:
     if data[:2] == b"PK":
         at = len(data) - _DIGITS
-        end = at - len(_COMMENT) - 22  # the zip format's end record, whose last two bytes are the length of the comment
+        end = (
+            at - len(_COMMENT) - 22
+        )  # the zip format's end record, whose last two bytes are the length of the comment
         length = (len(_COMMENT) + _DIGITS).to_bytes(2, "little")
         if end < 0 or data[end : end + 4] != b"PK\5\6" or data[end + 20 : at] != length + _COMMENT:
             raise ValueError("no seal at the end")

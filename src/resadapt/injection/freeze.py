@@ -1,4 +1,7 @@
-"""Freezing that holds: no gradients, and norms whose statistics cannot move whatever the training flag says."""
+"""Freezing that holds.
+
+No gradients, and norms whose statistics cannot move whatever the training flag says.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from resadapt.base.errors import InjectionError
-from resadapt.base.names import quote_names, within
+from resadapt.base.errors import InjectionError, quote_names
 from resadapt.base.overlay import Overlay, put_class, uncover
+from resadapt.base.spec import within
 from resadapt.injection.walk import backbone_modules, is_leaf
 
 __all__ = [
@@ -35,9 +38,11 @@ class FrozenStatistics(Overlay, nn.modules.batchnorm._BatchNorm):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Normalises a batch ``[N, C, ...]``."""
-        # Only this call: the stock forward branches on the input's dimensions, which torch.fx cannot trace in a class that is
-        # not torch.nn's own.
-        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        # Only this call: the stock forward branches on the input's dimensions, which torch.fx
+        # cannot trace in a class that is not torch.nn's own.
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
 
     @override
     def reset_running_stats(self) -> None:
@@ -70,7 +75,10 @@ _AFFINE = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNor
 
 
 def hold_in_eval(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of other modules with statistics (a BatchNorm of one's own, spectral norm): runs them as in evaluation."""
+    """Forward pre-hook of other modules with statistics (a BatchNorm of one's own, spectral norm).
+
+    Runs them as in evaluation.
+    """
     module.training = False
 
 
@@ -79,7 +87,8 @@ def freeze_norm(module: nn.Module) -> None:
     if type(module) in _FROZEN and module._buffers["running_mean"] is not None:
         put_class(module, _FROZEN[type(module)], None)
     elif _keeps_statistics(module) and not _is_held(module):
-        # First of all hooks: torch.nn.utils.spectral_norm updates its buffers in a pre-hook of its own.
+        # First of all hooks: torch.nn.utils.spectral_norm updates its buffers in a pre-hook of its
+        # own.
         module.register_forward_pre_hook(hold_in_eval, prepend=True)
 
 
@@ -100,7 +109,10 @@ def _is_held(module: nn.Module) -> bool:
 
 
 NORM_POLICIES = ("frozen", "affine", "stats", "affine+stats")
-"""What a set has of its own of the backbone's norms outside its head: nothing, weights and biases, running statistics, or both."""
+"""What a set has of its own of the backbone's norms outside its head.
+
+Nothing, weights and biases, running statistics, or both.
+"""
 
 
 def norms_of(model: nn.Module, policy: str, head: Collection[str]) -> tuple[str, ...]:
@@ -110,18 +122,28 @@ def norms_of(model: nn.Module, policy: str, head: Collection[str]) -> tuple[str,
         InjectionError: The policy does not exist, or there is no such norm.
     """
     if policy not in NORM_POLICIES:
-        raise InjectionError(f"norm={policy!r} does not exist; there is {quote_names(NORM_POLICIES)}.")
+        raise InjectionError(
+            f"norm={policy!r} does not exist; there is {quote_names(NORM_POLICIES)}."
+        )
     if policy == "frozen":
         return ()
     kinds = policy.split("+")
     found: dict[int, str] = {}  # a module with two names counts once
     for name, module in backbone_modules(model):
-        statistics = isinstance(module, nn.modules.batchnorm._NormBase) and module._buffers.get("running_mean") is not None
+        statistics = (
+            isinstance(module, nn.modules.batchnorm._NormBase)
+            and module._buffers.get("running_mean") is not None
+        )
         affine = isinstance(module, _AFFINE) and module._parameters.get("weight") is not None
-        if (("affine" in kinds and affine) or ("stats" in kinds and statistics)) and not within(name, head):
+        if (("affine" in kinds and affine) or ("stats" in kinds and statistics)) and not within(
+            name, head
+        ):
             found.setdefault(id(module), name)
     if not found:
-        raise InjectionError(f"norm={policy!r}: the backbone has no norm outside the head that has these. Leave norm out.")
+        raise InjectionError(
+            f"norm={policy!r}: the backbone has no norm outside the head that has these. Leave "
+            "norm out."
+        )
     return tuple(found.values())
 
 
@@ -160,7 +182,8 @@ def _keep_statistics() -> None:
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    # Norms and leaves only: a whole network may own a buffer too (its input's mean, say), and must keep its training behaviour.
+    # Norms and leaves only: a whole network may own a buffer too (its input's mean, say), and must
+    # keep its training behaviour.
     owns_buffers = any(buffer is not None for buffer in module._buffers.values())
     norm = isinstance(module, nn.modules.batchnorm._NormBase)
     return owns_buffers and not isinstance(module, FrozenStatistics) and (norm or is_leaf(module))

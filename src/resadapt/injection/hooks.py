@@ -1,7 +1,7 @@
 """The forward hook of every site, and how it is put on and taken off.
 
-The functions are stateless and live at module level: they find the adapters through the module they are given, so a model that
-carries them can be copied, pickled, replicated and compiled.
+The functions are stateless and live at module level: they find the adapters through the module they
+are given, so a model that carries them can be copied, pickled, replicated and compiled.
 """
 
 from __future__ import annotations
@@ -14,9 +14,26 @@ from torch import nn
 from resadapt.injection.freeze import drop_hook
 from resadapt.injection.slots import SLOT, AdapterSlot
 from resadapt.injection.walk import find_slot
-from resadapt.injection.watch import begin_forward, check_first_forward, check_rules, count_private, count_run, end_forward
+from resadapt.injection.watch import (
+    begin_forward,
+    check_first_forward,
+    check_rules,
+    count_private,
+    count_run,
+    end_forward,
+)
 
-__all__ = ["apply_adapter", "attach", "detach", "later_hooks", "slot_of", "unwatch", "unwatch_private", "watch", "watch_private"]
+__all__ = [
+    "apply_adapter",
+    "attach",
+    "detach",
+    "later_hooks",
+    "slot_of",
+    "unwatch",
+    "unwatch_private",
+    "watch",
+    "watch_private",
+]
 
 
 def apply_adapter(module: nn.Module, args: Any, output: Any) -> Any:

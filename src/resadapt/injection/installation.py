@@ -10,19 +10,31 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from resadapt.base.errors import InjectionError
+from resadapt.base.errors import InjectionError, quote_names
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import quote_names, within
-from resadapt.base.snapshot import Snapshot
-from resadapt.base.spec import SetSpec, SiteSpec
+from resadapt.base.spec import SetSpec, SiteSpec, within
+from resadapt.base.undisturbed import Snapshot
 from resadapt.injection.building import build, family_named, saved_shapes
-from resadapt.injection.freeze import freeze_backbone, freeze_norm, is_frozen, norms_of, thaw_norm, wake_norms
-from resadapt.injection.hooks import attach, detach, slot_of, unwatch, unwatch_private, watch, watch_private
+from resadapt.injection.freeze import (
+    freeze_backbone,
+    freeze_norm,
+    is_frozen,
+    norms_of,
+    thaw_norm,
+    wake_norms,
+)
+from resadapt.injection.hooks import (
+    attach,
+    detach,
+    slot_of,
+    unwatch,
+    unwatch_private,
+    watch,
+    watch_private,
+)
 from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, find_ledger
-from resadapt.injection.private import HOOKS, computing_hooks, private_copies
-from resadapt.injection.route import route, unroute
+from resadapt.injection.private import HOOKS, computing_hooks, private_copies, route, unroute
 from resadapt.injection.select import owner_of
-from resadapt.injection.sharding import sharded_tensors
 from resadapt.injection.slots import AdapterSlot
 from resadapt.injection.switching import activate, on_backbone, train
 from resadapt.injection.walk import (
@@ -31,6 +43,7 @@ from resadapt.injection.walk import (
     behind_wrappers,
     find_module,
     find_slot,
+    sharded_tensors,
     slots_of,
     unwrap,
 )
@@ -45,25 +58,32 @@ def check_model(model: nn.Module) -> None:
         InjectionError: It is no module, a wrapper, or has parts that cannot be read or frozen.
     """
     if unwrap(model) is not model:
-        raise InjectionError(f"{type(model).__name__} wraps the model: inject into the model first, then wrap it.")
+        raise InjectionError(
+            f"{type(model).__name__} wraps the model: inject into the model first, then wrap it."
+        )
     for path, module in backbone_modules(model):
         if isinstance(module, torch.jit.ScriptModule):
             raise InjectionError(
-                f"{f'Module {path!r}' if path else 'The model'} is compiled TorchScript, which cannot be frozen or hooked. Inject "
-                "into the model that it was made from; resadapt.inference_copy(model) gives one that can be scripted."
+                f"{f'Module {path!r}' if path else 'The model'} is compiled TorchScript, which "
+                "cannot be frozen or hooked. Inject into the model that it was made from; "
+                "resadapt.inference_copy(model) gives one that can be scripted."
             )
     if sharded_tensors(model):
         raise InjectionError(
-            "The model is sharded already, and adapters that come later would be left out of gradient averaging. Inject first, "
-            "then call fully_shard."
+            "The model is sharded already, and adapters that come later would be left out of "
+            "gradient averaging. Inject first, then call fully_shard."
         )
     for path, tensor in backbone_tensors(model):
         if is_lazy(tensor) or tensor.is_meta:
             raise InjectionError(
-                f"Tensor {path!r} has no values yet. Load the weights, run the model once, or undo its offloading, then inject."
+                f"Tensor {path!r} has no values yet. Load the weights, run the model once, or undo "
+                "its offloading, then inject."
             )
         if tensor.layout is not torch.strided:
-            raise InjectionError(f"Tensor {path!r} is {tensor.layout}, of which no fingerprint can be taken. Make it dense.")
+            raise InjectionError(
+                f"Tensor {path!r} is {tensor.layout}, of which no fingerprint can be taken. Make "
+                "it dense."
+            )
 
 
 @torch.inference_mode(False)  # what is made here is to be trained
@@ -84,7 +104,8 @@ def install(
         example: Form of the example input, None if there is none.
         heads: The modules of which the set gets copies for its head, by their places.
         fingerprint: Of the model as it is now, if it is known; it counts for the first set.
-        fill: Called once the set is in the model, to put values into it; if it fails, the set is taken out again.
+        fill: Called once the set is in the model, to put values into it; if it fails, the set is
+            taken out again.
         **start: Options that only say how the adapters start.
 
     Raises:
@@ -100,11 +121,20 @@ def install(
         adapters = {site: build(model, spec, site, start) for site in spec.sites}
         private = _private_copies(model, spec, heads)
         _check_apart(adapters)
-    shapes = {f"{site.name}.{key}": shape for site, adapter in adapters.items() for key, shape in saved_shapes(adapter).items()}
+    shapes = {
+        f"{site.name}.{key}": shape
+        for site, adapter in adapters.items()
+        for key, shape in saved_shapes(adapter).items()
+    }
     if ledger is None:
         ledger = Ledger(
-            fingerprint=fingerprint or Fingerprint.of(dict(backbone_modules(model)), dict(backbone_tensors(model))),
-            requires_grad={path: t.requires_grad for path, t in backbone_tensors(model) if isinstance(t, nn.Parameter)},
+            fingerprint=fingerprint
+            or Fingerprint.of(dict(backbone_modules(model)), dict(backbone_tensors(model))),
+            requires_grad={
+                path: t.requires_grad
+                for path, t in backbone_tensors(model)
+                if isinstance(t, nn.Parameter)
+            },
             training={path: module.training for path, module in backbone_modules(model)},
         )
     before, snapshot = ledger.active, Snapshot(model, values=False)
@@ -128,7 +158,9 @@ def install(
         raise
 
 
-def _private_copies(model: nn.Module, spec: SetSpec, heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _private_copies(
+    model: nn.Module, spec: SetSpec, heads: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
     """Returns the modules that a set runs in place of the backbone's, with flags as its norm policy says."""
     copies = private_copies(model, spec.private, heads)
     for name in spec.norms:
@@ -163,7 +195,11 @@ def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
             slot.take_out(name)
             if not slot.sites:
                 detach(module)
-    used = {id(find_module(model, place)) for adapter_set in ledger.sets.values() for place in adapter_set.spec.private}
+    used = {
+        id(find_module(model, place))
+        for adapter_set in ledger.sets.values()
+        for place in adapter_set.spec.private
+    }
     for _, module in backbone_modules(model):
         if id(module) not in used:
             unroute(module)
@@ -176,9 +212,13 @@ def take_place(model: nn.Module, name: str, module: nn.Module) -> None:
     place = find_module(model, name)
     computing = computing_hooks(place)
     for kind in HOOKS:
-        getattr(module, kind).update({key: hook for key, hook in getattr(place, kind).items() if key not in computing})
+        getattr(module, kind).update(
+            {key: hook for key, hook in getattr(place, kind).items() if key not in computing}
+        )
     for parent in nn.Module.modules(model):  # which may have it under several names
-        parent._modules.update({key: module for key, child in parent._modules.items() if child is place})
+        parent._modules.update(
+            {key: module for key, child in parent._modules.items() if child is place}
+        )
     unwatch_private(module)
     wake_norms(module)
 
@@ -194,7 +234,9 @@ def _restore_backbone(model: nn.Module, ledger: Ledger) -> None:
         wrapper.training = behind_wrappers(wrapper).training
     for path, tensor in backbone_tensors(model):
         if isinstance(tensor, nn.Parameter):
-            with torch.inference_mode(tensor.is_inference()):  # in which alone such a tensor's flag may be set
+            with torch.inference_mode(
+                tensor.is_inference()
+            ):  # in which alone such a tensor's flag may be set
                 tensor.requires_grad_(ledger.requires_grad.get(path, tensor.requires_grad))
     model.__dict__.pop(LEDGER, None)
 
@@ -203,19 +245,27 @@ def _check_untouched(model: nn.Module) -> None:
     """Refuses a model that was injected into through another root."""
     inside = [path for path, module in backbone_modules(model) if LEDGER in module.__dict__]
     if inside or next(slots_of(model), None) is not None:
-        where = f"Its submodule {inside[0]!r} was injected into on its own" if inside else "It is a part of an injected model"
-        raise InjectionError(f"This {type(model).__name__} carries adapters already. {where}: call remove_adapters there first.")
+        where = (
+            f"Its submodule {inside[0]!r} was injected into on its own"
+            if inside
+            else "It is a part of an injected model"
+        )
+        raise InjectionError(
+            f"This {type(model).__name__} carries adapters already. {where}: call remove_adapters "
+            "there first."
+        )
     if shared := [path for path, module in backbone_modules(model) if is_frozen(module)]:
         raise InjectionError(
-            f"Module {shared[0]!r} was frozen by an injection into another model, which shares it. Inject into a "
-            "model that holds all, or into a copy.deepcopy of this one."
+            f"Module {shared[0]!r} was frozen by an injection into another model, which shares it. "
+            "Inject into a model that holds all, or into a copy.deepcopy of this one."
         )
 
 
 def _check_new(ledger: Ledger, name: str) -> None:
     if name in ledger.sets:
         raise InjectionError(
-            f"The model has an adapter set {name!r} already. Choose another name=, or call remove_adapters(model, {name!r}) first."
+            f"The model has an adapter set {name!r} already. Choose another name=, or call "
+            f"remove_adapters(model, {name!r}) first."
         )
 
 
@@ -226,24 +276,34 @@ def _check_apart(adapters: Mapping[SiteSpec, nn.Module]) -> None:
         for path in {f"{site.name}.{key}" for key in saved_shapes(adapter)}:
             if path in paths:
                 raise InjectionError(
-                    f"The adapters at {site.name!r} and at the module around it both have a tensor {path!r}. Choose one of the two "
-                    "sites, or rename what the family calls its parts."
+                    f"The adapters at {site.name!r} and at the module around it both have a tensor "
+                    f"{path!r}. Choose one of the two sites, or rename what the family calls its "
+                    "parts."
                 )
             paths.add(path)
 
 
 def _check_set(model: nn.Module, spec: SetSpec) -> None:
     if spec.norms != norms_of(model, spec.norm, spec.head):
-        raise InjectionError(f"norm={spec.norm!r}: norms {quote_names(spec.norms)}, are not those of this model.")
+        raise InjectionError(
+            f"norm={spec.norm!r}: norms {quote_names(spec.norms)}, are not those of this model."
+        )
     family_named(spec.family)
     if not 0.0 <= spec.dropout < 1.0:
         raise InjectionError(f"dropout={spec.dropout!r} is not a probability in [0, 1).")
     if not re.fullmatch(r"\w[\w-]*", spec.name) or hasattr(AdapterSlot(), spec.name):
         raise InjectionError(
-            f"name={spec.name!r} cannot name a set: use letters, digits, '_' and '-', and no name that torch.nn.Module uses itself."
+            f"name={spec.name!r} cannot name a set: use letters, digits, '_' and '-', and no name "
+            "that torch.nn.Module uses itself."
         )
     for site in spec.sites:
         if (owner := owner_of(model, site.name)) != site.owner:
-            raise InjectionError(f"Site {site.name!r} is {owner!r} in this model, where {site.owner!r} was described.")
+            raise InjectionError(
+                f"Site {site.name!r} is {owner!r} in this model, where {site.owner!r} was "
+                "described."
+            )
         if within(site.owner, spec.head):
-            raise InjectionError(f"Site {site.name!r} lies in the head, which is trained anyway. Take it out of layers or of head.")
+            raise InjectionError(
+                f"Site {site.name!r} lies in the head, which is trained anyway. Take it out of "
+                "layers or of head."
+            )

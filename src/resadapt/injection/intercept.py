@@ -1,4 +1,7 @@
-"""Standing between a model and its modules for a while: what comes before the first adapter need not be computed each time."""
+"""Standing between a model and its modules for a while.
+
+What comes before the first adapter need not be computed each time.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,21 @@ from typing import Any
 
 from torch import nn
 
-from resadapt.base.names import within
-from resadapt.base.spec import SetSpec
+from resadapt.base.spec import SetSpec, within
 from resadapt.base.undisturbed import put_over
 from resadapt.injection.slots import AdapterSlot
 from resadapt.injection.walk import behind_wrappers
 
-__all__ = ["Intercept", "Prefix", "intercepted", "own_forward"]
+__all__ = ["CallInterceptor", "Intercept", "intercepted", "replaced_forward"]
 
 
-class Prefix:
-    """What happens to the calls of modules before a set's first own module, in the order of the forward.
+class CallInterceptor:
+    """What happens to the calls of modules before a set's first own module, in the order of the
+    forward.
 
-    Until then a forward is that of the plain backbone, whichever set runs. Only the outermost modules without anything of a
-    set's inside are called through this; the functions between them run as they are.
+    Until then a forward is that of the plain backbone, whichever set runs. Only the outermost
+    modules without anything of a set's inside are called through this; the functions between them
+    run as they are.
     """
 
     def __init__(self) -> None:
@@ -75,7 +79,7 @@ class Intercept:
         adapted: Sets that adapt its output.
     """
 
-    prefix: Prefix
+    prefix: CallInterceptor
     place: str
     run: Callable[..., Any]
     plain: bool
@@ -85,7 +89,7 @@ class Intercept:
     @property
     def only_passes_on(self) -> bool:
         """Whether a module that is not called at all, because another computes it too, is nothing that this needs to know."""
-        return self.plain and not self.adapted and _is_own(self.run)
+        return self.plain and not self.adapted and _is_of_class(self.run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module, or what stands for it."""
@@ -94,31 +98,46 @@ class Intercept:
             return self.run(*args, **kwargs)
         if prefix.name in self.own:
             prefix.parted = True
-        output = prefix.arrive(self.place, self.run, args, kwargs) if self.plain else self.run(*args, **kwargs)
+        output = (
+            prefix.arrive(self.place, self.run, args, kwargs)
+            if self.plain
+            else self.run(*args, **kwargs)
+        )
         if prefix.name in self.adapted:
             prefix.parted = True
         return output
 
 
-def own_forward(module: nn.Module) -> Any:
-    """Returns what stands over a module's forward besides what is put there here; None if nothing does."""
+def replaced_forward(module: nn.Module) -> Any:
+    """Returns what stands over a module's forward besides what is put there here.
+
+    None if nothing does.
+    """
     forward = module.__dict__.get("forward")
     if isinstance(forward, Intercept):
         forward = forward.run
-    return None if _is_own(forward) else forward
+    return None if _is_of_class(forward) else forward
 
 
-def _is_own(method: object) -> bool:
+def _is_of_class(method: object) -> bool:
     """Tells whether a method is that of its object's class, not one that was put over it."""
-    return isinstance(method, MethodType) and getattr(type(method.__self__), method.__func__.__name__, None) is method.__func__
+    return (
+        isinstance(method, MethodType)
+        and getattr(type(method.__self__), method.__func__.__name__, None) is method.__func__
+    )
 
 
 _ONE_AT_A_TIME = RLock()
-"""Held while something stands between models and their modules: what two threads put there would come off in the wrong order."""
+"""Held while something stands between models and their modules.
+
+What two threads put there would come off in the wrong order.
+"""
 
 
 @contextmanager
-def intercepted(model: nn.Module, sets: Iterable[SetSpec], prefix: Prefix) -> Iterator[None]:
+def intercepted(
+    model: nn.Module, sets: Iterable[SetSpec], prefix: CallInterceptor
+) -> Iterator[None]:
     """Runs the body with the calls of a model's modules passing through a prefix.
 
     Args:
@@ -137,16 +156,30 @@ def intercepted(model: nn.Module, sets: Iterable[SetSpec], prefix: Prefix) -> It
         for place, module, plain in _places(model, {*own, *adapted}):
             here = own.get(place, ())
             attribute = _entry(module)
-            intercept = Intercept(prefix, place, getattr(module, attribute), plain and not here, here, adapted.get(place, ()))
+            intercept = Intercept(
+                prefix,
+                place,
+                getattr(module, attribute),
+                plain and not here,
+                here,
+                adapted.get(place, ()),
+            )
             stack.enter_context(put_over(module, attribute, intercept))
         yield
 
 
-def _places(model: nn.Module, special: Collection[str], name: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
-    """Walks the outermost modules without a special one inside, and the special ones; the last entry tells which it is."""
+def _places(
+    model: nn.Module, special: Collection[str], name: str = ""
+) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Walks the outermost modules without a special one inside, and the special ones.
+
+    The last entry tells which it is.
+    """
     model = behind_wrappers(model)
     callable_ = type(model).forward is not nn.Module.forward or "forward" in model.__dict__
-    plain = callable_ and not any(place != name and (not name or within(place, (name,))) for place in special)
+    plain = callable_ and not any(
+        place != name and (not name or within(place, (name,))) for place in special
+    )
     if plain or name in special:
         yield name, model, plain
     if not plain:
@@ -156,6 +189,9 @@ def _places(model: nn.Module, special: Collection[str], name: str = "") -> Itera
 
 
 def _entry(module: nn.Module) -> str:
-    """Returns the method that all calls of a module end in: a convolution may be computed together with the norm behind it."""
+    """Returns the method that all calls of a module end in.
+
+    A convolution may be computed together with the norm behind it.
+    """
     stock = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     return "_conv_forward" if stock and "forward" not in module.__dict__ else "forward"

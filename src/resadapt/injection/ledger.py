@@ -1,4 +1,7 @@
-"""What an injected model remembers: its sets, and what it was before. It refers to no module of the model."""
+"""What an injected model remembers.
+
+Its sets, and what it was before. It refers to no module of the model.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from resadapt.adapters import Adapter
-from resadapt.base.errors import AdapterError, AdapterKeyError, InjectionError
+from resadapt.base.errors import AdapterError, AdapterKeyError, InjectionError, quote_names
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import quote_names
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.injection.private import private_module
 from resadapt.injection.walk import (
@@ -81,30 +83,48 @@ class Ledger:
     def needed_set(self) -> AdapterSet:
         """The set that the model runs with now, where there must be one."""
         if self.active is None:
-            raise InjectionError("No adapter set is active. Call set_active_adapters(model, name) first.")
+            raise InjectionError(
+                "No adapter set is active. Call set_active_adapters(model, name) first."
+            )
         return self.sets[self.active]
 
     @property
     def running(self) -> list[AdapterSet]:
-        """The sets that a forward runs with now: the active one, in a mixed batch those of its samples."""
-        return [self.sets[name] for name in ((self.active,) if self.mixing is None else self.mixing) if name is not None]
+        """The sets that a forward runs with now.
+
+        The active one, in a mixed batch those of its samples.
+        """
+        return [
+            self.sets[name]
+            for name in ((self.active,) if self.mixing is None else self.mixing)
+            if name is not None
+        ]
 
     def set_named(self, name: object) -> AdapterSet:
         """Returns a set, or says which there are."""
         if not isinstance(name, str):
             raise AdapterError(
-                f"name={name!r} is {type(name).__name__}: give the name of a set as text, one of {quote_names(self.sets)}."
+                f"name={name!r} is {type(name).__name__}: give the name of a set as text, one of "
+                f"{quote_names(self.sets)}."
             )
         if name not in self.sets:
-            raise AdapterKeyError(f"There is no adapter set {name!r}; the model has {quote_names(self.sets)}.")
+            raise AdapterKeyError(
+                f"There is no adapter set {name!r}; the model has {quote_names(self.sets)}."
+            )
         return self.sets[name]
 
     def chosen(self, name: object) -> AdapterSet:
-        """Returns the set that a call means: the named one; without a name the active one, or the only one there is."""
+        """Returns the set that a call means.
+
+        The named one; without a name the active one, or the only one there is.
+        """
         if name is None:
             name = self.active or (next(iter(self.sets)) if len(self.sets) == 1 else None)
         if name is None:
-            raise AdapterKeyError(f"No adapter set is active; the model has {quote_names(self.sets)}. Say which one, with name=.")
+            raise AdapterKeyError(
+                f"No adapter set is active; the model has {quote_names(self.sets)}. Say which one, "
+                "with name=."
+            )
         return self.set_named(name)
 
 
@@ -141,8 +161,8 @@ def adapter_of(model: nn.Module, spec: SetSpec, site: SiteSpec) -> Adapter:
     slot = find_slot(find_module(model, site.owner))
     if slot is None or spec.name not in slot.sites:
         raise InjectionError(
-            f"Module {site.owner!r} has lost its adapter of set {spec.name!r}: it was replaced after the injection. "
-            "Put the injected module back, or inject again into a fresh model."
+            f"Module {site.owner!r} has lost its adapter of set {spec.name!r}: it was replaced "
+            "after the injection. Put the injected module back, or inject again into a fresh model."
         )
     adapter: Adapter = slot.get_submodule(spec.name)  # type: ignore[assignment]
     return adapter
@@ -177,7 +197,9 @@ def set_tensors(model: nn.Module, spec: SetSpec) -> dict[str, Tensor]:
     }
 
 
-def backbone_differences(model: nn.Module, fingerprint: Fingerprint, head: tuple[str, ...] = ()) -> dict[str, str]:
+def backbone_differences(
+    model: nn.Module, fingerprint: Fingerprint, head: tuple[str, ...] = ()
+) -> dict[str, str]:
     """Compares the backbone of a model, injected into or not, with a fingerprint.
 
     Args:
@@ -185,4 +207,6 @@ def backbone_differences(model: nn.Module, fingerprint: Fingerprint, head: tuple
         fingerprint: What the backbone is to be.
         head: Modules that are not compared.
     """
-    return fingerprint.differences(dict(backbone_modules(model)), dict(backbone_tensors(model)), head)
+    return fingerprint.differences(
+        dict(backbone_modules(model)), dict(backbone_tensors(model)), head
+    )

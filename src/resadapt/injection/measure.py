@@ -1,4 +1,7 @@
-"""What shape the outputs of sites have: read off the modules where they tell, else measured in one forward."""
+"""What shape the outputs of sites have.
+
+Read off the modules where they tell, else measured in one forward.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,7 @@ from torchvision.models.video import resnet as video
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
 
 from resadapt.base.errors import AdapterError, InjectionError
-from resadapt.base.inputs import generate, guesses
-from resadapt.base.nested import map_tensors
+from resadapt.base.inputs import generate, guesses, map_tensors
 from resadapt.base.spec import SiteSpec
 from resadapt.base.undisturbed import call, undisturbed
 from resadapt.injection.hooks import attach, detach
@@ -25,7 +27,10 @@ __all__ = ["Shape", "declared", "measure_sites"]
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a site's output: C channels in dimension 1 or -1, and a number of spatial dimensions."""
+    """The shape of a site's output.
+
+    C channels in dimension 1 or -1, and a number of spatial dimensions.
+    """
 
     channels: int
     spatial_dims: int
@@ -33,17 +38,21 @@ class Shape:
     sure: bool = True
 
 
-def measure_sites(model: nn.Module, owners: Mapping[str, str], example_input: object, channel_dim: int | None) -> dict[str, Shape]:
+def measure_sites(
+    model: nn.Module, owners: Mapping[str, str], example_input: object, channel_dim: int | None
+) -> dict[str, Shape]:
     """Finds the shape of each site's output.
 
     Args:
         model: The whole model.
         owners: The sites, and the modules that carry their adapters.
-        example_input: What the model is called with; None for an input made up by its first convolution, if one is needed.
+        example_input: What the model is called with; None for an input made up by its first
+            convolution, if one is needed.
         channel_dim: Where the channels are, 1 or -1; None finds out.
 
     Raises:
-        InjectionError: A site does not run once, returns no feature map, or none of this can be found out.
+        InjectionError: A site does not run once, returns no feature map, or none of this can be
+            found out.
     """
     known = {name: declared(find_module(model, name)) for name in owners}
     if example_input is not None:
@@ -62,17 +71,23 @@ def measure_sites(model: nn.Module, owners: Mapping[str, str], example_input: ob
             shapes[name] = Shape(output.shape[dim], output.ndim - 2, dim)
         elif shape and channel_dim != -1:
             if any(parameter.is_complex() for parameter in find_module(model, name).parameters()):
-                raise InjectionError(f"Site {name!r} computes with complex numbers, but an adapter needs floating-point ones.")
+                raise InjectionError(
+                    f"Site {name!r} computes with complex numbers, but an adapter needs "
+                    "floating-point ones."
+                )
             shapes[name] = shape  # the first forward with a real input checks it
         else:
             raise InjectionError(
-                f"Module {name!r} ({type(find_module(model, name)).__name__}) does not tell how many channels it returns, and does "
-                "not run on an input made up for the model. Pass example_input=, an input that the model can be called with once."
+                f"Module {name!r} ({type(find_module(model, name)).__name__}) does not tell how "
+                "many channels it returns, and does not run on an input made up for the model. "
+                "Pass example_input=, an input that the model can be called with once."
             )
     return shapes
 
 
-def _outputs(model: nn.Module, owners: Mapping[str, str], inputs: object) -> dict[str, list[object]]:
+def _outputs(
+    model: nn.Module, owners: Mapping[str, str], inputs: object
+) -> dict[str, list[object]]:
     """Returns what each site returned, run by run, in one forward."""
     with _recording(model, owners) as outputs, undisturbed(model):
         try:
@@ -80,12 +95,17 @@ def _outputs(model: nn.Module, owners: Mapping[str, str], inputs: object) -> dic
         except AdapterError:
             raise
         except Exception as error:
-            raise InjectionError(f"The model cannot be called with example_input: {type(error).__name__}: {error}") from error
+            raise InjectionError(
+                f"The model cannot be called with example_input: {type(error).__name__}: {error}"
+            ) from error
     return outputs
 
 
 def _outputs_of_a_guess(model: nn.Module, owners: Mapping[str, str]) -> dict[str, list[object]]:
-    """Returns what each site returned on an input made up for the model; nothing if there is none that it takes."""
+    """Returns what each site returned on an input made up for the model.
+
+    Nothing if there is none that it takes.
+    """
     device = next((tensor.device for tensor in nn.Module.parameters(model)), torch.device("cpu"))
     for form in guesses(module for _, module in backbone_modules(model)):
         inputs = map_tensors(generate(form), lambda tensor: tensor.to(device))
@@ -95,13 +115,25 @@ def _outputs_of_a_guess(model: nn.Module, owners: Mapping[str, str]) -> dict[str
     return {}
 
 
-_NOT_TAKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError)
+_NOT_TAKEN = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
 """What a model may raise on an input that is not for it."""
 
 
 @contextmanager
 def _recording(model: nn.Module, owners: Mapping[str, str]) -> Iterator[dict[str, list[object]]]:
-    """Collects what each site returns while the body runs the model, with slots in place: a module may stumble over its own."""
+    """Collects what each site returns while the body runs the model, with slots in place.
+
+    A module may stumble over its own.
+    """
     outputs: dict[str, list[object]] = {name: [] for name in owners}
     with ExitStack() as stack:
         for name, path in owners.items():
@@ -109,7 +141,9 @@ def _recording(model: nn.Module, owners: Mapping[str, str]) -> Iterator[dict[str
             if find_slot(owner) is None:
                 attach(owner).sites[name] = SiteSpec(name, path, 1, 0, 1)
                 stack.callback(detach, owner)
-            handle = owner.register_forward_hook(lambda _m, _a, output, seen=outputs[name]: seen.append(output))
+            handle = owner.register_forward_hook(
+                lambda _m, _a, output, seen=outputs[name]: seen.append(output)
+            )
             stack.callback(handle.remove)
         yield outputs
 
@@ -118,15 +152,19 @@ def _single(name: str, outputs: list[object]) -> Tensor:
     """Returns what a site returned in the one run that it must have had."""
     if len(outputs) != 1:
         raise InjectionError(
-            f"Site {name!r} ran {len(outputs)} times in one forward, and an adapter needs a module that "
-            "runs once. Choose another module, such as the block around it."
+            f"Site {name!r} ran {len(outputs)} times in one forward, and an adapter needs a module "
+            "that runs once. Choose another module, such as the block around it."
         )
     (output,) = outputs
     if not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
-        what = f"shape {list(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+        what = (
+            f"shape {list(output.shape)} {output.dtype}"
+            if isinstance(output, Tensor)
+            else type(output).__name__
+        )
         raise InjectionError(
-            f"Site {name!r} returned {what}, but an adapter needs one floating-point tensor [N, C, ...]. Choose a module "
-            "inside it that returns one."
+            f"Site {name!r} returned {what}, but an adapter needs one floating-point tensor [N, C, "
+            "...]. Choose a module inside it that returns one."
         )
     return output
 
@@ -135,23 +173,29 @@ _OVER_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
 
 
 def _channel_dim(name: str, module: nn.Module, shape: torch.Size, tokens: bool) -> int:
-    """Tells where the channels are by the last layer inside a site that is as wide as one of the two dimensions.
+    """Tells where the channels are by the last layer inside a site that is as wide as one of the
+    two dimensions.
 
     Args:
         name: The site.
         module: Its module.
         shape: The shape of its output.
-        tokens: Whether the model has norms over the last dimension, so that no layer inside does not mean ``[N, C, ...]``.
+        tokens: Whether the model has norms over the last dimension, so that no layer inside does
+            not mean ``[N, C, ...]``.
 
     Raises:
         InjectionError: No layer tells.
     """
     if len(shape) == 2:
         return 1
-    if len(shape) == 3 and any(isinstance(each, nn.MultiheadAttention) and not each.batch_first for each in module.modules()):
+    if len(shape) == 3 and any(
+        isinstance(each, nn.MultiheadAttention) and not each.batch_first
+        for each in module.modules()
+    ):
         raise InjectionError(
-            f"Site {name!r} has a MultiheadAttention with batch_first=False, whose sequences are [L, N, C], and an adapter needs "
-            "the batch first. Build the model with batch_first=True; if the site returns [N, L, C] anyway, pass channel_dim=-1."
+            f"Site {name!r} has a MultiheadAttention with batch_first=False, whose sequences are "
+            "[L, N, C], and an adapter needs the batch first. Build the model with "
+            "batch_first=True; if the site returns [N, L, C] anyway, pass channel_dim=-1."
         )
     for each in reversed(list(module.modules())):
         match each:
@@ -163,7 +207,9 @@ def _channel_dim(name: str, module: nn.Module, shape: torch.Size, tokens: bool) 
                 width = each.out_channels
             case nn.modules.batchnorm._NormBase() if each.num_features == shape[1]:
                 return 1
-            case nn.LayerNorm() | nn.RMSNorm() if type(each).forward in _OVER_LAST:  # a subclass may permute first
+            case nn.LayerNorm() | nn.RMSNorm() if (
+                type(each).forward in _OVER_LAST
+            ):  # a subclass may permute first
                 width = each.normalized_shape[-1]
             case nn.Linear():
                 width = each.out_features
@@ -180,8 +226,8 @@ def _channel_dim(name: str, module: nn.Module, shape: torch.Size, tokens: bool) 
 
 def _either(name: str, shape: torch.Size) -> InjectionError:
     return InjectionError(
-        f"Site {name!r} returned shape {list(shape)}, whose channels may be in dimension 1 or in the last one. Pass "
-        "channel_dim=1 or channel_dim=-1, or an example_input= of another size."
+        f"Site {name!r} returned shape {list(shape)}, whose channels may be in dimension 1 or in "
+        "the last one. Pass channel_dim=1 or channel_dim=-1, or an example_input= of another size."
     )
 
 

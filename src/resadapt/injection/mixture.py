@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from resadapt.base.errors import InjectionError
-from resadapt.base.nested import map_tensors
+from resadapt.base.inputs import map_tensors
 
 __all__ = ["InTurns", "Mixture"]
 
@@ -28,15 +28,24 @@ class Mixture:
 
     def __reduce__(self) -> Any:
         """Refuses: a copy of the model would go on mixing for ever."""
-        raise InjectionError("Inside adapters_for a model can be neither copied nor pickled. Leave it first.")
+        raise InjectionError(
+            "Inside adapters_for a model can be neither copied nor pickled. Leave it first."
+        )
 
     @property
     def turn(self) -> object:
         """What runs now, to be compared: the same again gives the same numbers."""
         return self.names
 
-    def run(self, place: str, sets: Collection[str], function: Callable[[str | None, Any], Any], values: Any) -> Any:
-        """Calls a function once for each set that is different at a place, with the rows of its samples.
+    def run(
+        self,
+        place: str,
+        sets: Collection[str],
+        function: Callable[[str | None, Any], Any],
+        values: Any,
+    ) -> Any:
+        """Calls a function once for each set that is different at a place, with the rows of its
+        samples.
 
         Args:
             place: Name of the module, for messages.
@@ -45,8 +54,8 @@ class Mixture:
             values: Tensors with the whole batch in dimension 0, in tuples and dicts.
 
         Returns:
-            What the function returned, with the rows in the order of the batch; a list with an entry for each sample where the
-            rows of different sets have different shapes.
+            What the function returned, with the rows in the order of the batch; a list with an
+            entry for each sample where the rows of different sets have different shapes.
 
         Raises:
             InjectionError: A tensor does not have a row for each sample.
@@ -69,8 +78,9 @@ class Mixture:
     def _checked(self, place: str, tensor: Tensor) -> Tensor:
         if tensor.ndim == 0 or tensor.shape[0] != len(self.names):
             raise InjectionError(
-                f"Module {place!r} runs on shape {list(tensor.shape)}, but adapters_for was given {len(self.names)} names. Give a "
-                "name for each sample of the batch; a model that changes the batch on the way cannot be mixed."
+                f"Module {place!r} runs on shape {list(tensor.shape)}, but adapters_for was given "
+                f"{len(self.names)} names. Give a name for each sample of the batch; a model that "
+                "changes the batch on the way cannot be mixed."
             )
         return tensor
 
@@ -94,7 +104,13 @@ class InTurns(Mixture):
         return self.name
 
     @override
-    def run(self, place: str, sets: Collection[str], function: Callable[[str | None, Any], Any], values: Any) -> Any:
+    def run(
+        self,
+        place: str,
+        sets: Collection[str],
+        function: Callable[[str | None, Any], Any],
+        values: Any,
+    ) -> Any:
         """Calls a function once, with the set that runs now if it is different at a place."""
         return function(self.name if self.name in sets else None, values)
 
@@ -108,11 +124,20 @@ def _rows(rows: list[int], tensor: Tensor) -> Tensor:
 
 
 def _joined(place: str, results: list[Any], rows: list[list[int]]) -> Any:
-    if not all(isinstance(result, Tensor | _Apart) and len(result) == len(own) for result, own in zip(results, rows, strict=True)):
-        raise InjectionError(f"Module {place!r} does not return one tensor with a row for each sample, and cannot be mixed.")
+    if not all(
+        isinstance(result, Tensor | _Apart) and len(result) == len(own)
+        for result, own in zip(results, rows, strict=True)
+    ):
+        raise InjectionError(
+            f"Module {place!r} does not return one tensor with a row for each sample, and cannot "
+            "be mixed."
+        )
     order = [row for own in rows for row in own]
     back = [order.index(row) for row in range(len(order))]
-    if all(isinstance(result, Tensor) for result in results) and len({result.shape[1:] for result in results}) == 1:
+    if (
+        all(isinstance(result, Tensor) for result in results)
+        and len({result.shape[1:] for result in results}) == 1
+    ):
         return torch.cat(results)[back]
     apart = [sample for result in results for sample in result]
     return _Apart(apart[position] for position in back)

@@ -1,22 +1,161 @@
-"""From layers and bottlenecks to sites: which modules, who carries the adapter, how many channels."""
+"""From what the user writes to modules: names and globs to sites and heads, bottlenecks to widths."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from numbers import Integral
 
 from torch import nn
 
 from resadapt.adapters.family import Adapter, takes
-from resadapt.base.errors import InjectionError
-from resadapt.base.names import quote_names
-from resadapt.base.spec import SiteSpec
+from resadapt.base.errors import InjectionError, quote_names
+from resadapt.base.spec import SiteSpec, within
+from resadapt.base.tensors import address
 from resadapt.injection.measure import Shape, measure_sites
-from resadapt.injection.patterns import match, names_in
+from resadapt.injection.private import call_places
 from resadapt.injection.slots import SLOT
-from resadapt.injection.walk import backbone_modules, find_module, find_slot
+from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, find_slot
 
-__all__ = ["owner_of", "select_sites"]
+__all__ = ["called_modules", "match", "names_in", "owner_of", "select_head", "select_sites"]
+
+
+def names_in(names: object, argument: str) -> list[str]:
+    """Returns a names argument as a list, and refuses what is not text."""
+    if not isinstance(names, Iterable):
+        raise InjectionError(
+            f"{argument} takes names of modules, found {names!r}. Give a name, or a list of them."
+        )
+    listed = [names] if isinstance(names, str) else list(names)
+    for name in listed:
+        if not isinstance(name, str):
+            raise InjectionError(
+                f"{argument} takes names of modules, found {name!r} ({type(name).__name__})."
+            )
+    return listed
+
+
+def match(modules: Mapping[str, nn.Module], pattern: str, argument: str) -> list[str]:
+    """Returns the module names that a name or glob matches; a star stands for anything between two
+    dots.
+
+    Raises:
+        InjectionError: Nothing matches; the message lists near misses.
+    """
+    if pattern and pattern in modules:
+        return [pattern]
+    parts = pattern.split(".")
+    found = [
+        name
+        for name in modules
+        if name
+        and len(segments := name.split(".")) == len(parts)
+        and all(fnmatchcase(segment, part) for segment, part in zip(segments, parts, strict=True))
+    ]
+    if not found:
+        near = difflib.get_close_matches(
+            pattern, [name for name in modules if name], n=5, cutoff=0.5
+        )
+        near += [name for name in modules if name.endswith(f".{pattern}") and name not in near][:5]
+        hint = (
+            f"Did you mean {quote_names(near)}?"
+            if near
+            else f"The model has {quote_names([n for n in modules if n])}."
+        )
+        raise InjectionError(
+            f"{argument}: {pattern!r} matches no module of {type(modules['']).__name__}. {hint}"
+        )
+    return found
+
+
+def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
+    """Returns the outermost modules that `head` names, and for each the module that the set gets a
+    copy of.
+
+    Of those that a glob found some may have no parameters.
+
+    Raises:
+        InjectionError: A name matches nothing, has nothing to train, or shares a tensor with what
+            stays frozen.
+    """
+    modules = dict(backbone_modules(model))
+    given: dict[str, nn.Module] = {}
+    asked: set[str] = set()
+    for pattern in names_in(head, "head"):
+        if isinstance(head, Mapping):
+            module = head[pattern]
+            if not isinstance(module, nn.Module):
+                raise InjectionError(
+                    f"head: {pattern!r} is given {module!r}, not a torch.nn.Module."
+                )
+            if any(
+                module is own for own in modules.values()
+            ):  # whose content is another one while a set is active
+                raise InjectionError(
+                    f"head: {pattern!r} is given a module of the model itself. Give its name "
+                    "alone, or a copy.deepcopy of it."
+                )
+            found = match(modules, pattern, "head")
+            given |= dict.fromkeys(found, module)
+            asked.update(found)
+            continue
+        trained = [
+            name for name in match(modules, pattern, "head") if _has_parameters(modules[name])
+        ]
+        if not trained:
+            raise InjectionError(
+                f"head: module {pattern!r} has no parameters to train. Choose one that has."
+            )
+        asked.update(trained)
+    outermost = tuple(
+        name for name in modules if name in asked and not within(name.rpartition(".")[0], asked)
+    )
+    for name in outermost:
+        owned = {address(tensor) for _, tensor in backbone_tensors(find_module(model, name))}
+        for path, tensor in backbone_tensors(model):
+            if not within(path, outermost) and address(tensor) in owned:
+                raise InjectionError(
+                    f"head: {name!r} shares the tensor {path!r} with the backbone, which stays "
+                    "frozen. Untie them."
+                )
+    heads: dict[str, nn.Module] = {}
+    for name in outermost:
+        for place in called_modules(model, (name,)):
+            heads[place] = (
+                find_module(given[name], place[len(name) + 1 :])
+                if name in given
+                else modules[place]
+            )
+    return heads
+
+
+def called_modules(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Returns names of modules, and in place of containers that are never called the modules inside
+    with parameters.
+
+    Raises:
+        InjectionError: There is no such module, or none in it is ever called.
+    """
+    found: list[str] = []
+    for name in names:
+        module = find_module(model, name)
+        places = [
+            place
+            for place, inside in call_places(module, name)
+            if place == name or _has_parameters(inside)
+        ]
+        if not places:
+            raise InjectionError(
+                f"head: module {name!r} ({type(module).__name__}) has no forward, so it never "
+                "runs. Choose another."
+            )
+        found += places
+    return tuple(found)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(isinstance(tensor, nn.Parameter) for _, tensor in backbone_tensors(module))
 
 
 _USUAL = 64
@@ -36,25 +175,35 @@ def select_sites(
         model: The model.
         family: What is to be there.
         layers: Names or globs, or a mapping from them to bottlenecks.
-        bottleneck: Size where `layers` gives none: a number of channels, or a fraction of the site's channels in (0, 1).
-        example_input: What the model is called with once to measure the sites' outputs; None for an input made up if needed.
+        bottleneck: Size where `layers` gives none: a number of channels, or a fraction of the
+            site's channels in (0, 1).
+        example_input: What the model is called with once to measure the sites' outputs; None for an
+            input made up if needed.
         channel_dim: Where the sites' outputs have their channels, 1 or -1; None finds out.
 
     Returns:
         The sites, perhaps none, in the order of ``model.named_modules()``.
 
     Raises:
-        InjectionError: A pattern matches nothing, two meet at one place, or a module cannot be a site.
+        InjectionError: A pattern matches nothing, two meet at one place, or a module cannot be a
+            site.
     """
     if channel_dim is not None and (type(channel_dim) is not int or channel_dim not in (1, -1)):
-        raise InjectionError(f"channel_dim={channel_dim!r}: give 1 for outputs [N, C, ...], -1 for [N, ..., C], or None.")
+        raise InjectionError(
+            f"channel_dim={channel_dim!r}: give 1 for outputs [N, C, ...], -1 for [N, ..., C], or "
+            "None."
+        )
     patterns = names_in(layers, "layers")
     sizes = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(patterns, bottleneck)
     modules = dict(backbone_modules(model))
     wide = takes(family, "bottleneck")
-    if not wide and (bottleneck != _USUAL or any(isinstance(layers, Mapping) and size != 0 for size in sizes.values())):
+    if not wide and (
+        bottleneck != _USUAL
+        or any(isinstance(layers, Mapping) and size != 0 for size in sizes.values())
+    ):
         raise InjectionError(
-            f"{family.__name__} has no hidden layer, and so no width: leave bottleneck out, and give layers as names."
+            f"{family.__name__} has no hidden layer, and so no width: leave bottleneck out, and "
+            "give layers as names."
         )
     size_of: dict[str, int | float] = {}
     site_at: dict[str, str] = {}
@@ -64,20 +213,27 @@ def select_sites(
             owner = owner_of(model, name)
             if owner in site_at:
                 raise InjectionError(
-                    f"Layers {site_at[owner]!r} and {name!r} (pattern {pattern!r}) meet at the output of {owner!r}. "
-                    "Keep one of them in layers."
+                    f"Layers {site_at[owner]!r} and {name!r} (pattern {pattern!r}) meet at the "
+                    f"output of {owner!r}. Keep one of them in layers."
                 )
             site_at[owner] = name
             size_of[name] = checked
     owners = {name: owner for owner, name in site_at.items()}
-    shapes = measure_sites(model, {name: owners[name] for name in modules if name in owners}, example_input, channel_dim)
+    shapes = measure_sites(
+        model,
+        {name: owners[name] for name in modules if name in owners},
+        example_input,
+        channel_dim,
+    )
     return tuple(_site(name, owners[name], shape, size_of[name]) for name, shape in shapes.items())
 
 
 def owner_of(model: nn.Module, name: str) -> str:
-    """Returns the name of the module that carries a site's adapter: the last block for a Sequential, else the site.
+    """Returns the name of the module that carries a site's adapter: the last block for a
+    Sequential, else the site.
 
-    A Sequential iterates over its children, so an adapter cannot be one of them; its last block's output is its own.
+    A Sequential iterates over its children, so an adapter cannot be one of them; its last block's
+    output is its own.
 
     Raises:
         InjectionError: The module cannot be a site.
@@ -85,27 +241,34 @@ def owner_of(model: nn.Module, name: str) -> str:
     module = find_module(model, name)
     while type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__:
         if not module._modules:
-            raise InjectionError(f"Module {name!r} is an empty container with no output of its own. Choose another layer.")
+            raise InjectionError(
+                f"Module {name!r} is an empty container with no output of its own. Choose another "
+                "layer."
+            )
         name = f"{name}.{list(module._modules)[-1]}"
         module = find_module(model, name)
     kind = type(module).__name__
     if type(module).forward is nn.Module.forward:
-        raise InjectionError(f"Module {name!r} ({kind}) is never called: it has no forward. Choose a module inside it.")
+        raise InjectionError(
+            f"Module {name!r} ({kind}) is never called: it has no forward. Choose a module inside "
+            "it."
+        )
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise InjectionError(
-            f"Module {name!r} ({kind}) is a container with a forward of its own, which would meet an adapter among its "
-            "children. Choose a module inside it."
+            f"Module {name!r} ({kind}) is a container with a forward of its own, which would meet "
+            "an adapter among its children. Choose a module inside it."
         )
     if hasattr(module, SLOT) and find_slot(module) is None:
         raise InjectionError(
-            f"Module {name!r} ({kind}) has a child or attribute of its own called {SLOT!r}, the name where adapters live. "
-            "Rename it."
+            f"Module {name!r} ({kind}) has a child or attribute of its own called {SLOT!r}, the "
+            "name where adapters live. Rename it."
         )
     aliases = [other for other, candidate in backbone_modules(model) if candidate is module]
     if len(aliases) > 1:
         raise InjectionError(
-            f"Module {name!r} is shared: it is also {quote_names([a for a in aliases if a != name])}, and one adapter cannot "
-            "serve several places. Choose a module that has one name, or copy the shared one."
+            f"Module {name!r} is shared: it is also "
+            f"{quote_names([a for a in aliases if a != name])}, and one adapter cannot serve "
+            "several places. Choose a module that has one name, or copy the shared one."
         )
     return name
 
@@ -121,6 +284,6 @@ def _checked_size(pattern: str, size: object) -> int | float:
     if isinstance(size, float) and 0.0 < size < 1.0:
         return size
     raise InjectionError(
-        f"bottleneck for {pattern!r} is {size!r}: give a number of channels (an int, 1 or more) or a fraction of the "
-        "site's channels (a float between 0 and 1, both excluded)."
+        f"bottleneck for {pattern!r} is {size!r}: give a number of channels (an int, 1 or more) or "
+        "a fraction of the site's channels (a float between 0 and 1, both excluded)."
     )

@@ -64,7 +64,9 @@ def list_adapters(model: nn.Module) -> list[AdapterSetInfo]:
     infos = []
     for name, adapter_set in ledger.sets.items():
         spec = adapter_set.spec
-        head, norms = (_parameters(private_tensors(inner, spec, names)) for names in (spec.head, spec.norms))
+        head, norms = (
+            _parameters(private_tensors(inner, spec, names)) for names in (spec.head, spec.norms)
+        )
         infos.append(
             AdapterSetInfo(
                 name=name,
@@ -73,7 +75,9 @@ def list_adapters(model: nn.Module) -> list[AdapterSetInfo]:
                 sites=spec.sites,
                 head=spec.head,
                 norm=spec.norm,
-                adapter_parameters=sum(p.numel() for p in _parameters(dict(adapter_tensors(inner, spec)))),
+                adapter_parameters=sum(
+                    p.numel() for p in _parameters(dict(adapter_tensors(inner, spec)))
+                ),
                 head_parameters=sum(p.numel() for p in head),
                 norm_parameters=sum(p.numel() for p in norms) if "affine" in spec.norm else 0,
             )

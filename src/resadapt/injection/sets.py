@@ -9,23 +9,18 @@ from typing import Any, TypeVar
 from torch import nn
 
 from resadapt.adapters.family import default_of, takes
-from resadapt.base.arguments import check_flag
-from resadapt.base.blueprint import blueprint_of
-from resadapt.base.errors import AdapterError, InjectionError
+from resadapt.base.errors import AdapterError, InjectionError, check_flag, quote_names
 from resadapt.base.inputs import describe
-from resadapt.base.names import quote_names
-from resadapt.base.spec import SetSpec
+from resadapt.base.spec import SetSpec, blueprint_of
 from resadapt.injection.building import family_named, json_options
 from resadapt.injection.freeze import norms_of
 from resadapt.injection.installation import check_model, install, take_place, uninstall
 from resadapt.injection.ledger import Ledger, ledger_of
 from resadapt.injection.mixture import Mixture
-from resadapt.injection.patterns import select_head
 from resadapt.injection.private import private_module
-from resadapt.injection.select import select_sites
-from resadapt.injection.sharding import are_sharded
+from resadapt.injection.select import select_head, select_sites
 from resadapt.injection.switching import activated, check_switchable, mixed, on_backbone, switch
-from resadapt.injection.walk import backbone_modules, unwrap
+from resadapt.injection.walk import are_sharded, backbone_modules, unwrap
 
 __all__ = [
     "adapters_disabled",
@@ -40,7 +35,12 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def inject_adapters(
     model: ModelT,
-    layers: str | Iterable[str] | Mapping[str, int | float] = ("layer1", "layer2", "layer3", "layer4"),
+    layers: str | Iterable[str] | Mapping[str, int | float] = (
+        "layer1",
+        "layer2",
+        "layer3",
+        "layer4",
+    ),
     bottleneck: int | float = 64,
     *,
     family: str = "pooled",
@@ -54,40 +54,50 @@ def inject_adapters(
 ) -> ModelT:
     """Puts small trainable adapters into a model, in place, and freezes everything else for real.
 
-    The backbone's parameters get no gradients and its BatchNorm statistics stop moving, in training mode too. The new set becomes
-    the active one. A failing call leaves the model as it was.
+    The backbone's parameters get no gradients and its BatchNorm statistics stop moving, in training
+    mode too. The new set becomes the active one. A failing call leaves the model as it was.
 
     Args:
-        model: Any module, usually a torchvision ResNet. Inject before wrapping it in DDP or torch.compile.
-        layers: Names of the modules whose outputs ``[N, C, ...]`` or ``[N, ..., C]`` are adapted, as in ``model.named_modules()``;
-            globs, in which a star stands for anything between two dots (``"layer*.*"`` is every block); or a mapping from either
-            to a bottleneck. Empty for a set that has only a head or norms.
-        bottleneck: Width of the adapters' hidden layer: a number of channels, or a fraction of the site's channels in (0, 1). For
-            ``"lora"`` it is the rank; families without a hidden layer have none.
+        model: Any module, usually a torchvision ResNet. Inject before wrapping it in DDP or
+            torch.compile.
+        layers: Names of the modules whose outputs ``[N, C, ...]`` or ``[N, ..., C]`` are adapted,
+            as in ``model.named_modules()``; globs, in which a star stands for anything between two
+            dots (``"layer*.*"`` is every block); or a mapping from either to a bottleneck. Empty
+            for a set that has only a head or norms.
+        bottleneck: Width of the adapters' hidden layer: a number of channels, or a fraction of the
+            site's channels in (0, 1). For ``"lora"`` it is the rank; families without a hidden
+            layer have none.
         family: Kind of adapter, one of those that `list_families` tells.
         name: Name of the set; several sets can live on one backbone.
-        head: Names or globs of modules that are trained with the adapters and saved with them, such as ``"fc"``: the set gets
-            copies of them. Modules without parameters that a glob matches are passed over. Or a mapping from names to modules
-            that stand there while the set is active, such as ``{"fc": nn.Linear(512, 10)}``: the set gets copies of these.
-        norm: What the set has of its own of the backbone's norms outside the head: ``"frozen"`` nothing, and the running statistics
-            do not move, in training too; ``"affine"`` trained weights and biases; ``"stats"`` running statistics, which move in
-            training; ``"affine+stats"`` both. The backbone's own stay as they are.
-        dropout: Probability of dropping a hidden unit of an adapter in training, in [0, 1). None is the family's own: 0.1 for
-            ``"pooled"``.
-        example_input: An input the model is called with once (a tuple: its arguments; a dict: its keywords), in evaluation mode,
-            to see what the sites return. Without it an input is made up where modules do not tell; an error says if none fits.
-        channel_dim: Where the sites' outputs have their channels: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``. None finds out,
-            by the layers inside a site, and asks where they do not tell.
-        **family_options: Options of the family, such as ``init="identity"``; the page "Families" lists them.
+        head: Names or globs of modules that are trained with the adapters and saved with them, such
+            as ``"fc"``: the set gets copies of them. Modules without parameters that a glob matches
+            are passed over. Or a mapping from names to modules that stand there while the set is
+            active, such as ``{"fc": nn.Linear(512, 10)}``: the set gets copies of these.
+        norm: What the set has of its own of the backbone's norms outside the head: ``"frozen"``
+            nothing, and the running statistics do not move, in training too; ``"affine"`` trained
+            weights and biases; ``"stats"`` running statistics, which move in training;
+            ``"affine+stats"`` both. The backbone's own stay as they are.
+        dropout: Probability of dropping a hidden unit of an adapter in training, in [0, 1). None is
+            the family's own: 0.1 for ``"pooled"``.
+        example_input: An input the model is called with once (a tuple: its arguments; a dict: its
+            keywords), in evaluation mode, to see what the sites return. Without it an input is made
+            up where modules do not tell; an error says if none fits.
+        channel_dim: Where the sites' outputs have their channels: 1 for ``[N, C, ...]``, -1 for
+            ``[N, ..., C]``. None finds out, by the layers inside a site, and asks where they do not
+            tell.
+        **family_options: Options of the family, such as ``init="identity"``; the page "Families"
+            lists them.
 
     Returns:
         The same model.
 
     Raises:
-        InjectionError: A layer or head is not found, cannot be adapted, or an option does not exist.
+        InjectionError: A layer or head is not found, cannot be adapted, or an option does not
+            exist.
 
     References:
-        Residual adapters: Rebuffi et al. 2017, arXiv:1705.08045; bottleneck adapters: Houlsby et al. 2019, arXiv:1902.00751.
+        Residual adapters: Rebuffi et al. 2017, arXiv:1705.08045; bottleneck adapters: Houlsby et
+        al. 2019, arXiv:1902.00751.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -100,10 +110,13 @@ def inject_adapters(
         if not isinstance(value, str):
             raise InjectionError(f"{argument}={value!r} is {type(value).__name__}, not a text.")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float | None):
-        raise InjectionError(f"dropout={dropout!r} is {type(dropout).__name__}: give a probability, a number in [0, 1).")
+        raise InjectionError(
+            f"dropout={dropout!r} is {type(dropout).__name__}: give a probability, a number in [0, "
+            "1)."
+        )
     kind = family_named(family)
     if dropout is not None and not takes(kind, "dropout"):
-        raise InjectionError(f"family {family!r} has nothing that drops: leave dropout out.")
+        raise InjectionError(f"family {family!r} has no dropout; remove dropout=.")
     start = {key: family_options.pop(key) for key in ("init",) if key in family_options}
     with on_backbone(model):
         heads = select_head(model, head)
@@ -116,27 +129,34 @@ def inject_adapters(
             sites=select_sites(model, kind, layers, bottleneck, example_input, channel_dim),
             head=tuple(heads),
             norms=norms_of(model, norm, heads),
-            blueprints={path: told for path, module in heads.items() if (told := blueprint_of(module)) is not None},
+            blueprints={
+                path: told
+                for path, module in heads.items()
+                if (told := blueprint_of(module)) is not None
+            },
         )
     if not spec.sites and not spec.private:
         raise InjectionError(
-            "layers is empty, and the set has neither a head nor norms of its own: name at least one module, such as "
-            "layers=('layer4',), or head='fc'."
+            "layers is empty, and the set has neither a head nor norms of its own: name at least "
+            "one module, such as layers=('layer4',), or head='fc'."
         )
     install(model, spec, describe(example_input), heads, **start)
     return model
 
 
 def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool = False) -> ModelT:
-    """Takes adapters out again; with the last set, the model becomes what it was before the injection.
+    """Takes adapters out again; with the last set, the model becomes what it was before the
+    injection.
 
-    Parameters, buffers, `requires_grad`, training flags, hooks and module types are put back as they were, so a model that was
-    injected in training mode is in training mode afterwards: call ``model.eval()`` if you want it otherwise.
+    Parameters, buffers, `requires_grad`, training flags, hooks and module types are put back as
+    they were, so a model that was injected in training mode is in training mode afterwards: call
+    ``model.eval()`` if you want it otherwise.
 
     Args:
         model: An injected model.
         name: The set to remove; None removes all.
-        keep_head: Leaves the trained head (the removed set's; the active one's if all go) in the model. Only for the last set.
+        keep_head: Leaves the trained head (the removed set's; the active one's if all go) in the
+            model. Only for the last set.
 
     Returns:
         The same model.
@@ -159,7 +179,10 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
     kept = _set_to_keep(ledger, going, name) if keep_head else None
     check_switchable(inner, ledger)
     if are_sharded(module for _, module in backbone_modules(inner)):
-        raise InjectionError("The model is sharded (fully_shard), which ties its parameters to it. Remove sets before sharding.")
+        raise InjectionError(
+            "The model is sharded (fully_shard), which ties its parameters to it. Remove sets "
+            "before sharding."
+        )
     head = {}
     if kept is not None:
         spec = ledger.sets[kept].spec
@@ -176,7 +199,8 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
 def set_active_adapters(model: nn.Module, name: str | None) -> None:
     """Switches between named sets, their heads included; the backbone stays frozen throughout.
 
-    Gradients of the sets that are left are dropped, so that an optimizer over all parameters cannot apply them later.
+    Gradients of the sets that are left are dropped, so that an optimizer over all parameters cannot
+    apply them later.
 
     Args:
         model: An injected model.
@@ -229,22 +253,26 @@ def adapters_disabled(model: ModelT) -> Iterator[ModelT]:
 def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]:
     """Runs the body with one set for each sample of a batch, in one pass through the backbone.
 
-    Every sample goes through its own set's adapters, norms and head, with the result of a forward with that set alone, up to
-    rounding. Where the heads' outputs have different shapes, what comes back in their place is a list with an entry for each
-    sample. Statistics of a set's own norms are computed over its samples only.
+    Every sample goes through its own set's adapters, norms and head, with the result of a forward
+    with that set alone, up to rounding. Where the heads' outputs have different shapes, what comes
+    back in their place is a list with an entry for each sample. Statistics of a set's own norms are
+    computed over its samples only.
 
-    In training, every set that is named is trained: give the optimizer the parameters of all. Call ``backward`` inside the body if
-    activations are checkpointed. Afterwards the sets stay trainable until the active set is changed.
+    In training, every set that is named is trained: give the optimizer the parameters of all. Call
+    ``backward`` inside the body if activations are checkpointed. Afterwards the sets stay trainable
+    until the active set is changed.
 
     Args:
         model: An injected model.
-        names: The name of a set, or None for the plain backbone, for each sample: as many as the batch has.
+        names: The name of a set, or None for the plain backbone, for each sample: as many as the
+            batch has.
 
     Yields:
         The same model.
 
     Raises:
-        InjectionError: Nothing was injected; or the model changes the batch on the way, so that samples cannot be told apart.
+        InjectionError: Nothing was injected; or the model changes the batch on the way, so that
+            samples cannot be told apart.
         AdapterKeyError: There is no such set.
         AdapterError: `names` is no list of names.
 
@@ -259,7 +287,10 @@ def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]
     """
     ledger = ledger_of(model)
     if isinstance(names, str) or not isinstance(names, Iterable) or not (listed := list(names)):
-        raise AdapterError(f"names={names!r}: give a list with the name of a set, or None, for each sample of the batch.")
+        raise AdapterError(
+            f"names={names!r}: give a list with the name of a set, or None, for each sample of the "
+            "batch."
+        )
     for name in listed:
         if name is not None:
             ledger.set_named(name)
@@ -270,11 +301,13 @@ def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]
 def _set_to_keep(ledger: Ledger, going: list[str], name: str | None) -> str:
     """Returns the set whose head stays in the model."""
     if len(going) < len(ledger.sets):
-        raise InjectionError("keep_head would change the backbone under the other sets. Remove them first.")
+        raise InjectionError(
+            "keep_head would change the backbone under the other sets. Remove them first."
+        )
     kept = name or ledger.active or (going[0] if len(going) == 1 else None)
     if kept is None:
         raise InjectionError(
-            f"keep_head: the model has {quote_names(going)}, and none of them is active to say whose head to keep. Call "
-            "set_active_adapters(model, name) first."
+            f"keep_head: the model has {quote_names(going)}, and none of them is active to say "
+            "whose head to keep. Call set_active_adapters(model, name) first."
         )
     return kept

@@ -1,4 +1,7 @@
-"""Where adapters and a set's private modules live: a slot, the reserved child of a module of the backbone."""
+"""Where adapters and a set's private modules live.
+
+A slot, the reserved child of a module of the backbone.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from torch import Tensor, fx, nn
 from typing_extensions import override
 
 from resadapt.adapters.family import apply
-from resadapt.base.checkpointed import is_checkpointed
 from resadapt.base.errors import InjectionError
 from resadapt.base.spec import SiteSpec
+from resadapt.base.undisturbed import is_checkpointed
 from resadapt.injection.mixture import Mixture
 
 __all__ = ["SLOT", "AdapterSlot"]
@@ -21,9 +24,11 @@ SLOT = "resadapt"
 
 
 class AdapterSlot(nn.Module):
-    """Holds what sets have at one module: adapters of its output, by set name, and private modules that run in its place.
+    """Holds what sets have at one module: adapters of its output, by set name, and private modules
+    that run in its place.
 
-    The slot sits beside what it adapts, so that moving, copying, sharding or slicing the module takes its content along.
+    The slot sits beside what it adapts, so that moving, copying, sharding or slicing the module
+    takes its content along.
     """
 
     def __init__(self) -> None:
@@ -49,10 +54,12 @@ class AdapterSlot(nn.Module):
         Raises:
             InjectionError: The set has one in this slot already.
         """
-        if name in self.routes and (self.routes[name] != place or self._modules[_key(name, place)] is not module):
+        if name in self.routes and (
+            self.routes[name] != place or self._modules[_key(name, place)] is not module
+        ):
             raise InjectionError(
-                f"Set {name!r}: {self.routes[name]!r} and {place!r} end in one module that both share, and each needs a module of "
-                "its own there. Take one of them out of head."
+                f"Set {name!r}: {self.routes[name]!r} and {place!r} end in one module that both "
+                "share, and each needs a module of its own there. Take one of them out of head."
             )
         self.routes[name] = place
         self.add_module(_key(name, place), module)
@@ -75,19 +82,28 @@ class AdapterSlot(nn.Module):
 
     def site(self) -> SiteSpec:
         """Returns the site that is adapted now: the active set's, in a mixed batch any set's."""
-        return self.sites[self.active] if self.active in self.sites else next(iter(self.sites.values()))
+        return (
+            self.sites[self.active]
+            if self.active in self.sites
+            else next(iter(self.sites.values()))
+        )
 
     def adapt(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Returns an adapter's result where the owner was called with some arguments and returned an output.
+        """Returns an adapter's result where the owner was called with some arguments and returned
+        an output.
 
-        Which adapter it is, is decided here and nowhere else: the active set's, or in a mixed batch that of each sample's set.
+        Which adapter it is, is decided here and nowhere else: the active set's, or in a mixed batch
+        that of each sample's set.
         """
         if not torch.compiler.is_compiling():
             self._check_again()
         if self.mixture is None:
             return self._adapted(self.active, owner, args, output)
         return self.mixture.run(
-            self.site().owner, self.sites, lambda name, values: self._adapted(name, owner, *values), (args, output)
+            self.site().owner,
+            self.sites,
+            lambda name, values: self._adapted(name, owner, *values),
+            (args, output),
         )
 
     def _check_again(self) -> None:
@@ -98,11 +114,14 @@ class AdapterSlot(nn.Module):
                 self._last = now
         elif now != self._last and is_checkpointed():
             raise InjectionError(
-                f"Activations around {self.site().owner!r} are computed anew for the backward pass, with {now!r} where it was "
-                f"{self._last!r}: call backward before sets are switched, and inside the body of adapters_for."
+                f"Activations around {self.site().owner!r} are computed anew for the backward "
+                f"pass, with {now!r} where it was {self._last!r}: call backward before sets are "
+                "switched, and inside the body of adapters_for."
             )
 
-    def _adapted(self, name: str | None, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _adapted(
+        self, name: str | None, owner: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
         if name not in self.sites:
             return output
         site, adapter = self.sites[name], self._modules[name]
@@ -110,7 +129,8 @@ class AdapterSlot(nn.Module):
             _check_output(output, site)
         if not args and adapter.reads != "output":  # type: ignore[union-attr]
             raise InjectionError(
-                f"Site {site.name!r} was given its input by keyword, where its adapter cannot see it. Pass it as first argument."
+                f"Site {site.name!r} was given its input by keyword, where its adapter cannot see "
+                "it. Pass it as first argument."
             )
         adapted = apply(adapter, self.private(name, site.owner) or owner, args, output)
         if not isinstance(output, fx.Proxy):
@@ -122,13 +142,17 @@ class AdapterSlot(nn.Module):
         """Refuses: only the hook of the owner applies adapters."""
         names = sorted({site.name for site in self.sites.values()} | {*self.routes.values()})
         raise InjectionError(
-            f"The module at site {names} runs over its own children and met the adapter among them. Choose a module inside it; "
-            "if it was injected into already, call remove_adapters(model) first."
+            f"The module at site {names} runs over its own children and met the adapter among "
+            "them. Choose a module inside it; if it was injected into already, call "
+            "remove_adapters(model) first."
         )
 
 
 def _key(name: str | None, place: str) -> str:
-    """Returns the child that a set's private module is, such as ``day@fc``; an adapter's has the name of the set alone."""
+    """Returns the child that a set's private module is, such as ``day@fc``.
+
+    An adapter's has the name of the set alone.
+    """
     return f"{name}@{place.rpartition('.')[2]}"
 
 
@@ -137,21 +161,24 @@ def _check_adapted(adapted: object, output: Tensor, site: SiteSpec) -> None:
         return
     what = f"shape {list(adapted.shape)}" if isinstance(adapted, Tensor) else type(adapted).__name__
     raise InjectionError(
-        f"The adapter at site {site.name!r} returned {what} where its site returned shape {list(output.shape)}: the forward of a "
-        "family returns the adapted output, of the same shape."
+        f"The adapter at site {site.name!r} returned {what} where its site returned shape "
+        f"{list(output.shape)}: the forward of a family returns the adapted output, of the same "
+        "shape."
     )
 
 
 def _check_output(output: object, site: SiteSpec) -> None:
     if not isinstance(output, Tensor):
         raise InjectionError(
-            f"Site {site.name!r} returned {type(output).__name__}, but an adapter needs one tensor [N, C, ...]. "
-            "Call remove_adapters(model) and choose a module inside it that returns a tensor."
+            f"Site {site.name!r} returned {type(output).__name__}, but an adapter needs one tensor "
+            "[N, C, ...]. Call remove_adapters(model) and choose a module inside it that returns a "
+            "tensor."
         )
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return
     if output.ndim != site.spatial_dims + 2 or output.shape[site.channel_dim] != site.channels:
         raise InjectionError(
-            f"Site {site.name!r} returned shape {list(output.shape)}, but its adapter was built for {site.shape_text}. "
-            "Call remove_adapters(model) and inject with example_input=, a real input, so that shapes are measured."
+            f"Site {site.name!r} returned shape {list(output.shape)}, but its adapter was built "
+            f"for {site.shape_text}. Call remove_adapters(model) and inject with example_input=, a "
+            "real input, so that shapes are measured."
         )

@@ -7,21 +7,20 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 from torch import nn
 
-from resadapt.base.errors import InjectionError
-from resadapt.base.names import quote_names
+from resadapt.base.errors import InjectionError, quote_names
 from resadapt.base.overlay import stock_classes
 from resadapt.injection.freeze import rest_norms, wake_norms
 from resadapt.injection.ledger import AdapterSet, Ledger, find_ledger, set_modules, set_tensors
 from resadapt.injection.mixture import Mixture
 from resadapt.injection.private import lost_modules
-from resadapt.injection.sharding import reshard
-from resadapt.injection.walk import backbone_modules, slots_of
+from resadapt.injection.walk import backbone_modules, reshard, slots_of
 
 __all__ = ["activate", "activated", "check_switchable", "mixed", "on_backbone", "switch", "train"]
 
 
 def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
-    """Makes one set, or none, the one that the model runs with; which ones are trained stays as it is.
+    """Makes one set, or none, the one that the model runs with; which ones are trained stays as it
+    is.
 
     Raises:
         InjectionError: Something of the sets is no longer where it was put; nothing was changed.
@@ -48,19 +47,26 @@ def switch(model: nn.Module, ledger: Ledger, name: str | None) -> None:
 
 
 def train(model: nn.Module, ledger: Ledger, names: Collection[str]) -> None:
-    """Has some sets trained and no others, whose gradients go, so that no optimizer can apply them later.
+    """Has some sets trained and no others, whose gradients go, so that no optimizer can apply them
+    later.
 
     Raises:
         InjectionError: A part of a set is no longer where it was put; nothing was changed.
     """
     if changing := ledger.trained ^ {*names}:
         reshard(model)
-        for name, tensors in {name: set_tensors(model, ledger.sets[name].spec) for name in changing}.items():
+        for name, tensors in {
+            name: set_tensors(model, ledger.sets[name].spec) for name in changing
+        }.items():
             adapter_set, trained = ledger.sets[name], name not in ledger.trained
             if not trained:
-                adapter_set.requires_grad = {path: tensor.requires_grad for path, tensor in tensors.items()}
+                adapter_set.requires_grad = {
+                    path: tensor.requires_grad for path, tensor in tensors.items()
+                }
             for path, tensor in tensors.items():
-                tensor.requires_grad_(trained and adapter_set.requires_grad.get(path, tensor.requires_grad))
+                tensor.requires_grad_(
+                    trained and adapter_set.requires_grad.get(path, tensor.requires_grad)
+                )
                 if not trained:
                     tensor.grad = None
     ledger.trained = {*names}
@@ -68,7 +74,10 @@ def train(model: nn.Module, ledger: Ledger, names: Collection[str]) -> None:
 
 @contextmanager
 def activated(model: nn.Module, ledger: Ledger, name: str | None) -> Iterator[None]:
-    """Runs the body with one set, or none, active; the set that was active before becomes so again, if it is still there."""
+    """Runs the body with one set, or none, active.
+
+    The set that was active before becomes so again, if it is still there.
+    """
     active = ledger.active
     activate(model, ledger, name)
     try:
@@ -80,21 +89,29 @@ def activated(model: nn.Module, ledger: Ledger, name: str | None) -> Iterator[No
 
 @contextmanager
 def on_backbone(model: nn.Module) -> Iterator[None]:
-    """Runs the body with no set active and every module of its stock class, whether anything was injected or not.
+    """Runs the body with no set active and every module of its stock class, whether anything was
+    injected or not.
 
     Raises:
-        InjectionError: As `check_switchable`, of all sets: the body is to put another one beside them.
+        InjectionError: As `check_switchable`, of all sets: the body is to put another one beside
+            them.
     """
     ledger = find_ledger(model)
     if ledger:
         check_switchable(model, ledger)
-    with activated(model, ledger, None) if ledger else nullcontext(), stock_classes(m for _, m in backbone_modules(model)):
+    with (
+        activated(model, ledger, None) if ledger else nullcontext(),
+        stock_classes(m for _, m in backbone_modules(model)),
+    ):
         yield
 
 
 @contextmanager
 def mixed(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
-    """Runs the body with the sets of a mixture, all of them trained; they stay so until the active set is changed."""
+    """Runs the body with the sets of a mixture, all of them trained.
+
+    They stay so until the active set is changed.
+    """
     mixing = tuple(name for name in dict.fromkeys(mixture.names) if name is not None)
     mixed_sets = [ledger.sets[name] for name in mixing]
     check_switchable(model, ledger, mixed_sets)
@@ -111,20 +128,26 @@ def mixed(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
         yield
 
 
-def check_switchable(model: nn.Module, ledger: Ledger, sets: Iterable[AdapterSet] | None = None) -> None:
-    """Checks that some sets, or all, are whole and can be switched, so that what follows cannot fail half-way.
+def check_switchable(
+    model: nn.Module, ledger: Ledger, sets: Iterable[AdapterSet] | None = None
+) -> None:
+    """Checks that some sets, or all, are whole and can be switched, so that what follows cannot
+    fail half-way.
 
     Raises:
         InjectionError: A part of a set is no longer where it was put, or a batch is being mixed.
     """
     if ledger.mixing is not None:
-        raise InjectionError("Inside adapters_for sets cannot be switched, injected, removed or saved. Leave it first.")
+        raise InjectionError(
+            "Inside adapters_for sets cannot be switched, injected, removed or saved. Leave it "
+            "first."
+        )
     for adapter_set in ledger.sets.values() if sets is None else sets:
         list(set_modules(model, adapter_set.spec))
         if gone := lost_modules(model, adapter_set.spec):
             raise InjectionError(
-                f"The set {adapter_set.spec.name!r} has lost {quote_names(gone)}: it was replaced after the injection. Put the "
-                "injected module back."
+                f"The set {adapter_set.spec.name!r} has lost {quote_names(gone)}: it was replaced "
+                "after the injection. Put the injected module back."
             )
 
 

@@ -1,30 +1,38 @@
-"""Walking a model: through what wraps it, and past the adapters in it.
+"""Walking a model.
 
-A wrapper that only passes its inputs on (torch.compile around a block, activation checkpointing) has no part in a name, so that
-names and fingerprints are the same with and without it.
+Through what wraps it, past the adapters in it, and over the processes that share it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from resadapt.base.errors import InjectionError
-from resadapt.base.names import quote_names
+from resadapt.base.errors import AdapterError, InjectionError, quote_names
+from resadapt.base.tensors import is_sharded
 from resadapt.injection.slots import SLOT, AdapterSlot
 
 __all__ = [
+    "are_sharded",
     "backbone_modules",
     "backbone_tensors",
     "behind_wrappers",
-    "check_values",
+    "check_not_meta",
+    "check_ranks",
     "find_module",
     "find_slot",
     "is_leaf",
     "named_tensors",
+    "on_one_rank",
     "persistent_tensors",
+    "reshard",
+    "sharded_tensors",
     "slots_of",
     "unwrap",
 ]
@@ -84,12 +92,14 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     for part in name.split(".") if name else ():
         child = _child(module, part)
         if child is None or isinstance(child, AdapterSlot):
-            raise InjectionError(f"The backbone of this {type(model).__name__} has no module {name!r}.")
+            raise InjectionError(
+                f"The backbone of this {type(model).__name__} has no module {name!r}."
+            )
         module = behind_wrappers(child)
     return module
 
 
-def check_values(tensors: Mapping[str, Tensor]) -> None:
+def check_not_meta(tensors: Mapping[str, Tensor]) -> None:
     """Checks that tensors have values.
 
     Raises:
@@ -97,14 +107,17 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
     """
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise InjectionError(
-            f"Tensors have no values here (not loaded, or offloaded?): {quote_names(empty)}. Load them, or undo the offloading: "
-            "accelerate.hooks.remove_hook_from_submodules(model) undoes accelerate's."
+            f"Tensors have no values here (not loaded, or offloaded?): {quote_names(empty)}. Load "
+            "them, or undo the offloading: accelerate.hooks.remove_hook_from_submodules(model) "
+            "undoes accelerate's."
         )
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Tells whether a module has no children of the backbone's."""
-    return all(child is None or isinstance(child, AdapterSlot) for child in module._modules.values())
+    return all(
+        child is None or isinstance(child, AdapterSlot) for child in module._modules.values()
+    )
 
 
 def find_slot(owner: nn.Module) -> AdapterSlot | None:
@@ -132,10 +145,104 @@ def behind_wrappers(module: nn.Module) -> nn.Module:
     """
     if "_fsdp_wrapped_module" in module._modules:
         raise InjectionError(
-            "FullyShardedDataParallel makes one flat parameter of many, of which no adapter can be told. Inject first, and shard "
-            "with torch.distributed.fsdp.fully_shard, which keeps them apart."
+            "FullyShardedDataParallel makes one flat parameter of many, of which no adapter can be "
+            "told. Inject first, and shard with torch.distributed.fsdp.fully_shard, which keeps "
+            "them apart."
         )
     for key in _PASSED_ON_TO:
         if key in module._modules:
             return behind_wrappers(module._modules[key])  # type: ignore[arg-type]
     return module
+
+
+def sharded_tensors(model: nn.Module) -> list[Tensor]:
+    """Returns the sharded parameters and buffers of a model; none if it is an ordinary one."""
+    if (
+        "torch.distributed.tensor" not in sys.modules
+    ):  # where sharded tensors are from: there can be none
+        return []
+    reshard(model)
+    return [
+        tensor
+        for tensor in (*nn.Module.parameters(model), *nn.Module.buffers(model))
+        if is_sharded(tensor)
+    ]
+
+
+def are_sharded(modules: Iterable[nn.Module]) -> bool:
+    """Tells whether one of some modules, without their children, has sharded tensors or shards them."""
+    for module in modules:
+        tensors = [
+            tensor
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        if isinstance(module, _kind()) or any(map(is_sharded, tensors)):
+            return True
+    return False
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts every parameter back in its sharded form: after a forward without a backward some stay
+    gathered.
+
+    What is written into a gathered parameter would be lost.
+    """
+    kind = _kind()
+    if any(isinstance(module, kind) for _, module in backbone_modules(model)):
+        for module in nn.Module.modules(model):
+            if isinstance(module, kind):
+                module.reshard()
+
+
+def _kind() -> Any:
+    return getattr(
+        sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ()
+    )  # not imported: nothing can be sharded
+
+
+T = TypeVar("T")
+
+
+def check_ranks(model: nn.Module) -> bool:
+    """Tells whether a model is sharded over processes.
+
+    Raises:
+        AdapterError: It is, but not over all of the default process group, which would then wait
+            for ever.
+    """
+    meshes = [tensor.device_mesh for tensor in sharded_tensors(model)]  # type: ignore[attr-defined]
+    if meshes and any(mesh.size() != dist.get_world_size() for mesh in meshes):
+        raise AdapterError(
+            "The model is sharded over a part of the processes only, for which saving is not "
+            "supported."
+        )
+    return bool(meshes)
+
+
+def on_one_rank(sharded: bool, work: Callable[[], T]) -> T:
+    """Does work on rank 0 of a sharded model and gives its result or error to all.
+
+    For any other model just does it.
+    """
+    if not sharded:
+        return work()
+    outcome: list[tuple[bool, object]] = [(False, None)]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(True, work())]
+        except BaseException as error:
+            outcome = [(False, _sendable(error))]
+    dist.broadcast_object_list(outcome, src=0)
+    ((done, result),) = outcome
+    if not done:
+        raise result  # type: ignore[misc]
+    return result  # type: ignore[return-value]
+
+
+def _sendable(error: BaseException) -> BaseException:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return AdapterError(f"Rank 0 failed with {type(error).__name__}: {error}")
+    return error

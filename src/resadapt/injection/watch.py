@@ -1,7 +1,8 @@
 """Watching each forward of an injected model, so that nothing goes wrong in silence.
 
-An adapter that runs twice, a head that was replaced and parameters that DDP leaves out of its averages are errors. An adapter that
-never runs or gets no gradient is a warning, given once; so are hooks that would take a layer and its adapter for one layer.
+An adapter that runs twice, a head that was replaced and parameters that DDP leaves out of its
+averages are errors. An adapter that never runs or gets no gradient is a warning, given once; so are
+hooks that would take a layer and its adapter for one layer.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
-from resadapt.base.errors import AdapterWarning, InjectionError
-from resadapt.base.names import quote_names
-from resadapt.base.nested import named_in
+from resadapt.base.errors import AdapterWarning, InjectionError, quote_names
+from resadapt.base.inputs import named_in
 from resadapt.base.spec import SetSpec
 from resadapt.injection.freeze import hold_in_eval
 from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_of, set_tensors
@@ -28,7 +28,14 @@ from resadapt.injection.private import lost_modules, private_module
 from resadapt.injection.slots import AdapterSlot
 from resadapt.injection.walk import find_module, find_slot, is_leaf
 
-__all__ = ["begin_forward", "check_first_forward", "check_rules", "count_private", "count_run", "end_forward"]
+__all__ = [
+    "begin_forward",
+    "check_first_forward",
+    "check_rules",
+    "count_private",
+    "count_run",
+    "end_forward",
+]
 
 
 @dataclass
@@ -47,11 +54,18 @@ _current: ContextVar[_Forward | None] = ContextVar("resadapt_forward", default=N
 
 
 def begin_forward(root: nn.Module, args: Any) -> None:
-    """Forward pre-hook of the root: starts counting, and in training looks whether what is trained is in its place."""
-    if torch.compiler.is_compiling():  # a count is a side effect that a compiled or exported graph must not have
+    """Forward pre-hook of the root.
+
+    Starts counting, and in training looks whether what is trained is in its place.
+    """
+    if (
+        torch.compiler.is_compiling()
+    ):  # a count is a side effect that a compiled or exported graph must not have
         return
     outer = _current.get()
-    _current.set(_Forward(id(root), outer if outer is None or outer.root != id(root) else outer.outer))
+    _current.set(
+        _Forward(id(root), outer if outer is None or outer.root != id(root) else outer.outer)
+    )
     ledger = root.__dict__.get(LEDGER)
     if root.training and isinstance(ledger, Ledger):
         for adapter_set in ledger.running:
@@ -75,21 +89,26 @@ def count_run(slot: AdapterSlot) -> None:
     elif _is_running(forward.root):
         forward.runs[id(slot)] += 1
         raise InjectionError(
-            f"Site {slot.site().name!r} ran more than once in one forward, and one adapter cannot serve several "
-            "places. Call remove_adapters(model) and choose a module that runs once, such as the block around it."
+            f"Site {slot.site().name!r} ran more than once in one forward, and one adapter cannot "
+            "serve several places. Call remove_adapters(model) and choose a module that runs once, "
+            "such as the block around it."
         )
     else:  # that forward was interrupted, and a part of the model is called on its own
         _current.set(None)
 
 
 def count_private(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a set's private module: notes that it ran in the forward of the whole model, if there is one."""
+    """Forward pre-hook of a set's private module.
+
+    Notes that it ran in the forward of the whole model, if there is one.
+    """
     if not torch.compiler.is_compiling() and (forward := _current.get()) is not None:
         forward.runs[id(module)] = forward.runs.get(id(module), 0) + 1
 
 
 def check_rules(owner: nn.Module, slot: AdapterSlot, later: Collection[int]) -> None:
-    """Warns of hooks on a layer that may stand for a rule of its gradient, as an attribution method's do.
+    """Warns of hooks on a layer that may stand for a rule of its gradient, as an attribution
+    method's do.
 
     Args:
         owner: The module that carries the slot.
@@ -102,43 +121,65 @@ def check_rules(owner: nn.Module, slot: AdapterSlot, later: Collection[int]) -> 
     if around or owner._backward_hooks or owner._backward_pre_hooks:
         site = slot.site().name
         _warn(
-            f"The hooks on site {site!r} see the layer and its adapter as one. A method that has a rule for the gradient of such a "
-            "layer (DeepLift, deconvolution) is wrong there: use it on resadapt.inference_copy(model)."
+            f"The hooks on site {site!r} see the layer and its adapter as one. A method that has a "
+            "rule for the gradient of such a layer (DeepLift, deconvolution) is wrong there: use "
+            "it on resadapt.inference_copy(model)."
         )
 
 
 def check_first_forward(root: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook of the root: after a set's first forward, names the adapters that did not run or get no gradient."""
-    forward, ledger = (None, None) if torch.compiler.is_compiling() else (_current.get(), root.__dict__.get(LEDGER))
+    """Forward hook of the root.
+
+    After a set's first forward, names the adapters that did not run or get no gradient.
+    """
+    forward, ledger = (
+        (None, None)
+        if torch.compiler.is_compiling()
+        else (_current.get(), root.__dict__.get(LEDGER))
+    )
     if forward is not None and forward.root == id(root) and isinstance(ledger, Ledger):
         for adapter_set in ledger.running:
             _check_first_of(root, adapter_set, forward, output)
 
 
-def _check_first_of(root: nn.Module, adapter_set: AdapterSet, forward: _Forward, output: object) -> None:
+def _check_first_of(
+    root: nn.Module, adapter_set: AdapterSet, forward: _Forward, output: object
+) -> None:
     first = not adapter_set.runs_checked
     training = not adapter_set.gradients_checked and root.training and torch.is_grad_enabled()
     if not first and not training:
         return
-    adapter_set.runs_checked, adapter_set.gradients_checked = True, adapter_set.gradients_checked or training
+    adapter_set.runs_checked, adapter_set.gradients_checked = (
+        True,
+        adapter_set.gradients_checked or training,
+    )
     spec = adapter_set.spec
-    idle = [site.name for site in spec.sites if not _ran(root, site.owner, id(find_slot(find_module(root, site.owner))), forward)]
-    unused = [name for name in spec.private if not _ran(root, name, id(private_module(root, spec, name)), forward)]
+    idle = [
+        site.name
+        for site in spec.sites
+        if not _ran(root, site.owner, id(find_slot(find_module(root, site.owner))), forward)
+    ]
+    unused = [
+        name
+        for name in spec.private
+        if not _ran(root, name, id(private_module(root, spec, name)), forward)
+    ]
     if first and idle:
         _warn(
-            f"The adapters at {quote_names(idle)} did not run in the first forward: their modules are not called, or not as modules. "
-            "Unless they run later, take them out of layers, or choose the modules around them."
+            f"The adapters at {quote_names(idle)} did not run in the first forward: their modules "
+            "are not called, or not as modules. Unless they run later, take them out of layers, or "
+            "choose the modules around them."
         )
     if first and unused:
         _warn(
-            f"The head or norms {quote_names(unused)} of set {spec.name!r} did not run in the first forward: the model does not call "
-            "these modules, or reads their weights itself, which are the backbone's. Unless they run later, choose the modules "
-            "around them."
+            f"The head or norms {quote_names(unused)} of set {spec.name!r} did not run in the "
+            "first forward: the model does not call these modules, or reads their weights itself, "
+            "which are the backbone's. Unless they run later, choose the modules around them."
         )
     if training and (cut_off := _cut_off(root, spec, output, {*idle, *unused})):
         _warn(
-            f"The adapters at {quote_names(cut_off)} get no gradient from the model's output: they ran under no_grad, or what they "
-            "returned was detached. They will not be trained."
+            f"The adapters at {quote_names(cut_off)} get no gradient from the model's output: they "
+            "ran under no_grad, or what they returned was detached. They will not be trained."
         )
 
 
@@ -155,7 +196,10 @@ def _warn(message: str) -> None:
 
 
 def _is_running(root: int) -> bool:
-    """Tells whether a forward of this module is on the stack: one that was interrupted has left its count behind."""
+    """Tells whether a forward of this module is on the stack.
+
+    One that was interrupted has left its count behind.
+    """
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__ and id(frame.f_locals.get("self")) == root:
@@ -167,8 +211,9 @@ def _is_running(root: int) -> bool:
 def _check_private(root: nn.Module, adapter_set: AdapterSet) -> None:
     if gone := lost_modules(root, adapter_set.spec):
         raise InjectionError(
-            f"The modules {quote_names(gone)} were replaced after the injection, so the set {adapter_set.spec.name!r} does not have "
-            "them. Put the injected modules back, or replace the head first and inject then."
+            f"The modules {quote_names(gone)} were replaced after the injection, so the set "
+            f"{adapter_set.spec.name!r} does not have them. Put the injected modules back, or "
+            "replace the head first and inject then."
         )
 
 
@@ -177,17 +222,27 @@ def _check_averaged(root: nn.Module, adapter_set: AdapterSet) -> None:
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is None or not torch.is_grad_enabled():
         return
-    if _AVERAGED not in ddp.__dict__:  # the buckets are made when the model is wrapped, of what requires a gradient then
+    if (
+        _AVERAGED not in ddp.__dict__
+    ):  # the buckets are made when the model is wrapped, of what requires a gradient then
         buckets = ddp.reducer._get_zeros_like_grad_buckets()
-        ddp.__dict__[_AVERAGED] = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+        ddp.__dict__[_AVERAGED] = {
+            id(parameter) for bucket in buckets for parameter in bucket.parameters()
+        }
     averaged = ddp.__dict__[_AVERAGED]
     trained = set_tensors(root, adapter_set.spec)
-    left_out = [path for path, tensor in trained.items() if tensor.requires_grad and id(tensor) not in averaged]
+    left_out = [
+        path
+        for path, tensor in trained.items()
+        if tensor.requires_grad and id(tensor) not in averaged
+    ]
     if left_out and any(module is root for module in ddp.module.modules()):
         raise InjectionError(
-            f"DistributedDataParallel does not average the gradients of {quote_names(left_out)}: the set {adapter_set.spec.name!r} became "
-            "the active one, or one of a mixed batch, after the model was wrapped. Wrap the model again, "
-            "DistributedDataParallel(wrapper.module), once the set to train is active; it can be only one."
+            f"DistributedDataParallel does not average the gradients of {quote_names(left_out)}: "
+            f"the set {adapter_set.spec.name!r} became the active one, or one of a mixed batch, "
+            "after the model was wrapped. Wrap the model again, "
+            "DistributedDataParallel(wrapper.module), once the set to train is active; it can be "
+            "only one."
         )
 
 
@@ -225,7 +280,10 @@ def _cut_off(root: nn.Module, spec: SetSpec, output: object, idle: set[str]) -> 
 
 
 def _reached_from(tensors: Iterable[Tensor]) -> set[int] | None:
-    """Returns the identities of the parameters in a graph; None where a node hides its part of it (reentrant checkpoints)."""
+    """Returns the identities of the parameters in a graph.
+
+    None where a node hides its part of it (reentrant checkpoints).
+    """
     waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     reached, seen = set(), set(waiting)
     while waiting:

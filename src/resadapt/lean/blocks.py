@@ -1,10 +1,13 @@
-"""Residual blocks of torchvision, and Sequentials, that compute each frozen convolution and the norm behind it in one step.
+"""Residual blocks of torchvision, and Sequentials, that compute each frozen convolution and the
+norm behind it in one step.
 
-Each takes the place of a stock class by the class alone, as in `resadapt.lean.layers`, and runs as the stock one where it cannot.
+Each takes the place of a stock class by the class alone, as in `resadapt.lean.layers`, and runs as
+the stock one where it cannot.
 
-On the CPU feature maps lie in channels_last between the folded convolutions of residual blocks, which is faster. Nobody else is to
-notice: before they are handed to a hook, to a module that may look at how they lie, or back to a caller that is none of
-these classes, they are laid out as they would be.
+On the CPU feature maps lie in channels_last between the folded convolutions of residual blocks,
+which is faster. Nobody else is to notice: before they are handed to a hook, to a module that may
+look at how they lie, or back to a caller that is none of these classes, they are laid out as they
+would be.
 """
 
 from __future__ import annotations
@@ -24,24 +27,31 @@ from resadapt.base.overlay import Overlay, class_of
 from resadapt.base.tensors import is_channels_last
 from resadapt.injection.freeze import FrozenStatistics
 from resadapt.injection.hooks import apply_adapter
-from resadapt.injection.intercept import own_forward
-from resadapt.injection.route import running_at
+from resadapt.injection.intercept import replaced_forward
+from resadapt.injection.private import running_at
 from resadapt.injection.walk import find_slot
-from resadapt.lean.absent import Absent
 from resadapt.lean.functions import is_ordinary
 from resadapt.lean.layers import LEAN
-from resadapt.lean.pairs import Given, has_hooks, in_one_step, with_gradient_as_given
+from resadapt.lean.pairs import InputLayout, has_hooks, in_one_step, with_gradient_as_given
+from resadapt.lean.stand_in import MetaStandIn
 
 __all__ = ["FOLDING", "in_residual_blocks"]
 
-_ANY_LAYOUT = frozenset(LEAN.values()) | {nn.Identity, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Conv2d, nn.Linear, nn.Flatten}
+_ANY_LAYOUT = frozenset(LEAN.values()) | {
+    nn.Identity,
+    nn.AdaptiveAvgPool2d,
+    nn.AvgPool2d,
+    nn.Conv2d,
+    nn.Linear,
+    nn.Flatten,
+}
 """What gives the same numbers however its input lies in memory, and lays out its output as its input."""
 
 
 class _Inner(Overlay):
     """A module whose output may lie in memory as it was computed, if one of these classes has called it."""
 
-    def inside(self, x: Any, given: Given) -> Any:
+    def inside(self, x: Any, given: InputLayout) -> Any:
         """Computes the output for an input that lies in memory in another way, perhaps, than one that was given: override it."""
         raise NotImplementedError
 
@@ -56,38 +66,51 @@ class _Inner(Overlay):
         return _as_given(self.inside(x, given), given)
 
 
-_ANYTHING = Given(0, channels_last=True)
+_ANYTHING = InputLayout(0, channels_last=True)
 """Of what is no feature map, or not computed here: nothing is laid out anew."""
-_caller: ContextVar[tuple[Given | None, bool]] = ContextVar("resadapt_caller", default=(None, False))
+_caller: ContextVar[tuple[InputLayout | None, bool]] = ContextVar(
+    "resadapt_caller", default=(None, False)
+)
 """What the outermost of these classes was given, and whether one of them calls, or another module in between."""
 
 
-def _given(module: nn.Module, x: Any, outer: Given | None) -> Given:
+def _given(module: nn.Module, x: Any, outer: InputLayout | None) -> InputLayout:
     """Returns what is known of the input of the outermost of these classes."""
     if not is_ordinary(x) or x.ndim != 4:
         return _ANYTHING
     size = max(min(x.shape[2:]), 0 if outer is None else outer.size)
     # A convolution returns channels_last for such an input, and for such a weight.
-    return Given(size, is_channels_last(x) or any(map(is_channels_last, module.parameters())))
+    return InputLayout(size, is_channels_last(x) or any(map(is_channels_last, module.parameters())))
 
 
-def _as_given(x: Any, given: Given) -> Any:
+def _as_given(x: Any, given: InputLayout) -> Any:
     """Returns a feature map laid out as stock modules do it."""
-    if isinstance(x, Tensor) and type(x) is not Absent and not given.channels_last and is_channels_last(x):
+    if (
+        isinstance(x, Tensor)
+        and type(x) is not MetaStandIn
+        and not given.channels_last
+        and is_channels_last(x)
+    ):
         return x.contiguous()
     return x
 
 
-def _run(module: nn.Module, x: Any, given: Given) -> Any:
+def _run(module: nn.Module, x: Any, given: InputLayout) -> Any:
     """Returns a module's output for a feature map that may lie in memory as it was computed."""
     if not is_ordinary(x):  # nothing is folded then
         return module(x)
-    known = not module._compiled_call_impl and not has_hooks(module, apply_adapter) and _takes_any(module)
+    known = (
+        not module._compiled_call_impl
+        and not has_hooks(module, apply_adapter)
+        and _takes_any(module)
+    )
     runs = running_at(module)
     if known and isinstance(module, _Inner) and runs is module and "forward" not in module.__dict__:
         out = module.inside(x, given)
         return out if find_slot(module) is None else apply_adapter(module, (x,), out)
-    known = known and runs is not None and (isinstance(runs, _Inner) or class_of(runs) in _ANY_LAYOUT)
+    known = (
+        known and runs is not None and (isinstance(runs, _Inner) or class_of(runs) in _ANY_LAYOUT)
+    )
     token = _caller.set((given, known))
     try:
         return module(x if known else _as_given(x, given))
@@ -98,27 +121,29 @@ def _run(module: nn.Module, x: Any, given: Given) -> Any:
 def _takes_any(module: nn.Module) -> bool:
     """Tells whether a module's forward and its adapter give the same numbers, and draw the same, however a feature map lies."""
     slot = find_slot(module)
-    if own_forward(module) is not None or (slot is not None and slot.mixture is not None):
+    if replaced_forward(module) is not None or (slot is not None and slot.mixture is not None):
         return False
     adapter = slot._modules[slot.active] if slot is not None and slot.active in slot.sites else None
     if adapter is None or isinstance(adapter, PooledAdapter):
         return True
-    drops = adapter.training and any(isinstance(each, nn.Dropout) and each.p for each in adapter.modules())
+    drops = adapter.training and any(
+        isinstance(each, nn.Dropout) and each.p for each in adapter.modules()
+    )
     return type(adapter).__module__.startswith("resadapt.") and not drops
 
 
-def _normalised(convolution: nn.Module, norm: nn.Module, x: Any, given: Given) -> Any:
+def _normalised(convolution: nn.Module, norm: nn.Module, x: Any, given: InputLayout) -> Any:
     """Returns what a norm makes of a convolution's output."""
     out = in_one_step(convolution, norm, x, given)
     return _run(norm, _run(convolution, x, given), given) if out is None else out
 
 
-def _shared(x: Any, given: Given, first: nn.Module) -> Any:
+def _shared(x: Any, given: InputLayout, first: nn.Module) -> Any:
     """Returns the input of a block, of which hooks of its first module may change the elements."""
     return _as_given(x, given) if has_hooks(first) else x
 
 
-def _beside(downsample: nn.Module | None, x: Any, given: Given) -> Any:
+def _beside(downsample: nn.Module | None, x: Any, given: InputLayout) -> Any:
     """Returns what a block adds to its own output."""
     if downsample is not None:
         return _run(downsample, x, given)
@@ -129,7 +154,7 @@ class LeanSequential(_Inner, nn.Sequential):
     """`torch.nn.Sequential` that folds norms into the convolutions before them."""
 
     @override
-    def inside(self, x: Any, given: Given) -> Any:
+    def inside(self, x: Any, given: InputLayout) -> Any:
         """Runs the modules one after another."""
         modules = list(self)
         while modules:
@@ -153,7 +178,7 @@ class LeanBasicBlock(_Inner, BasicBlock):  # type: ignore[misc]
     """torchvision's `BasicBlock` that folds its norms."""
 
     @override
-    def inside(self, x: Tensor, given: Given) -> Tensor:
+    def inside(self, x: Tensor, given: InputLayout) -> Tensor:
         """Returns the block's output for a feature map."""
         x = _shared(x, given, self.conv1)
         out = _run(self.relu, _normalised(self.conv1, self.bn1, x, given), given)
@@ -167,7 +192,7 @@ class LeanBottleneck(_Inner, Bottleneck):  # type: ignore[misc]
     """torchvision's `Bottleneck` that folds its norms."""
 
     @override
-    def inside(self, x: Tensor, given: Given) -> Tensor:
+    def inside(self, x: Tensor, given: InputLayout) -> Tensor:
         """Returns the block's output for a feature map."""
         x = _shared(x, given, self.conv1)
         out = _run(self.relu, _normalised(self.conv1, self.bn1, x, given), given)
@@ -185,7 +210,15 @@ class LeanResNet(Overlay, ResNet):  # type: ignore[misc]
     def _forward_impl(self, x: Tensor) -> Tensor:
         given = _given(self, x, _caller.get()[0])
         h = _normalised(self.conv1, self.bn1, x, given)
-        for module in (self.relu, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4, self.avgpool):
+        for module in (
+            self.relu,
+            self.maxpool,
+            self.layer1,
+            self.layer2,
+            self.layer3,
+            self.layer4,
+            self.avgpool,
+        ):
             h = _run(module, h, given)
         logits: Tensor = self.fc(torch.flatten(h, 1))
         return logits
@@ -205,4 +238,9 @@ FOLDING: dict[type[nn.Module], type[nn.Module]] = {
 def in_residual_blocks(modules: Iterable[nn.Module]) -> set[int]:
     """Returns the identities of the modules of residual blocks, between which feature maps had better lie in channels_last."""
     blocks = [module for module in modules if type(module) in (BasicBlock, Bottleneck, ResNet)]
-    return {id(module) for block in blocks for child in block.children() for module in (child, *child.children())}
+    return {
+        id(module)
+        for block in blocks
+        for child in block.children()
+        for module in (child, *child.children())
+    }

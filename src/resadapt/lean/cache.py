@@ -13,22 +13,21 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from resadapt.base.errors import AdapterError, InjectionError
+from resadapt.base.errors import AdapterError, InjectionError, quote_names, quote_reasons
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import quote_names, quote_reasons, within
-from resadapt.base.nested import map_tensors
+from resadapt.base.inputs import map_tensors
+from resadapt.base.spec import within
 from resadapt.base.tensors import dtype_name, stamp
 from resadapt.base.undisturbed import EAGERLY
-from resadapt.injection.intercept import own_forward
+from resadapt.injection.intercept import replaced_forward
 from resadapt.injection.ledger import backbone_differences, ledger_of
 from resadapt.injection.private import HOOKS
-from resadapt.injection.sharding import are_sharded
 from resadapt.injection.switching import check_switchable
-from resadapt.injection.walk import backbone_modules, backbone_tensors, unwrap
-from resadapt.lean.absent import NeededError
+from resadapt.injection.walk import are_sharded, backbone_modules, backbone_tensors, unwrap
 from resadapt.lean.feature_rows import FeatureRows
-from resadapt.lean.prefix import Plan, check_values, continued, plan_for, values_for
+from resadapt.lean.prefix import Plan, check_cached_values, continued, plan_for, values_for
 from resadapt.lean.samples import Samples, split
+from resadapt.lean.stand_in import NeededError
 
 __all__ = ["PrefixCache", "cache_prefix"]
 
@@ -48,32 +47,39 @@ def cache_prefix(
     variants: int = 1,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> PrefixCache:
-    """Computes once what comes before the active set's first adapter, norm or head, for every sample of a data set.
+    """Computes once what comes before the active set's first adapter, norm or head, for every
+    sample of a data set.
 
-    What is returned is a data set again, of features in place of inputs, and runs the model from them: the later the first
-    adapter, the less is left to compute in each epoch. What the model needs besides the last features (a skip connection) is found
-    by trying, and kept too. Outputs, losses and gradients are those of the whole model; to the last bit on the CPU if the batches
-    that are trained on are full ones of the same `batch_size` (kernels may round differently for another).
+    What is returned is a data set again, of features in place of inputs, and runs the model from
+    them: the later the first adapter, the less is left to compute in each epoch. What the model
+    needs besides the last features (a skip connection) is found by trying, and kept too. Outputs,
+    losses and gradients are those of the whole model; to the last bit on the CPU if the batches
+    that are trained on are full ones of the same `batch_size` (kernels may round differently for
+    another).
 
     Args:
-        model: An injected model, in the dtype, on the device and under the autocast that it is to be trained with.
-        data: A data set with a length, whose samples are an input or a tuple of an input and what else there is (a label), in
-            tensors and numbers; or a loader, whose data set, batch size, workers and collate function are taken, not its order.
-        path: A directory for the features, mapped into memory. If it has some, they are used; those missing are computed. None
-            keeps them in memory.
+        model: An injected model, in the dtype, on the device and under the autocast that it is to
+            be trained with.
+        data: A data set with a length, whose samples are an input or a tuple of an input and what
+            else there is (a label), in tensors and numbers; or a loader, whose data set, batch
+            size, workers and collate function are taken, not its order.
+        path: A directory for the features, mapped into memory. If it has some, they are used; those
+            missing are computed. None keeps them in memory.
         batch_size: Samples that are computed at once.
         num_workers: Processes that load the data.
-        variants: Draws of each sample, where the data are random (augmentation): the features of all are kept, as so many times
-            more samples. 1 refuses random data.
+        variants: Draws of each sample, where the data are random (augmentation): the features of
+            all are kept, as so many times more samples. 1 refuses random data.
         progress: Called with the batches, to show how far it is, such as ``tqdm.tqdm``.
 
     Returns:
         The features.
 
     Raises:
-        InjectionError: Nothing was injected or is active; nothing comes before the set; or the model cannot be run from features.
+        InjectionError: Nothing was injected or is active; nothing comes before the set; or the
+            model cannot be run from features.
         BackboneMismatchError: The features in `path` are of another backbone.
-        AdapterFileError: What is in `path` is of other data, another set or not ours, or the disk is full.
+        AdapterFileError: What is in `path` is of other data, another set or not ours, or the disk
+            is full.
         AdapterError: The data have no length, are random, or cannot be kept.
 
     Example:
@@ -91,46 +97,73 @@ def cache_prefix(
     """
     if not callable(progress):
         raise AdapterError(
-            f"progress={progress!r}: give a function that is called with the batches and returns them, such as tqdm."
+            f"progress={progress!r}: give a function that is called with the batches and returns "
+            "them, such as tqdm."
         )
     ledger = ledger_of(model)
     inner = unwrap(model)
     if isinstance(model, DataParallel | DistributedDataParallel):
-        raise InjectionError("The model is wrapped in data parallelism, which features would pass by. Give the model inside.")
+        raise InjectionError(
+            "The model is wrapped in data parallelism, which features would pass by. Give the "
+            "model inside."
+        )
     spec = ledger.needed_set.spec
     check_switchable(inner, ledger, [ledger.needed_set])
     if are_sharded(module for _, module in backbone_modules(inner)):
         raise InjectionError(
-            "The model is sharded (fully_shard), whose parts are gathered where it runs whole. Cache before sharding."
+            "The model is sharded (fully_shard), whose parts are gathered where it runs whole. "
+            "Cache before sharding."
         )
     if drifted := backbone_differences(inner, ledger.fingerprint):
-        raise InjectionError(f"The backbone is not what was injected into: {quote_reasons(drifted)}.")
+        raise InjectionError(
+            f"The backbone is not what was injected into: {quote_reasons(drifted)}."
+        )
     _refuse_trained(inner)
     samples = Samples(data, batch_size, num_workers, variants)
-    device = next((parameter.device for parameter in nn.Module.parameters(inner)), torch.device("cpu"))
+    device = next(
+        (parameter.device for parameter in nn.Module.parameters(inner)), torch.device("cpu")
+    )
     tried = _moved(map_tensors(samples.some[0], lambda tensor: tensor[:_TRIED]), device)
     plan = plan_for(inner, spec, tried)
-    rows = FeatureRows(plan, samples, ledger.fingerprint.without(spec.head).to_json(), path, progress)
+    rows = FeatureRows(
+        plan, samples, ledger.fingerprint.without(spec.head).to_json(), path, progress
+    )
     known = [] if samples.is_random else samples.numbers[:_TRIED]
     if there := [number for number in known if number < rows.filled]:
-        check_values(inner, plan, map_tensors(tried, lambda tensor: tensor[: len(there)]), rows.features(there, device))
+        check_cached_values(
+            inner,
+            plan,
+            map_tensors(tried, lambda tensor: tensor[: len(there)]),
+            rows.features(there, device),
+        )
     for where, batch in samples.batches(rows.filled, progress):
         inputs, rest = split(batch)
         values = values_for(inner, plan, _moved(inputs, device))
-        rows.write(where, [*(values[number] for number in plan.needed), *rest], partial(samples.digests, batch))
+        rows.write(
+            where,
+            [*(values[number] for number in plan.needed), *rest],
+            partial(samples.digests, batch),
+        )
     values = rows.features(known, device) if known else values_for(inner, plan, tried)
     return PrefixCache(inner, plan, rows, ledger.fingerprint, (tried, values))
 
 
 class PrefixCache(Dataset[Any]):
-    """Features in place of a data set's inputs, and the model from there on; made by `cache_prefix`.
+    """Features in place of a data set's inputs, and the model from there on; made by
+    `cache_prefix`.
 
-    As a data set, sample i is what sample i of the data was, with features in place of the input: a tensor, or a tuple if the model
-    needs several. With `variants`, draw v of sample i is number ``v * length + i``.
+    As a data set, sample i is what sample i of the data was, with features in place of the input: a
+    tensor, or a tuple if the model needs several. With `variants`, draw v of sample i is number ``v
+    * length + i``.
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, rows: FeatureRows, backbone: Fingerprint, tried: tuple[Any, dict[int, Tensor]]
+        self,
+        model: nn.Module,
+        plan: Plan,
+        rows: FeatureRows,
+        backbone: Fingerprint,
+        tried: tuple[Any, dict[int, Tensor]],
     ) -> None:
         self._model: nn.Module | None = model
         self._plan, self._rows, self._backbone, self._tried = plan, rows, backbone, tried
@@ -168,32 +201,44 @@ class PrefixCache(Dataset[Any]):
             What the model returns for the inputs.
 
         Raises:
-            InjectionError: The backbone has changed, or a set is active that begins before the features.
+            InjectionError: The backbone has changed, or a set is active that begins before the
+                features.
         """
         if self._model is None:
-            raise InjectionError("This is a copy of the features without the model, as a worker of a DataLoader has it.")
+            raise InjectionError(
+                "This is a copy of the features without the model, as a worker of a DataLoader has "
+                "it."
+            )
         model, plan = self._model, self._plan
         active = ledger_of(model).needed_set.spec
         self._check_backbone(model)
         tensors = list(features) if isinstance(features, list | tuple) else [features]
         forms = [plan.forms[number] for number in plan.needed]
         given = [
-            _told(tensor.dtype, tensor.shape[1:]) if isinstance(tensor, Tensor) else type(tensor).__name__ for tensor in tensors
+            _told(tensor.dtype, tensor.shape[1:])
+            if isinstance(tensor, Tensor)
+            else type(tensor).__name__
+            for tensor in tensors
         ]
         kept = [_told(form.dtype, form.shape[1:]) for form in forms]
         if given != kept or len({len(tensor) for tensor in tensors}) > 1:
             raise InjectionError(
-                f"The features are {quote_names(given)}, where {quote_names(kept)} was kept: give a batch of what the data set has."
+                f"The features are {quote_names(given)}, where {quote_names(kept)} was kept: give "
+                "a batch of what the data set has."
             )
         # Copies: the model may change them in place.
-        values = {n: form.laid_out(tensor.clone()) for n, form, tensor in zip(plan.needed, forms, tensors, strict=True)}
+        values = {
+            n: form.laid_out(tensor.clone())
+            for n, form, tensor in zip(plan.needed, forms, tensors, strict=True)
+        }
         with EAGERLY:  # what is compiled cannot be told what is not there
             output = continued(model, plan, [plan.spec, active], values, len(tensors[0]))
         if isinstance(output, NeededError):
             names = quote_names([plan.forms[number].name for number in output.numbers])
             raise InjectionError(
-                f"With the set {active.name!r} the model needs the {names}, which was not kept: the features were "
-                f"computed for {plan.spec.name!r}, and the modules that ran then (optimize_backbone changes them). Make them anew."
+                f"With the set {active.name!r} the model needs the {names}, which was not kept: "
+                f"the features were computed for {plan.spec.name!r}, and the modules that ran then "
+                "(optimize_backbone changes them). Make them anew."
             )
         return output
 
@@ -202,8 +247,10 @@ class PrefixCache(Dataset[Any]):
             return
         _refuse_trained(model)
         if drifted := backbone_differences(model, self._backbone):
-            raise InjectionError(f"The backbone has changed since its features were kept: {quote_reasons(drifted)}.")
-        check_values(model, self._plan, *self._tried)
+            raise InjectionError(
+                f"The backbone has changed since its features were kept: {quote_reasons(drifted)}."
+            )
+        check_cached_values(model, self._plan, *self._tried)
         self._stamps = today
 
 
@@ -222,9 +269,15 @@ def _stamps(model: nn.Module, plan: Plan) -> list[object]:
     settings = [  # of copies, since another thread may put something over a forward meanwhile
         (
             type(module),
-            [item for item in vars(module).copy().items() if type(item[1]) in _SETTINGS and item[0] != "training"],
-            [hook for hooks in HOOKS for hook in (vars(module).get(hooks) or {}).copy().values()] if within(name, places) else [],
-            own_forward(module) if within(name, places) else None,
+            [
+                item
+                for item in vars(module).copy().items()
+                if type(item[1]) in _SETTINGS and item[0] != "training"
+            ],
+            [hook for hooks in HOOKS for hook in (vars(module).get(hooks) or {}).copy().values()]
+            if within(name, places)
+            else [],
+            replaced_forward(module) if within(name, places) else None,
         )
         for name, module in backbone_modules(model)
     ]
@@ -235,6 +288,6 @@ def _refuse_trained(model: nn.Module) -> None:
     """Refuses a backbone of which something is to be trained, which no gradient would reach."""
     if trained := [path for path, tensor in backbone_tensors(model) if tensor.requires_grad]:
         raise InjectionError(
-            f"{quote_names(trained)} of the backbone is to be trained, and from kept features no gradient reaches it. Freeze it again, "
-            "requires_grad_(False)."
+            f"{quote_names(trained)} of the backbone is to be trained, and from kept features no "
+            "gradient reaches it. Freeze it again, requires_grad_(False)."
         )

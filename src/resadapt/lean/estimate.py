@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, InjectionError
-from resadapt.base.nested import named_in
+from resadapt.base.inputs import named_in
 from resadapt.base.overlay import FOLDED
 from resadapt.base.undisturbed import EAGERLY
 from resadapt.injection.ledger import ledger_of
@@ -32,11 +32,13 @@ class StepCost:
 
     Args:
         trained: Number of parameters that get gradients.
-        saved_bytes: What the forward pass keeps for the backward pass, besides the input and the model's own tensors.
-        peak_bytes: The most that all tensors take at once: the model, the input, what is saved, gradients and what is just being
-            computed. Memory that kernels use inside is not counted.
-        forward_flops: Operations of convolutions and matrix products in the forward pass, a multiplication and an addition being
-            two.
+        saved_bytes: What the forward pass keeps for the backward pass, besides the input and the
+            model's own tensors.
+        peak_bytes: The most that all tensors take at once: the model, the input, what is saved,
+            gradients and what is just being computed. Memory that kernels use inside is not
+            counted.
+        forward_flops: Operations of convolutions and matrix products in the forward pass, a
+            multiplication and an addition being two.
         backward_flops: The same of the backward pass.
     """
 
@@ -49,7 +51,8 @@ class StepCost:
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """A training step of an injected model, beside full fine-tuning of its backbone; its text is a table.
+    """A training step of an injected model, beside full fine-tuning of its backbone; its text is a
+    table.
 
     Args:
         adapters: The model as it is.
@@ -75,10 +78,14 @@ class TrainingEstimate:
         return "\n".join(lines)
 
 
-def estimate_training(model: nn.Module, input_shape: list[int] | tuple[int, ...]) -> TrainingEstimate:
-    """Tells what a training step of an injected model takes, beside full fine-tuning, without computing one.
+def estimate_training(
+    model: nn.Module, input_shape: list[int] | tuple[int, ...]
+) -> TrainingEstimate:
+    """Tells what a training step of an injected model takes, beside full fine-tuning, without
+    computing one.
 
-    The step is run on a copy of the model without elements: it takes no memory to speak of, and the time of the Python code.
+    The step is run on a copy of the model without elements: it takes no memory to speak of, and the
+    time of the Python code.
 
     Args:
         model: An injected model, optimized or not.
@@ -88,7 +95,8 @@ def estimate_training(model: nn.Module, input_shape: list[int] | tuple[int, ...]
         The estimate.
 
     Raises:
-        InjectionError: Nothing was injected or is active, or the model looks at the elements of tensors on its way.
+        InjectionError: Nothing was injected or is active, or the model looks at the elements of
+            tensors on its way.
         AdapterError: `input_shape` is no shape.
 
     Example:
@@ -100,29 +108,41 @@ def estimate_training(model: nn.Module, input_shape: list[int] | tuple[int, ...]
     """
     shape = tuple(input_shape) if isinstance(input_shape, list | tuple) else ()
     if not shape or any(type(size) is not int or size < 1 for size in shape):
-        raise AdapterError(f"input_shape={input_shape!r}: give the sizes of an input, the batch first, such as (8, 3, 224, 224).")
+        raise AdapterError(
+            f"input_shape={input_shape!r}: give the sizes of an input, the batch first, such as "
+            "(8, 3, 224, 224)."
+        )
     _ = ledger_of(model).needed_set
     try:
         with EAGERLY:
-            adapted, full = (_without_elements(unwrap(model)) for _ in range(2))
+            adapted, full = (_meta_copy(unwrap(model)) for _ in range(2))
             remove_adapters(full).requires_grad_(True)
-            dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
-            costs = [cost_of_step(each.train(), torch.empty(shape, dtype=dtype, device="meta")) for each in (adapted, full)]
+            dtype = next(
+                (p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32
+            )
+            costs = [
+                cost_of_step(each.train(), torch.empty(shape, dtype=dtype, device="meta"))
+                for each in (adapted, full)
+            ]
     except Exception as error:  # a model of anyone's may raise anything
         raise InjectionError(
-            f"The model cannot be run without the elements of its tensors on an input of shape {list(shape)}: "
-            f"{type(error).__name__}: {error}"
+            "The model cannot be run without the elements of its tensors on an input of shape "
+            f"{list(shape)}: {type(error).__name__}: {error}"
         ) from error
     return TrainingEstimate(*costs)
 
 
-def _without_elements(model: nn.Module) -> nn.Module:
+def _meta_copy(model: nn.Module) -> nn.Module:
     """Returns a copy of a model on the meta device, made without copying an element."""
     with torch.no_grad():
         memo: dict[int, Any] = {}
         for tensor in (*nn.Module.parameters(model), *nn.Module.buffers(model)):
             empty = torch.empty_like(tensor, device="meta")
-            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+            memo[id(tensor)] = (
+                nn.Parameter(empty, tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else empty
+            )
     return copy.deepcopy(model, memo)
 
 
@@ -134,7 +154,9 @@ def cost_of_step(model: nn.Module, x: Tensor) -> StepCost:
     own += [tensor for module in nn.Module.modules(model) for tensor in _folded(module)]
     memory, saved = _Memory(own), _Saved(own)
     # torch's own formula for the gradient of a convolution takes no account of groups.
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops})
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops}
+    )
     with memory, counter:
         with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
             output = model(x)
@@ -152,7 +174,10 @@ def cost_of_step(model: nn.Module, x: Tensor) -> StepCost:
 
 
 def _backward_flops(grad: Any, x: Any, weight: Any, *more: Any, out_shape: Any, **_: Any) -> int:
-    """Returns the operations of a convolution's gradients: as many as forward for each of those of input and weight."""
+    """Returns the operations of a convolution's gradients.
+
+    As many as forward for each of those of input and weight.
+    """
     transposed, mask = more[4], more[7]
     positions = math.prod((x if transposed else grad)[2:])
     return int(2 * (mask[0] + mask[1]) * grad[0] * positions * math.prod(weight))

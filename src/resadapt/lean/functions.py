@@ -1,4 +1,7 @@
-"""What a frozen layer's backward pass needs, and no more: autograd functions that give the gradient of their input only."""
+"""What a frozen layer's backward pass needs, and no more.
+
+Autograd functions that give the gradient of their input only.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from torch.autograd import Function, forward_ad
 from typing_extensions import override
 
 from resadapt.base.tensors import is_channels_last, memory_format
-from resadapt.lean.absent import Absent
 from resadapt.lean.bits import packed, packed_in_graph, unpacked, unpacked_in_graph
+from resadapt.lean.stand_in import MetaStandIn
 
 __all__ = [
-    "PLAIN",
+    "STOCK_TENSORS",
     "CompiledReLU",
     "FrozenConvolution",
     "FrozenNorm",
@@ -29,7 +32,7 @@ __all__ = [
 
 Pair = tuple[int, int]
 
-PLAIN = (Tensor, torch.nn.Parameter)  # not one that is made of others, or sharded
+STOCK_TENSORS = (Tensor, torch.nn.Parameter)  # not one that is made of others, or sharded
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -39,14 +42,17 @@ def can_be_lean(x: Tensor, *constants: Tensor | None) -> bool:
         (is_ordinary(x) or is_compiled(x))
         and x.requires_grad
         and torch.is_grad_enabled()
-        and all(part is None or (type(part) in PLAIN and not part.requires_grad) for part in constants)
+        and all(
+            part is None or (type(part) in STOCK_TENSORS and not part.requires_grad)
+            for part in constants
+        )
     )
 
 
 def is_ordinary(x: object) -> bool:
     """Tells whether a layer is called by ordinary Python, with a plain tensor, or with what stands for one."""
     return (
-        type(x) in (Tensor, Absent)
+        type(x) in (Tensor, MetaStandIn)
         and not torch.compiler.is_compiling()  # compilers, tracers and torch.func take stock layers apart themselves
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch._C._are_functorch_transforms_active()
@@ -66,7 +72,10 @@ def is_compiled(x: object) -> bool:
 
 
 class FrozenConvolution(Function):
-    """A convolution whose weight is a constant: it saves that weight, which it shares, and nothing of its input."""
+    """A convolution whose weight is a constant.
+
+    It saves that weight, which it shares, and nothing of its input.
+    """
 
     @override
     @staticmethod
@@ -98,12 +107,17 @@ class FrozenConvolution(Function):
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         like_input = grad.new_empty(1).expand(ctx.size)  # only its sizes count
-        if ctx.format is not torch.contiguous_format:  # the stock gradient lies as the input does, of which nothing else tells
+        if (
+            ctx.format is not torch.contiguous_format
+        ):  # the stock gradient lies as the input does, of which nothing else tells
             weight = weight.contiguous(memory_format=ctx.format)
-            # A weight of one tap lies so in any case, but only its strides say it; of one channel too, nothing says it.
+            # A weight of one tap lies so in any case, but only its strides say it; of one channel
+            # too, nothing says it.
             weight = weight.as_strided(weight.shape, _strides_of_channels_last(weight.shape))
             if weight[0].numel() == 1:
-                like_input = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.format)
+                like_input = torch.empty(
+                    ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.format
+                )
         result = torch.ops.aten.convolution_backward(
             grad,
             like_input,
@@ -121,11 +135,16 @@ class FrozenConvolution(Function):
 
 
 class FrozenNorm(Function):
-    """A BatchNorm with fixed statistics and a constant affine: a scale for each channel, computed from what it shares."""
+    """A BatchNorm with fixed statistics and a constant affine.
+
+    A scale for each channel, computed from what it shares.
+    """
 
     @override
     @staticmethod
-    def forward(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
         """Computes what the stock norm does, by the same kernel."""
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
@@ -161,12 +180,17 @@ class PackedReLU(Function):
     @override
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves the bits, and whether channels come last in them: checkpointed, an output may lie otherwise the second time."""
+        """Saves the bits, and whether channels come last in them.
+
+        Checkpointed, an output may lie otherwise the second time.
+        """
         x, inplace = inputs
         if inplace:
             ctx.mark_dirty(x)
         ctx.shape, last = output.shape, is_channels_last(output)
-        ctx.save_for_backward(packed(output.movedim(1, -1) if last else output), torch.tensor(last, device="cpu"))
+        ctx.save_for_backward(
+            packed(output.movedim(1, -1) if last else output), torch.tensor(last, device="cpu")
+        )
 
     @override
     @staticmethod
@@ -175,7 +199,11 @@ class PackedReLU(Function):
         bits, last = ctx.saved_tensors
         shape = ctx.shape
         flat = unpacked(bits, shape.numel(), grad.dtype)
-        out = flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else flat.reshape(shape)
+        out = (
+            flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+            if last
+            else flat.reshape(shape)
+        )
         # What the stock ReLU calls too, by some times faster than torch.where.
         return torch.ops.aten.threshold_backward(grad, out, 0), None
 
@@ -211,14 +239,26 @@ class SmallIndexPool(Function):
 
     @override
     @staticmethod
-    def forward(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> tuple[Tensor, Tensor]:
-        """Computes what the stock pooling does, by the same kernel; and the places, which are no output of the layer's."""
-        out, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil_mode)
+    def forward(
+        x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Computes what the stock pooling does, by the same kernel.
+
+        And the places, which are no output of the layer's.
+        """
+        out, indices = torch.ops.aten.max_pool2d_with_indices(
+            x, kernel, stride, padding, dilation, ceil_mode
+        )
         top, left = _corners(out, stride, padding)
         width = x.shape[-1]
-        rows, columns = indices.div(width, rounding_mode="floor").sub_(top), indices.remainder(width).sub_(left)
+        rows, columns = (
+            indices.div(width, rounding_mode="floor").sub_(top),
+            indices.remainder(width).sub_(left),
+        )
         places = (
-            rows.div_(dilation[0], rounding_mode="floor").mul_(kernel[1]).add_(columns.div_(dilation[1], rounding_mode="floor"))
+            rows.div_(dilation[0], rounding_mode="floor")
+            .mul_(kernel[1])
+            .add_(columns.div_(dilation[1], rounding_mode="floor"))
         )
         return out, places.to(torch.uint8)
 
@@ -241,7 +281,9 @@ class SmallIndexPool(Function):
         top, left = _corners(grad, stride, padding)
         where = places.long()
         rows = where.div(kernel[1], rounding_mode="floor").mul_(dilation[0]).add_(top)
-        indices = rows.mul_(ctx.shape[-1]).add_(where.remainder_(kernel[1]).mul_(dilation[1])).add_(left)
+        indices = (
+            rows.mul_(ctx.shape[-1]).add_(where.remainder_(kernel[1]).mul_(dilation[1])).add_(left)
+        )
         maps = (*ctx.shape[:2], -1)
         flat = grad.new_zeros(*ctx.shape[:2], ctx.shape[2] * ctx.shape[3])
         flat = flat.scatter_add(2, indices.reshape(maps), grad.reshape(maps))
@@ -249,7 +291,10 @@ class SmallIndexPool(Function):
 
 
 def _laid_out(grad: Tensor, form: torch.memory_format) -> Tensor:
-    """Returns a gradient in a memory format; compilers see to that themselves, and of gradients in batches nothing can be told."""
+    """Returns a gradient in a memory format.
+
+    Compilers see to that themselves, and of gradients in batches nothing can be told.
+    """
     if torch.compiler.is_compiling():
         return grad
     functorch = torch._C._functorch

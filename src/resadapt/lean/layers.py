@@ -1,7 +1,8 @@
 """Stock layers, whose backward passes keep no more than they need while the layers are frozen.
 
-Each takes a stock layer's place by its class alone: parameters, buffers, hooks and names are the same objects as before. Wherever a
-layer is trained, exported, traced or transformed, it runs as the stock one.
+Each takes a stock layer's place by its class alone: parameters, buffers, hooks and names are the
+same objects as before. Wherever a layer is trained, exported, traced or transformed, it runs as the
+stock one.
 """
 
 from __future__ import annotations
@@ -40,13 +41,19 @@ class _LeanConvolution(Overlay, _ConvNd):
     @override
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # A batch only: the stock forward makes one of a single sample, by views that cost nothing.
-        if not can_be_lean(input, weight, bias) or isinstance(self.padding, str) or input.ndim != weight.ndim:
+        if (
+            not can_be_lean(input, weight, bias)
+            or isinstance(self.padding, str)
+            or input.ndim != weight.ndim
+        ):
             return super()._conv_forward(input, weight, bias)
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * len(self.stride)
-        out: Tensor = FrozenConvolution.apply(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        out: Tensor = FrozenConvolution.apply(
+            input, weight, bias, self.stride, padding, self.dilation, self.groups
+        )
         return out
 
 
@@ -54,9 +61,15 @@ class _LeanNorm(FrozenStatistics):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Normalises a batch ``[N, C, ...]``."""
-        if self.running_mean is None or self.running_var is None or not can_be_lean(input, self.weight, self.bias):
+        if (
+            self.running_mean is None
+            or self.running_var is None
+            or not can_be_lean(input, self.weight, self.bias)
+        ):
             return super().forward(input)
-        out: Tensor = FrozenNorm.apply(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        out: Tensor = FrozenNorm.apply(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+        )
         return out
 
 
@@ -82,10 +95,19 @@ class LeanMaxPool2d(Overlay, nn.MaxPool2d):
     def forward(self, input: Tensor) -> Any:
         """Returns the largest element of each window."""
         kernel = _pair(self.kernel_size)
-        if self.return_indices or not can_be_lean(input) or input.ndim != 4 or math.prod(kernel) > 256:
+        if (
+            self.return_indices
+            or not can_be_lean(input)
+            or input.ndim != 4
+            or math.prod(kernel) > 256
+        ):
             return super().forward(input)
         stride: Any = self.stride
-        geometry = (kernel if stride in (None, [], ()) else _pair(stride), _pair(self.padding), _pair(self.dilation))
+        geometry = (
+            kernel if stride in (None, [], ()) else _pair(stride),
+            _pair(self.padding),
+            _pair(self.dilation),
+        )
         return SmallIndexPool.apply(input, kernel, *geometry, self.ceil_mode)[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from resadapt.base.arguments import check_flag
+from resadapt.base.errors import check_flag
 from resadapt.base.overlay import FOLDED, Overlay, class_of, mixin_of, put_class, strip
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.private import private_modules
@@ -18,22 +18,27 @@ __all__ = ["optimize_backbone", "restore_backbone"]
 
 
 def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module:
-    """Has the frozen layers of an injected model keep no more for the backward pass than the gradient of their input needs.
+    """Has the frozen layers of an injected model keep no more for the backward pass than the
+    gradient of their input needs.
 
-    A frozen convolution then saves its weight, which it has anyway, a norm its statistics, a ReLU one bit an element, a max pooling
-    one byte; stock ones save their inputs and outputs. Parameters, names, hooks, files and fingerprints do not change, so this can
-    be done and undone at any time, and what is trained so loads anywhere.
+    A frozen convolution then saves its weight, which it has anyway, a norm its statistics, a ReLU
+    one bit an element, a max pooling one byte; stock ones save their inputs and outputs.
+    Parameters, names, hooks, files and fingerprints do not change, so this can be done and undone
+    at any time, and what is trained so loads anywhere.
 
-    Convolutions, BatchNorms, ReLUs and 2-D max poolings of torch.nn are served, and torchvision's 3-D convolutions; other layers
-    stay as they are. A layer that is trained (a head, a set's own norms), exported, traced or transformed by torch.func runs as the
-    stock one. Under torch.compile nothing is folded but by the compiler.
+    Convolutions, BatchNorms, ReLUs and 2-D max poolings of torch.nn are served, and torchvision's
+    3-D convolutions; other layers stay as they are. A layer that is trained (a head, a set's own
+    norms), exported, traced or transformed by torch.func runs as the stock one. Under torch.compile
+    nothing is folded but by the compiler.
 
     Args:
         model: An injected model; it is changed in place.
-        fold_norms: In torchvision's residual blocks and in Sequentials, compute a frozen norm and the convolution before it in one
-            step, with a weight and bias made from both in float64. That is faster, takes the memory of the weights once more, and
-            rounds differently. It is left where anything could see what is between them: an adapter, a hook, a set's own norm;
-            and where files are proven. False: outputs are those of the plain backbone to the last bit.
+        fold_norms: In torchvision's residual blocks and in Sequentials, compute a frozen norm and
+            the convolution before it in one step, with a weight and bias made from both in float64.
+            That is faster, takes the memory of the weights once more, and rounds differently. It is
+            left where anything could see what is between them: an adapter, a hook, a set's own
+            norm; and where files are proven. False: outputs are those of the plain backbone to the
+            last bit.
 
     Returns:
         The model.

@@ -15,16 +15,16 @@ from resadapt.base.tensors import is_channels_last, stamp
 from resadapt.base.undisturbed import is_undisturbed
 from resadapt.injection.freeze import FrozenStatistics
 from resadapt.injection.intercept import Intercept
-from resadapt.injection.route import running_at
-from resadapt.lean.functions import PLAIN, is_ordinary
+from resadapt.injection.private import running_at
+from resadapt.lean.functions import STOCK_TENSORS, is_ordinary
 
-__all__ = ["FoldedPair", "Given", "has_hooks", "in_one_step", "with_gradient_as_given"]
+__all__ = ["FoldedPair", "InputLayout", "has_hooks", "in_one_step", "with_gradient_as_given"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-class Given(NamedTuple):
+class InputLayout(NamedTuple):
     """What is known of the input of the outermost module that runs pairs.
 
     Args:
@@ -42,13 +42,17 @@ class FoldedPair:
     A copy of a module gets an empty one, and so does a pickled module.
 
     Args:
-        lays_out: Whether the weight, and with it what it gives, lies in channels_last for images of some size, where the
-            convolution's own does not.
+        lays_out: Whether the weight, and with it what it gives, lies in channels_last for images of
+            some size, where the convolution's own does not.
     """
 
     def __init__(self, lays_out: bool = False) -> None:
         self._lays_out = lays_out
-        self._made: tuple[Any, Any, tuple[Tensor, ...]] = (None, None, ())  # in one, which threads exchange at once
+        self._made: tuple[Any, Any, tuple[Tensor, ...]] = (
+            None,
+            None,
+            (),
+        )  # in one, which threads exchange at once
 
     def __deepcopy__(self, memo: Any) -> FoldedPair:
         """Returns an empty one."""
@@ -63,7 +67,7 @@ class FoldedPair:
         """Weight and bias, once they are made."""
         return self._made[2]
 
-    def of(self, convolution: nn.Module, norm: nn.Module, given: Given) -> tuple[Tensor, ...]:
+    def of(self, convolution: nn.Module, norm: nn.Module, given: InputLayout) -> tuple[Tensor, ...]:
         """Returns weight and bias, which are made anew when what they were made from was changed or moved."""
         channels_last = self._lays_out and given.size >= _LARGE
         parts = [part for part in _parts(convolution, norm) if part is not None]
@@ -71,7 +75,8 @@ class FoldedPair:
         made_from, _, tensors = self._made
         if made_from != today:
             tensors = _fold(convolution, norm, channels_last)
-            # Their memory is held, so that nothing else can come to lie where it is and be taken for it.
+            # Their memory is held, so that nothing else can come to lie where it is and be taken
+            # for it.
             self._made = today, [part.detach() for part in parts], tensors
         return tensors
 
@@ -80,8 +85,9 @@ _LARGE = 96
 """Pixels of an image from which on it is faster to have feature maps in channels_last."""
 
 
-def in_one_step(convolution: nn.Module, norm: nn.Module, x: Any, given: Given) -> Any:
-    """Returns what a norm makes of a convolution's output, if both are frozen and nothing is between them; else None.
+def in_one_step(convolution: nn.Module, norm: nn.Module, x: Any, given: InputLayout) -> Any:
+    """Returns what a norm makes of a convolution's output, if both are frozen and nothing is
+    between them; else None.
 
     Args:
         convolution: The convolution.
@@ -97,7 +103,7 @@ def in_one_step(convolution: nn.Module, norm: nn.Module, x: Any, given: Given) -
     return convolution._conv_forward(x, weight, bias)  # type: ignore[operator]
 
 
-def with_gradient_as_given(x: Tensor, given: Given) -> Tensor:
+def with_gradient_as_given(x: Tensor, given: InputLayout) -> Tensor:
     """Returns a feature map whose gradient will lie in memory as that of stock modules, if the map does."""
     wanted = x.requires_grad and not given.channels_last and not is_channels_last(x)
     return _ContiguousGradient.apply(x) if wanted else x
@@ -131,7 +137,8 @@ def _are_one(convolution: nn.Module, norm: nn.Module) -> bool:
         and isinstance(convolution, Overlay)
         and isinstance(norm, FrozenStatistics)
         and norm.running_var is not None
-        and convolution.weight is convolution._parameters.get("weight")  # not one that is computed anew each time
+        and convolution.weight
+        is convolution._parameters.get("weight")  # not one that is computed anew each time
         and convolution.bias is convolution._parameters.get("bias")
         and all(part is None or _is_constant(part) for part in _parts(convolution, norm))
         and not (has_hooks(convolution) or has_hooks(norm))
@@ -141,13 +148,17 @@ def _are_one(convolution: nn.Module, norm: nn.Module) -> bool:
 
 def _is_constant(part: Tensor) -> bool:
     """Tells whether a tensor is frozen, and shows when it is written to all the same."""
-    return type(part) in PLAIN and not part.requires_grad and not part.is_inference()
+    return type(part) in STOCK_TENSORS and not part.requires_grad and not part.is_inference()
 
 
 def has_hooks(module: nn.Module, but: Any = None) -> bool:
     """Tells whether something sees what a module is given or returns, besides one hook."""
     return bool(
-        any(hook is not but for hooks in _HOOKS for hook in (module.__dict__.get(hooks) or {}).values())
+        any(
+            hook is not but
+            for hooks in _HOOKS
+            for hook in (module.__dict__.get(hooks) or {}).values()
+        )
         or torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
@@ -179,6 +190,10 @@ def _fold(convolution: Any, norm: Any, channels_last: bool) -> tuple[Tensor, Ten
     factor = scale * (norm.running_var.double() + norm.eps).rsqrt()
     moved = (bias - norm.running_mean.double()) * factor + shift
     folded = (weight.double() * factor.reshape(-1, *[1] * (weight.ndim - 1))).to(weight.dtype)
-    if weight.ndim == 4 and ((channels_last and weight.device.type in ("cpu", "meta")) or is_channels_last(weight)):
-        folded = folded.contiguous(memory_format=torch.channels_last)  # oneDNN is faster so, and hands it on from layer to layer
+    if weight.ndim == 4 and (
+        (channels_last and weight.device.type in ("cpu", "meta")) or is_channels_last(weight)
+    ):
+        folded = folded.contiguous(
+            memory_format=torch.channels_last
+        )  # oneDNN is faster so, and hands it on from layer to layer
     return folded, moved.to(weight.dtype)

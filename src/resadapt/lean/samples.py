@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from resadapt.base.errors import AdapterError
-from resadapt.base.nested import named_in
+from resadapt.base.inputs import named_in
 from resadapt.base.tensors import raw_bytes, row_digests
 from resadapt.base.undisturbed import random_state, random_states_kept
 
@@ -36,37 +36,62 @@ class Samples:
             if data.batch_size is not None:
                 self._options["batch_size"] = data.batch_size
             data = data.dataset
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("variants", variants, 1)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("variants", variants, 1),
+        ):
             if type(value) is not int or not least <= value <= _MOST:
-                raise AdapterError(f"{name}={value!r}: give a whole number from {least} to {_MOST:,}.")
-        if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-            raise AdapterError(f"{type(data).__name__} has no samples by number, or no length: give a data set with both.")
+                raise AdapterError(
+                    f"{name}={value!r}: give a whole number from {least} to {_MOST:,}."
+                )
+        if (
+            isinstance(data, IterableDataset)
+            or not hasattr(data, "__getitem__")
+            or not hasattr(data, "__len__")
+        ):
+            raise AdapterError(
+                f"{type(data).__name__} has no samples by number, or no length: give a data set "
+                "with both."
+            )
         try:
             self.data, self.variants, self.length = data, variants, len(data)
-            self.numbers = few = [n * self.length // _LOOKED_AT for n in range(_LOOKED_AT)] if self.length else []
+            self.numbers = few = (
+                [n * self.length // _LOOKED_AT for n in range(_LOOKED_AT)] if self.length else []
+            )
             with random_states_kept([]):
                 before = random_state()
                 batch, again = self._batch(few), split(self._batch(few))
                 self.some = split(batch)
-                self.is_random = before != random_state() or _bytes_of(self.some) != _bytes_of(again)
-                mixed = not self.is_random and not self.digests(self._batch(few[:1])).equal(self.digests(batch)[:1])
+                self.is_random = before != random_state() or _bytes_of(self.some) != _bytes_of(
+                    again
+                )
+                mixed = not self.is_random and not self.digests(self._batch(few[:1])).equal(
+                    self.digests(batch)[:1]
+                )
         except AdapterError:
             raise
         except Exception as error:  # a data set of anyone's may raise anything
-            raise AdapterError(f"{type(data).__name__} gives no batch of samples: {type(error).__name__}: {error}.") from error
+            raise AdapterError(
+                f"{type(data).__name__} gives no batch of samples: {type(error).__name__}: {error}."
+            ) from error
         if mixed:
             raise AdapterError(
-                "A sample is another one in a batch than alone: the collate function mixes samples, or makes them as long as "
-                "others."
+                "A sample is another one in a batch than alone: the collate function mixes "
+                "samples, or makes them as long as others."
             )
         if self.is_random and variants == 1:
             raise AdapterError(
-                "The data are random: a sample draws random numbers, or is not twice the same (augmentation?). Take that out, or "
-                "give variants=, how many draws of each sample to keep."
+                "The data are random: a sample draws random numbers, or is not twice the same "
+                "(augmentation?). Take that out, or give variants=, how many draws of each sample "
+                "to keep."
             )
 
-    def batches(self, row: int, progress: Progress, end: int | None = None) -> Iterator[tuple[slice, Any]]:
-        """Walks the batches from a row on, with the rows that they are; the last of each draw has more samples, to be full.
+    def batches(
+        self, row: int, progress: Progress, end: int | None = None
+    ) -> Iterator[tuple[slice, Any]]:
+        """Walks the batches from a row on, with the rows that they are; the last of each draw has
+        more samples, to be full.
 
         Raises:
             AdapterError: `progress` does not return the batches.
@@ -77,12 +102,21 @@ class Samples:
             first = row % self.length
             stop = min(first + end - row, self.length)
             numbers = [*range(first, stop)]
-            numbers += [numbers[-1]] * (-len(numbers) % size)  # kernels may round differently for another number of samples
-            own = None if self.is_random else torch.Generator()  # else a loader draws from torch's, even where nothing is random
-            loader = DataLoader(Subset(self.data, numbers), shuffle=False, generator=own, **self._options)
+            numbers += [numbers[-1]] * (
+                -len(numbers) % size
+            )  # kernels may round differently for another number of samples
+            own = (
+                None if self.is_random else torch.Generator()
+            )  # else a loader draws from torch's, even where nothing is random
+            loader = DataLoader(
+                Subset(self.data, numbers), shuffle=False, generator=own, **self._options
+            )
             shown, there = progress(loader), row
             if not isinstance(shown, Iterable):
-                raise AdapterError(f"progress returned {type(shown).__name__}, not the batches that it was called with.")
+                raise AdapterError(
+                    f"progress returned {type(shown).__name__}, not the batches that it was called "
+                    "with."
+                )
             for batch in shown:
                 until = min(row + size, row - row % self.length + stop)
                 yield slice(row, until), batch
@@ -98,7 +132,9 @@ class Samples:
 
     def _batch(self, numbers: list[int]) -> Any:
         options = self._options | {"batch_size": len(numbers), "num_workers": 0}
-        return next(iter(DataLoader(Subset(self.data, numbers), generator=torch.Generator(), **options)))
+        return next(
+            iter(DataLoader(Subset(self.data, numbers), generator=torch.Generator(), **options))
+        )
 
 
 def split(batch: Any) -> tuple[Any, list[Tensor]]:
@@ -108,8 +144,8 @@ def split(batch: Any) -> tuple[Any, list[Tensor]]:
     for number, value in enumerate(rest, 1):
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != count:
             raise AdapterError(
-                f"Part {number} of a sample is {type(value).__name__} in a batch, where a tensor with a row for each sample can be "
-                "kept. Return tensors and numbers."
+                f"Part {number} of a sample is {type(value).__name__} in a batch, where a tensor "
+                "with a row for each sample can be kept. Return tensors and numbers."
             )
     return inputs, rest
 
@@ -118,7 +154,10 @@ def _count(inputs: Any) -> int:
     """Returns the number of samples in a batch."""
     tensors = [tensor for _, tensor in named_in(inputs)]
     if not tensors or any(tensor.ndim == 0 or len(tensor) != len(tensors[0]) for tensor in tensors):
-        raise AdapterError(f"The input of a batch is {type(inputs).__name__}: tensors with a row for each sample are needed.")
+        raise AdapterError(
+            f"The input of a batch is {type(inputs).__name__}: tensors with a row for each sample "
+            "are needed."
+        )
     return len(tensors[0])
 
 

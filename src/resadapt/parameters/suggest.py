@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resadapt.adapters.family import apply, takes
 from resadapt.base.errors import AdapterError
-from resadapt.base.nested import map_tensors
+from resadapt.base.inputs import map_tensors
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.undisturbed import call, undisturbed
-from resadapt.injection.building import buildable, family_named, json_options, weightless
+from resadapt.injection.building import buildable, family_named, json_options, meta_adapter
 from resadapt.injection.select import select_sites
 from resadapt.injection.switching import on_backbone
 from resadapt.injection.walk import find_module, unwrap
@@ -35,12 +35,20 @@ class SuggestedLayers(dict[str, int]):
 
     Attributes:
         parameters: Number of the adapter's parameters, by site.
-        flops: Floating-point operations of the adapter's forward on the example input, by site; empty without one.
+        flops: Floating-point operations of the adapter's forward on the example input, by site;
+            empty without one.
         share: The parameters' sum as a share of the model's.
         rule: How sites and widths were chosen.
     """
 
-    def __init__(self, widths: dict[str, int], parameters: dict[str, int], flops: dict[str, int], share: float, rule: str) -> None:
+    def __init__(
+        self,
+        widths: dict[str, int],
+        parameters: dict[str, int],
+        flops: dict[str, int],
+        share: float,
+        rule: str,
+    ) -> None:
         super().__init__(widths)
         self.parameters, self.flops, self.share, self.rule = parameters, flops, share, rule
 
@@ -51,8 +59,16 @@ class SuggestedLayers(dict[str, int]):
         rows = [heading + ("          FLOPs" if self.flops else "")]
         for name, width in self.items():
             flops = f"  {self.flops[name]:>13,}" if self.flops else ""
-            rows.append(f"{name.ljust(longest)}  {width or '':>10}  {self.parameters[name]:>10,}{flops}")
-        return "\n".join([*rows, f"{sum(self.parameters.values()):,} parameters, {self.share:.2%} of the model's. {self.rule}"])
+            rows.append(
+                f"{name.ljust(longest)}  {width or '':>10}  {self.parameters[name]:>10,}{flops}"
+            )
+        return "\n".join(
+            [
+                *rows,
+                f"{sum(self.parameters.values()):,} parameters, {self.share:.2%} of the model's. "
+                f"{self.rule}",
+            ]
+        )
 
 
 def suggest_layers(
@@ -68,17 +84,20 @@ def suggest_layers(
 ) -> SuggestedLayers:
     """Chooses sites and widths of adapters for a budget.
 
-    All sites that `layers` names get adapters whose widths are one and the same fraction of their channels, at least 1, the
-    largest fraction that fits; where a family does not take a width, the next smaller one that divides the channels. If that is
-    too much even with widths of 1, or the family has no width, only the last sites are taken, as many as fit: those that are
-    nearest to the output, so that the backward pass is the shortest.
+    All sites that `layers` names get adapters whose widths are one and the same fraction of their
+    channels, at least 1, the largest fraction that fits; where a family does not take a width, the
+    next smaller one that divides the channels. If that is too much even with widths of 1, or the
+    family has no width, only the last sites are taken, as many as fit: those that are nearest to
+    the output, so that the backward pass is the shortest.
 
     Args:
         model: A model; it stays as it is.
-        budget: Most parameters of all adapters together: a number, or a fraction of the model's parameters in (0, 1).
+        budget: Most parameters of all adapters together: a number, or a fraction of the model's
+            parameters in (0, 1).
         family: Kind of adapter.
         layers: Names or globs of the sites to choose from.
-        flops: Most floating-point operations of all adapters' forward on the example input; needs one.
+        flops: Most floating-point operations of all adapters' forward on the example input; needs
+            one.
         example_input: As for `inject_adapters`.
         channel_dim: As for `inject_adapters`.
         **family_options: As for `inject_adapters`.
@@ -104,13 +123,19 @@ def suggest_layers(
     kind, total = family_named(family), count_parameters(model).total
     most = _limit("budget", budget, total)
     if isinstance(layers, Mapping):
-        raise AdapterError("layers is a mapping: give names only, since the widths are what is chosen.")
+        raise AdapterError(
+            "layers is a mapping: give names only, since the widths are what is chosen."
+        )
     start = {key: family_options.pop(key) for key in ("init",) if key in family_options}
     with on_backbone(inner):
-        sites = select_sites(inner, kind, layers, 1 if takes(kind, "bottleneck") else 64, example_input, channel_dim)
+        sites = select_sites(
+            inner, kind, layers, 1 if takes(kind, "bottleneck") else 64, example_input, channel_dim
+        )
         if not sites:
             raise AdapterError("layers is empty: name the sites to choose from.")
-        spec = SetSpec("suggested", family, json_options(kind, family_options), 0.0, "frozen", sites, ())
+        spec = SetSpec(
+            "suggested", family, json_options(kind, family_options), 0.0, "frozen", sites, ()
+        )
         calls = _calls(inner, spec, example_input) if example_input is not None else {}
         if flops is not None and not calls:
             raise AdapterError("flops= needs an example_input=, on which operations are counted.")
@@ -120,9 +145,15 @@ def suggest_layers(
         def fits(chosen: Iterable[SiteSpec]) -> bool:
             for site in set(chosen) - costs.keys():
                 costs[site] = _cost(inner, spec, site, calls.get(site.name), start)
-            return sum(costs[s][0] for s in chosen) <= most and sum(costs[s][1] for s in chosen) <= most_flops
+            return (
+                sum(costs[s][0] for s in chosen) <= most
+                and sum(costs[s][1] for s in chosen) <= most_flops
+            )
 
-        chosen, rule = _widest(sites, fits, cache(lambda site: buildable(inner, spec, site))), _ONE_FRACTION
+        chosen, rule = (
+            _widest(sites, fits, cache(lambda site: buildable(inner, spec, site))),
+            _ONE_FRACTION,
+        )
         if not takes(kind, "bottleneck") or not fits(chosen):
             rule = _LAST_SITES
             while chosen and not fits(chosen):
@@ -130,17 +161,24 @@ def suggest_layers(
         if not chosen:
             smallest = costs[sites[-1]][0]
             raise AdapterError(
-                f"Not even one adapter fits: the one at {sites[-1].name!r} has {smallest:,} parameters. Raise the budget."
+                f"Not even one adapter fits: the one at {sites[-1].name!r} has {smallest:,} "
+                "parameters. Raise the budget."
             )
     parameters = {site.name: costs[site][0] for site in chosen}
     counted = {site.name: costs[site][1] for site in chosen} if calls else {}
     return SuggestedLayers(
-        {s.name: s.bottleneck for s in chosen}, parameters, counted, sum(parameters.values()) / max(total, 1), rule
+        {s.name: s.bottleneck for s in chosen},
+        parameters,
+        counted,
+        sum(parameters.values()) / max(total, 1),
+        rule,
     )
 
 
 def _widest(
-    sites: tuple[SiteSpec, ...], fits: Callable[[list[SiteSpec]], bool], builds: Callable[[SiteSpec], bool]
+    sites: tuple[SiteSpec, ...],
+    fits: Callable[[list[SiteSpec]], bool],
+    builds: Callable[[SiteSpec], bool],
 ) -> list[SiteSpec]:
     """Returns the sites with widths that are the largest fraction of their channels that fits, at least 1."""
     if sites and sites[0].bottleneck == 0:
@@ -150,7 +188,8 @@ def _widest(
         found = []
         for site in sites:
             width = max(1, int(fraction * site.channels))
-            # A family may not take every width. Trying all that are smaller would take minutes on wide layers.
+            # A family may not take every width. Trying all that are smaller would take minutes on
+            # wide layers.
             smaller = [w for w in range(min(width, site.channels), 0, -1) if site.channels % w == 0]
             tried = (replace(site, bottleneck=w) for w in (width, *smaller))
             found.append(next(filter(builds, tried), replace(site, bottleneck=1)))
@@ -166,10 +205,14 @@ def _widest(
 
 
 def _cost(
-    model: nn.Module, spec: SetSpec, site: SiteSpec, called: tuple[Any, Any] | None, start: dict[str, Any]
+    model: nn.Module,
+    spec: SetSpec,
+    site: SiteSpec,
+    called: tuple[Any, Any] | None,
+    start: dict[str, Any],
 ) -> tuple[int, int]:
     """Returns the number of an adapter's parameters, and of its floating-point operations where its module's call is known."""
-    adapter = weightless(model, spec, site, **start).eval()
+    adapter = meta_adapter(model, spec, site, **start).eval()
     size = sum(parameter.numel() for parameter in adapter.parameters())
     if called is None:
         return size, 0
@@ -185,7 +228,7 @@ def _calls(model: nn.Module, spec: SetSpec, example: object) -> dict[str, tuple[
         for site in spec.sites:
 
             def record(_module: nn.Module, args: Any, output: Any, name: str = site.name) -> None:
-                calls[name] = (map_tensors(args, _weightless), map_tensors(output, _weightless))
+                calls[name] = (map_tensors(args, _to_meta), map_tensors(output, _to_meta))
 
             stack.callback(find_module(model, site.owner).register_forward_hook(record).remove)
         stack.enter_context(undisturbed(model))
@@ -197,10 +240,12 @@ class _Layer:
     """The weight and bias of a module, without values."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.weight, self.bias = (map_tensors(getattr(module, name, None), _weightless) for name in ("weight", "bias"))
+        self.weight, self.bias = (
+            map_tensors(getattr(module, name, None), _to_meta) for name in ("weight", "bias")
+        )
 
 
-def _weightless(tensor: Tensor) -> Tensor:
+def _to_meta(tensor: Tensor) -> Tensor:
     return tensor.detach().to("meta")
 
 
@@ -209,5 +254,9 @@ def _limit(name: str, value: object, whole: int) -> int:
         return int(value * whole)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
-    also = ", or a fraction of the model's parameters (a float between 0 and 1, both excluded)" if whole else ""
+    also = (
+        ", or a fraction of the model's parameters (a float between 0 and 1, both excluded)"
+        if whole
+        else ""
+    )
     raise AdapterError(f"{name}={value!r}: give a number, 1 or more{also}.")

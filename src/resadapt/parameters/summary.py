@@ -17,10 +17,12 @@ __all__ = ["ModelSummary", "summary"]
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A table of the active set: one row a site and one a head module, one for norms of its own, then the totals.
+    """A table of the active set: one row a site and one a head module, one for norms of its own,
+    then the totals.
 
     Args:
-        rows: Name, family, channels, bottleneck, parameters and share of all parameters, a tuple a row.
+        rows: Name, family, channels, bottleneck, parameters and share of all parameters, a tuple a
+            row.
         count: The totals.
     """
 
@@ -31,16 +33,31 @@ class ModelSummary:
         """Returns the table as text."""
         table = [("site", "family", "channels", "bottleneck", "parameters", "share")]
         for name, family, channels, bottleneck, size, share in self.rows:
-            table.append((name, family, _cell(channels), _cell(bottleneck), f"{size:,}", f"{share:.2%}"))
-        for label in ("adapters", "head", *(("norm",) if self.count.norm else ()), "trainable", "frozen", "total"):
+            table.append(
+                (name, family, _cell(channels), _cell(bottleneck), f"{size:,}", f"{share:.2%}")
+            )
+        for label in (
+            "adapters",
+            "head",
+            *(("norm",) if self.count.norm else ()),
+            "trainable",
+            "frozen",
+            "total",
+        ):
             size = getattr(self.count, label)
             table.append((label, "", "", "", f"{size:,}", f"{size / max(1, self.count.total):.2%}"))
         widths = [max(len(row[i]) for row in table) for i in range(6)]
         lines = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in table
+            "  ".join(
+                c.ljust(w) if i < 2 else c.rjust(w)
+                for i, (c, w) in enumerate(zip(r, widths, strict=True))
+            )
+            for r in table
         ]
         rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1 : 1 + len(self.rows)], rule, *lines[1 + len(self.rows) :]])
+        return "\n".join(
+            [lines[0], rule, *lines[1 : 1 + len(self.rows)], rule, *lines[1 + len(self.rows) :]]
+        )
 
 
 def summary(model: nn.Module) -> ModelSummary:
@@ -77,12 +94,27 @@ def summary(model: nn.Module) -> ModelSummary:
         spec = ledger.active_set.spec
         for site in spec.sites:
             size = _size(adapter_of(inner, spec, site).parameters())
-            rows.append((site.name, spec.family, site.channels, site.bottleneck, size, size / count.total))
+            rows.append(
+                (site.name, spec.family, site.channels, site.bottleneck, size, size / count.total)
+            )
         for name in spec.head:
-            size = _size(tensor for tensor in private_tensors(inner, spec, (name,)).values() if isinstance(tensor, nn.Parameter))
+            size = _size(
+                tensor
+                for tensor in private_tensors(inner, spec, (name,)).values()
+                if isinstance(tensor, nn.Parameter)
+            )
             rows.append((name, "head", None, None, size, size / count.total))
         if spec.norms:
-            rows.append((f"{len(spec.norms)} norms", spec.norm, None, None, count.norm, count.norm / count.total))
+            rows.append(
+                (
+                    f"{len(spec.norms)} norms",
+                    spec.norm,
+                    None,
+                    None,
+                    count.norm,
+                    count.norm / count.total,
+                )
+            )
     return ModelSummary(tuple(rows), count)
 
 

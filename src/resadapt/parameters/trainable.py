@@ -1,4 +1,7 @@
-"""Which parameters are trained: iterating, grouping for an optimizer, counting, and a table of it all."""
+"""Which parameters are trained.
+
+Iterating, grouping for an optimizer, counting, and a table of it all.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from resadapt.base.arguments import check_flag, check_rate
-from resadapt.base.errors import AdapterError, AdapterKeyError
+from resadapt.base.errors import AdapterError, AdapterKeyError, check_flag, check_rate
 from resadapt.injection.ledger import Ledger, adapter_tensors, find_ledger, ledger_of
 from resadapt.injection.private import private_tensors
 from resadapt.injection.walk import unwrap
@@ -27,13 +29,15 @@ __all__ = [
 def named_trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Walks the parameters to train: the active set's adapters and head.
 
-    A parameter that was frozen by hand is left out; one of the backbone is never in, whatever its `requires_grad` says.
+    A parameter that was frozen by hand is left out; one of the backbone is never in, whatever its
+    `requires_grad` says.
 
     Args:
         model: An injected model.
 
     Returns:
-        An iterator over names, as in ``model.named_parameters()``, and parameters, each parameter once.
+        An iterator over names, as in ``model.named_parameters()``, and parameters, each parameter
+        once.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -92,7 +96,8 @@ def parameter_groups(
         decay_bias: Whether biases and other one-dimensional parameters (norm weights) decay too.
 
     Returns:
-        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; no empty group, no parameter twice, none of the backbone.
+        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; no empty group, no parameter
+        twice, none of the backbone.
 
     Raises:
         AdapterError: A rate or decay is not a number, 0 or more.
@@ -110,7 +115,12 @@ def parameter_groups(
         >>> optimizer = torch.optim.AdamW(groups)
     """
     check_flag("decay_bias", decay_bias)
-    for name, value in (("lr", lr), ("head_lr", head_lr), ("norm_lr", norm_lr), ("weight_decay", weight_decay)):
+    for name, value in (
+        ("lr", lr),
+        ("head_lr", head_lr),
+        ("norm_lr", norm_lr),
+        ("weight_decay", weight_decay),
+    ):
         if value is not None or name in ("lr", "weight_decay"):
             check_rate(name, value)
     members = _members(unwrap(model), ledger_of(model))
@@ -119,13 +129,23 @@ def parameter_groups(
         member = members[id(parameter)]
         decays = decay_bias or parameter.ndim > 1
         key = member + ("" if decays else ", no decay")
-        rate = {"adapters": lr, "head": lr if head_lr is None else head_lr, "norm": lr if norm_lr is None else norm_lr}[member]
-        group = {"params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0, "name": key}
+        rate = {
+            "adapters": lr,
+            "head": lr if head_lr is None else head_lr,
+            "norm": lr if norm_lr is None else norm_lr,
+        }[member]
+        group = {
+            "params": [],
+            "lr": rate,
+            "weight_decay": weight_decay if decays else 0.0,
+            "name": key,
+        }
         groups.setdefault(key, group)["params"].append(parameter)
     if not groups:
         raise AdapterKeyError(
-            "There is no parameter to train: no set is active, or all of it was frozen by hand. Call "
-            "set_active_adapters(model, name), or requires_grad_(True) on what you want to train."
+            "There is no parameter to train: no set is active, or all of it was frozen by hand. "
+            "Call set_active_adapters(model, name), or requires_grad_(True) on what you want to "
+            "train."
         )
     return [groups[key] for key in sorted(groups)]
 
@@ -158,7 +178,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         model: Any model. One that was not injected into has no adapters and no head.
 
     Returns:
-        The counts. If the backbone is frozen and the set is not, ``trainable == adapters + head + norm``.
+        The counts. If the backbone is frozen and the set is not, ``trainable == adapters + head +
+        norm``.
 
     Raises:
         AdapterError: The model has parameters without a size yet.
@@ -172,7 +193,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     ledger, inner = find_ledger(model), unwrap(model)
     members = _members(inner, ledger) if ledger else {}
     if lazy := [name for name, parameter in _named(inner) if is_lazy(parameter)]:
-        raise AdapterError(f"Parameter {lazy[0]!r} has no size yet. Run the model once, then count.")
+        raise AdapterError(
+            f"Parameter {lazy[0]!r} has no size yet. Run the model once, then count."
+        )
     parameters = [parameter for _, parameter in _named(inner)]
     total = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
@@ -180,7 +203,10 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         total=total,
         trainable=trainable,
         frozen=total - trainable,
-        **{kind: sum(p.numel() for p in parameters if members.get(id(p)) == kind) for kind in ("adapters", "head", "norm")},
+        **{
+            kind: sum(p.numel() for p in parameters if members.get(id(p)) == kind)
+            for kind in ("adapters", "head", "norm")
+        },
     )
 
 
@@ -190,7 +216,8 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _members(model: nn.Module, ledger: Ledger) -> dict[int, str]:
-    """Tells of the active set's tensors, by their identities, whether they are of its adapters, its head or its norms.
+    """Tells of the active set's tensors, by their identities, whether they are of its adapters, its
+    head or its norms.
 
     What its norm policy does not train of a norm is of none of them.
     """
@@ -198,6 +225,12 @@ def _members(model: nn.Module, ledger: Ledger) -> dict[int, str]:
         return {}
     spec = ledger.active_set.spec
     members = dict.fromkeys((id(tensor) for _, tensor in adapter_tensors(model, spec)), "adapters")
-    members |= dict.fromkeys((id(tensor) for tensor in private_tensors(model, spec, spec.head).values()), "head")
-    trained = (tensor for tensor in private_tensors(model, spec, spec.norms).values() if "affine" in spec.norm)
+    members |= dict.fromkeys(
+        (id(tensor) for tensor in private_tensors(model, spec, spec.head).values()), "head"
+    )
+    trained = (
+        tensor
+        for tensor in private_tensors(model, spec, spec.norms).values()
+        if "affine" in spec.norm
+    )
     return members | dict.fromkeys((id(tensor) for tensor in trained), "norm")

@@ -11,8 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from resadapt.base.errors import AdapterError, AdapterKeyError
-from resadapt.base.names import quote_names
+from resadapt.base.errors import AdapterError, AdapterKeyError, quote_names
 from resadapt.injection.installation import install
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.private import private_module
@@ -25,11 +24,13 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> ModelT:
-    """Makes a new set of sets of one form: every tensor the weighted sum of theirs, head and norms included.
+    """Makes a new set of sets of one form: every tensor the weighted sum of theirs, head and norms
+    included.
 
-    Sums are taken in float64, in the order of `weights`, and rounded once; tensors of integers, such as counters, are the first
-    set's. It is a sum of tensors: where an adapter's change is a product of two of them (``"lora"``), it is not the sum of the
-    changes. The new set becomes the active one; the others stay as they are.
+    Sums are taken in float64, in the order of `weights`, and rounded once; tensors of integers,
+    such as counters, are the first set's. It is a sum of tensors: where an adapter's change is a
+    product of two of them (``"lora"``), it is not the sum of the changes. The new set becomes the
+    active one; the others stay as they are.
 
     Args:
         model: An injected model.
@@ -61,27 +62,46 @@ def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> 
         raise AdapterError(f"weights={weights!r}: give a mapping from names of sets to numbers.")
     for each, weight in weights.items():
         ledger.set_named(each)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= sys.float_info.max:
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not abs(weight) <= sys.float_info.max
+        ):
             raise AdapterError(f"weights: {each!r} has {weight!r}, not a finite number.")
     if not isinstance(name, str):
-        raise AdapterError(f"name={name!r} is {type(name).__name__}: give the new set's name as text.")
+        raise AdapterError(
+            f"name={name!r} is {type(name).__name__}: give the new set's name as text."
+        )
     first, *others = weights
     adapter_set = ledger.sets[first]
     for other in others:
         if differing := ledger.sets[other].spec.differences(adapter_set.spec):
             raise AdapterKeyError(
-                f"The sets {first!r} and {other!r} differ in {quote_names(differing)}, so there is no sum of them."
+                f"The sets {first!r} and {other!r} differ in {quote_names(differing)}, so there is "
+                "no sum of them."
             )
     tensors = {each: adapter_state_dict(model, each) for each in weights}
-    total = {key: _sum([(weight, tensors[each][key]) for each, weight in weights.items()]) for key in tensors[first]}
-    if lost := [key for key, tensor in total.items() if key.endswith(".running_var") and (tensor < 0).any()]:
+    total = {
+        key: _sum([(weight, tensors[each][key]) for each, weight in weights.items()])
+        for key in tensors[first]
+    }
+    if lost := [
+        key for key, tensor in total.items() if key.endswith(".running_var") and (tensor < 0).any()
+    ]:
         raise AdapterError(
-            f"weights: with these {quote_names(lost)} would be negative, and no variance is. Choose weights of one sign."
+            f"weights: with these {quote_names(lost)} would be negative, and no variance is. "
+            "Choose weights of one sign."
         )
     spec = replace(adapter_set.spec, name=name)
     heads = {path: private_module(inner, adapter_set.spec, path) for path in spec.head}
     with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
-        install(inner, spec, adapter_set.example, heads, fill=partial(load_adapter_state_dict, model, total, name))
+        install(
+            inner,
+            spec,
+            adapter_set.example,
+            heads,
+            fill=partial(load_adapter_state_dict, model, total, name),
+        )
     return model
 
 

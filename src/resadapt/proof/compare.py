@@ -8,17 +8,24 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from resadapt.base.errors import BackboneMismatchError
+from resadapt.base.errors import BackboneMismatchError, quote_names
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import quote_names
-from resadapt.base.outputs import outputs_of
 from resadapt.base.tensors import same_bits
+from resadapt.base.undisturbed import outputs_of
 from resadapt.files.adapter_file import AdapterInfo
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.sets import remove_adapters
 from resadapt.proof.evidence import Evidence, Metric, collect, measure
 from resadapt.proof.loading import load_file_content
-from resadapt.proof.probe import ProbeRun, compare_with_record, input_digest, probe_forms, run_again, run_probe, same
+from resadapt.proof.probe import (
+    ProbeRun,
+    compare_with_record,
+    input_digest,
+    probe_forms,
+    run_again,
+    run_probe,
+    same,
+)
 from resadapt.proof.reconstruction import Reconstruction, replaced_forwards
 from resadapt.proof.report import Check, VerificationReport, report_of
 
@@ -49,7 +56,9 @@ class Comparison:
     metric: Metric | None
     tolerance: float
 
-    def on(self, reconstruction: Reconstruction, today: Fingerprint | None = None) -> VerificationReport:
+    def on(
+        self, reconstruction: Reconstruction, today: Fingerprint | None = None
+    ) -> VerificationReport:
         """Restores the file on a clean backbone and compares what that gives with the evidence.
 
         Args:
@@ -57,9 +66,16 @@ class Comparison:
             today: Its fingerprint, if it is known.
         """
         size, clean = self.info.size, reconstruction.model
-        checks = [Check("file", "passed", f"every byte of {size:,} and {len(self.stored)} tensor digests"), reconstruction.check]
+        checks = [
+            Check(
+                "file", "passed", f"every byte of {size:,} and {len(self.stored)} tensor digests"
+            ),
+            reconstruction.check,
+        ]
         if clean is None:
-            return report_of(self.info.path, checks, "there is no clean backbone to restore the file on")
+            return report_of(
+                self.info.path, checks, "there is no clean backbone to restore the file on"
+            )
         try:
             load_file_content(clean, self.info, self.stored, self.info.set.name, today)
         except BackboneMismatchError as error:
@@ -74,11 +90,15 @@ class Comparison:
         """Compares what a clean backbone gives, now that the file is restored on it."""
         name = self.info.set.name
         checks.append(self._backbone())
-        ledger_of(clean).set_named(name).runs_checked = True  # its first forward is reported below, not warned of
+        ledger_of(clean).set_named(
+            name
+        ).runs_checked = True  # its first forward is reported below, not warned of
         reloaded = collect(clean, name, lambda: self._run(clean), bystander=self.live)
         shared = shared or _ran("while the reloaded model was run", reloaded.bystanders)
         found = [self._sites(reloaded), self._outputs(reloaded), self._recorded(reloaded)]
-        if any(check.outcome == "failed" for check in found[1:]) and not self._steady(clean, reloaded):
+        if any(check.outcome == "failed" for check in found[1:]) and not self._steady(
+            clean, reloaded
+        ):
             shared = shared or "the model itself gives other outputs each time"
         if shared:
             found = [Check(check.name, "not checked", shared) for check in found]
@@ -88,14 +108,23 @@ class Comparison:
             return report_of(self.info.path, checks, "no metric was given", live)
         value, bystanders = measure(clean, self.metric, self.live)
         checks.append(
-            _compared(live, value, self.tolerance, shared or _ran("when the metric was given the reloaded one", bystanders))
+            _compared(
+                live,
+                value,
+                self.tolerance,
+                shared or _ran("when the metric was given the reloaded one", bystanders),
+            )
         )
         return report_of(self.info.path, checks, "", live, value)
 
     def _run(self, clean: nn.Module) -> ProbeRun:
         if self.evidence is None:
             record = self.info.probe
-            return run_probe(clean, self.probe, probe_forms(clean, record.form if record else None, self.info.example))
+            return run_probe(
+                clean,
+                self.probe,
+                probe_forms(clean, record.form if record else None, self.info.example),
+            )
         if self.evidence.run.probe is None:
             return self.evidence.run
         return run_again(clean, self.evidence.run.probe)
@@ -109,7 +138,9 @@ class Comparison:
         if self.evidence is None:
             return Check("tensors", "not checked", _ABSENT)
         live = self.evidence.tensors
-        if wrong := [key for key, tensor in live.items() if not same_bits(tensor, reloaded.tensors[key])]:
+        if wrong := [
+            key for key, tensor in live.items() if not same_bits(tensor, reloaded.tensors[key])
+        ]:
             return Check("tensors", "failed", f"differ: {quote_names(wrong)}")
         return Check("tensors", "passed", f"{len(live)} tensors equal bit for bit")
 
@@ -119,7 +150,11 @@ class Comparison:
         if reloaded.run.probe is None:
             return Check("sites", "not checked", reloaded.run.unusable)
         if reloaded.idle:
-            return Check("sites", "failed", f"the adapters at {quote_names(reloaded.idle)} did not run on the probe")
+            return Check(
+                "sites",
+                "failed",
+                f"the adapters at {quote_names(reloaded.idle)} did not run on the probe",
+            )
         return Check("sites", "passed", f"all {len(self.info.set.sites)} adapters ran on the probe")
 
     def _outputs(self, reloaded: Evidence) -> Check:
@@ -131,8 +166,17 @@ class Comparison:
             return Check("outputs", "failed", f"reloaded model: {reloaded.run.unusable}")
         if not same(self.evidence.run.outputs, reloaded.run.outputs):
             replaced = replaced_forwards(self.live)
-            cause = f"the replaced forward of {quote_names(replaced)}" if replaced else "a hook or a state of yours"
-            return Check("outputs", "failed", f"live and reloaded model differ on the probe: {cause} that the file does not carry?")
+            cause = (
+                f"the replaced forward of {quote_names(replaced)}"
+                if replaced
+                else "a hook or a state of yours"
+            )
+            return Check(
+                "outputs",
+                "failed",
+                f"live and reloaded model differ on the probe: {cause} that the file does not "
+                "carry?",
+            )
         count = sum(tensor.numel() for tensor in reloaded.run.outputs.values())
         return Check("outputs", "passed", f"{count:,} numbers on the probe equal bit for bit")
 
@@ -143,9 +187,17 @@ class Comparison:
         if run.probe is None or run.unusable:
             return Check("recorded outputs", "not checked", run.unusable)
         if input_digest(run.probe.inputs) != record.sha256:
-            return Check("recorded outputs", "not checked", "they were recorded on another input: pass that one as probe=")
+            return Check(
+                "recorded outputs",
+                "not checked",
+                "they were recorded on another input: pass that one as probe=",
+            )
         difference, ok = compare_with_record(record, self.stored, run.outputs)
-        return Check("recorded outputs", "passed" if ok else "failed", f"largest relative difference {difference:.1e}")
+        return Check(
+            "recorded outputs",
+            "passed" if ok else "failed",
+            f"largest relative difference {difference:.1e}",
+        )
 
     def _steady(self, clean: nn.Module, reloaded: Evidence) -> bool:
         """Tells whether the reloaded model gives the same outputs once more."""
@@ -158,7 +210,9 @@ def _compared(live: float, reloaded: float, tolerance: float, shared: str) -> Ch
     if shared:
         return Check("metric", "not checked", shared)
     difference = abs(live - reloaded)
-    detail = f"live {live!r}, reloaded {reloaded!r}, difference {difference!r}, tolerance {tolerance!r}"
+    detail = (
+        f"live {live!r}, reloaded {reloaded!r}, difference {difference!r}, tolerance {tolerance!r}"
+    )
     if not math.isfinite(live) and str(live) == str(reloaded):
         return Check("metric", "not checked", f"{detail}: no numbers to compare")
     return Check("metric", "passed" if difference <= tolerance else "failed", detail)  # NaN: failed

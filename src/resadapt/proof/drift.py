@@ -11,7 +11,7 @@ from resadapt.injection.freeze import freeze_norm
 from resadapt.injection.ledger import backbone_differences, ledger_of
 from resadapt.injection.private import lost_modules
 from resadapt.injection.switching import check_switchable
-from resadapt.injection.walk import backbone_modules, backbone_tensors, check_values, unwrap
+from resadapt.injection.walk import backbone_modules, backbone_tensors, check_not_meta, unwrap
 
 __all__ = ["BackboneReport", "accept_backbone", "check_backbone"]
 
@@ -32,14 +32,16 @@ class BackboneReport:
 
 
 def check_backbone(model: nn.Module) -> BackboneReport:
-    """Compares the backbone with its fingerprint from the injection: every parameter, buffer and setting of its modules.
+    """Compares the backbone with its fingerprint from the injection: every parameter, buffer and
+    setting of its modules.
 
     Args:
         model: An injected model.
 
     Returns:
-        The report. A tensor that was only converted to a wider dtype counts as the same; a non-persistent buffer is compared if it
-        has the size that it had. A head's module that is not the one that was injected into counts as drifted.
+        The report. A tensor that was only converted to a wider dtype counts as the same; a
+        non-persistent buffer is compared if it has the size that it had. A head's module that is
+        not the one that was injected into counts as drifted.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -66,15 +68,17 @@ def check_backbone(model: nn.Module) -> BackboneReport:
 def accept_backbone(model: nn.Module) -> None:
     """Takes the backbone as it is now for the one that was injected into.
 
-    For a full checkpoint that was loaded into an injected model, and for a backbone that was changed on purpose. From then on
-    `check_backbone` compares with it, adapter files ask for it when they are loaded, and the plain model is the one with it. The
-    sets stay as they are: whether adapters that were trained on another backbone suit this one, only a metric can tell.
+    For a full checkpoint that was loaded into an injected model, and for a backbone that was
+    changed on purpose. From then on `check_backbone` compares with it, adapter files ask for it
+    when they are loaded, and the plain model is the one with it. The sets stay as they are: whether
+    adapters that were trained on another backbone suit this one, only a metric can tell.
 
     Args:
         model: An injected model.
 
     Raises:
-        InjectionError: Nothing was injected, a head or adapter is no longer in its place, or a tensor has no values (offloaded).
+        InjectionError: Nothing was injected, a head or adapter is no longer in its place, or a
+            tensor has no values (offloaded).
 
     Example:
         >>> from torchvision.models import resnet18
@@ -92,7 +96,7 @@ def accept_backbone(model: nn.Module) -> None:
     inner = unwrap(model)
     check_switchable(inner, ledger)
     modules, tensors = dict(backbone_modules(inner)), dict(backbone_tensors(inner))
-    check_values(tensors)
+    check_not_meta(tensors)
     for module in modules.values():  # norms that came in since are frozen too
         freeze_norm(module)
     ledger.fingerprint = Fingerprint.of(modules, tensors)

@@ -1,22 +1,28 @@
-"""What a model with a set gives, collected without leaving a trace: tensors, outputs on a probe, a metric."""
+"""What a model with a set gives, collected without leaving a trace.
+
+Tensors, outputs on a probe, a metric.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError
 from resadapt.base.undisturbed import undisturbed
-from resadapt.injection.ledger import adapter_of, find_ledger, ledger_of
+from resadapt.injection.ledger import AdapterSet, adapter_of, find_ledger, ledger_of
+from resadapt.injection.sets import remove_adapters
 from resadapt.injection.switching import activated
-from resadapt.proof.probe import ProbeRun
-from resadapt.proof.state import adapter_state_dict
+from resadapt.proof.probe import ProbeRun, same
+from resadapt.proof.report import Check, failure_of, report_of
+from resadapt.proof.state import adapter_state_dict, live_tensors, load_adapter_state_dict
 
-__all__ = ["Evidence", "Metric", "collect", "measure"]
+__all__ = ["Evidence", "Metric", "collect", "measure", "sets_kept"]
 
 Metric = Callable[[nn.Module], float]
 
@@ -41,7 +47,11 @@ class Evidence:
 
 
 def collect(
-    model: nn.Module, name: str, run: Callable[[], ProbeRun], metric: Metric | None = None, bystander: nn.Module | None = None
+    model: nn.Module,
+    name: str,
+    run: Callable[[], ProbeRun],
+    metric: Metric | None = None,
+    bystander: nn.Module | None = None,
 ) -> Evidence:
     """Collects what a model gives with a set.
 
@@ -64,8 +74,11 @@ def collect(
     return Evidence(tensors, outputs, tuple(idle), tuple(on_probe), value)
 
 
-def measure(model: nn.Module, metric: Metric, bystander: nn.Module | None = None) -> tuple[float, tuple[str, ...]]:
-    """Returns a metric of a model with its active set, and the names of the modules of another model that ran for it.
+def measure(
+    model: nn.Module, metric: Metric, bystander: nn.Module | None = None
+) -> tuple[float, tuple[str, ...]]:
+    """Returns a metric of a model with its active set, and the names of the modules of another
+    model that ran for it.
 
     Raises:
         AdapterError: The metric returns no number.
@@ -77,7 +90,9 @@ def measure(model: nn.Module, metric: Metric, bystander: nn.Module | None = None
             raise TypeError(f"{value!r} is text")
         return float(value), tuple(running)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise AdapterError(f"metric returned {type(value).__name__}, not a number: {error}. Return a float.") from error
+        raise AdapterError(
+            f"metric returned {type(value).__name__}, not a number: {error}. Return a float."
+        ) from error
 
 
 @contextmanager
@@ -87,7 +102,10 @@ def _unchanged(model: nn.Module | None) -> Iterator[None]:
     if model is None or ledger is None:
         yield
         return
-    trained, flags = {*ledger.trained}, {name: dict(each.requires_grad) for name, each in ledger.sets.items()}
+    trained, flags = (
+        {*ledger.trained},
+        {name: dict(each.requires_grad) for name, each in ledger.sets.items()},
+    )
     with undisturbed(model), activated(model, ledger, ledger.active):
         try:
             yield
@@ -110,7 +128,9 @@ def _idle_sites(model: nn.Module, name: str) -> Iterator[list[str]]:
     with ExitStack() as stack:
         for site in spec.sites:
             adapter = adapter_of(model, spec, site)
-            handle = adapter.register_forward_pre_hook(lambda _module, _args, site=site.name: strike_off(site))
+            handle = adapter.register_forward_pre_hook(
+                lambda _module, _args, site=site.name: strike_off(site)
+            )
             stack.callback(handle.remove)
         yield idle
 
@@ -118,7 +138,11 @@ def _idle_sites(model: nn.Module, name: str) -> Iterator[list[str]]:
 @contextmanager
 def _running(model: nn.Module | None) -> Iterator[list[str]]:
     """Collects the names of a model's modules that run in the body."""
-    names = {id(module): name or "the model" for name, module in nn.Module.named_modules(model)} if model is not None else {}
+    names = (
+        {id(module): name or "the model" for name, module in nn.Module.named_modules(model)}
+        if model is not None
+        else {}
+    )
     running: list[str] = []
 
     def record(module: nn.Module, _args: object) -> None:
@@ -130,3 +154,63 @@ def _running(model: nn.Module | None) -> Iterator[list[str]]:
         yield running
     finally:
         handle.remove()
+
+
+@contextmanager
+def sets_kept(model: nn.Module, target: Path, sets: Iterable[AdapterSet]) -> Iterator[None]:
+    """Runs the body, and puts back what its metric or probe did to a model's sets.
+
+    Args:
+        model: The model.
+        target: The file, for the report.
+        sets: The sets that are looked at.
+
+    Raises:
+        VerificationError: There was something.
+    """
+    ledger = find_ledger(model)
+    names = list(ledger.sets) if ledger else []
+    before = {
+        adapter_set.spec.name: (adapter_set, adapter_state_dict(model, adapter_set.spec.name))
+        for adapter_set in sets
+    }
+    try:
+        yield
+    except BaseException:
+        with suppress(AdapterError):
+            _restore_sets(model, names, before)
+        raise
+    if changed := _restore_sets(model, names, before):
+        detail = f"the metric or the probe changed the live model meanwhile: {'; '.join(changed)}"
+        raise failure_of(
+            report_of(target, [Check("tensors", "failed", detail)], "the model changed")
+        )
+
+
+def _restore_sets(
+    model: nn.Module,
+    names: Collection[str],
+    before: Mapping[str, tuple[AdapterSet, dict[str, Tensor]]],
+) -> list[str]:
+    """Puts sets back as they were, as far as that can be done, and says what was wrong with each."""
+    ledger = find_ledger(model)
+    there = ledger.sets if ledger else {}
+    changed = []
+    for name in [name for name in there if name not in names]:
+        remove_adapters(model, name)
+        changed.append(f"{name!r} is new, and is taken out")
+    for name, (adapter_set, tensors) in before.items():
+        if there.get(name) is not adapter_set:
+            changed.append(f"{name!r} is gone")
+            continue
+        try:
+            if same(tensors, adapter_state_dict(model, name)):
+                continue
+            for key, tensor in live_tensors(model, adapter_set).items():
+                if tensor.dtype != tensors[key].dtype:
+                    tensor.data = tensor.data.to(tensors[key].dtype)
+            load_adapter_state_dict(model, tensors, name)
+            changed.append(f"{name!r} was written to, and is put back")
+        except AdapterError as error:
+            changed.append(f"{name!r} cannot be put back: {error}")
+    return changed

@@ -12,15 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from resadapt.base.blueprint import blueprint_of, build_from
-from resadapt.base.errors import AdapterError, AdapterFileError, AdapterKeyError, BackboneMismatchError, InjectionError
+from resadapt.base.errors import (
+    AdapterError,
+    AdapterFileError,
+    AdapterKeyError,
+    BackboneMismatchError,
+    InjectionError,
+    quote_names,
+    quote_reasons,
+)
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.names import quote_names, quote_reasons, within
+from resadapt.base.spec import blueprint_of, build_from, within
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
-from resadapt.injection.building import saved_shapes, weightless
+from resadapt.injection.building import meta_adapter, saved_shapes
 from resadapt.injection.installation import check_model, install
 from resadapt.injection.ledger import backbone_differences, find_ledger
-from resadapt.injection.patterns import called_modules
+from resadapt.injection.select import called_modules
 from resadapt.injection.switching import on_backbone, switch
 from resadapt.injection.walk import backbone_modules, backbone_tensors, unwrap
 from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, tensors_to_save
@@ -30,11 +37,13 @@ __all__ = ["fingerprint_of", "in_called_modules", "load_adapters", "load_file_co
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def load_adapters(model: ModelT, path: str | bytes | os.PathLike[str], *, name: str | None = None) -> ModelT:
+def load_adapters(
+    model: ModelT, path: str | bytes | os.PathLike[str], *, name: str | None = None
+) -> ModelT:
     """Loads an adapter file into a model and makes its set the active one.
 
-    If the model has no set of that name, the adapters are injected as the file describes. Nothing in the file is executed, and a
-    failing call leaves the model as it was.
+    If the model has no set of that name, the adapters are injected as the file describes. Nothing
+    in the file is executed, and a failing call leaves the model as it was.
 
     Args:
         model: The backbone that the adapters were trained on, plain or injected.
@@ -45,8 +54,10 @@ def load_adapters(model: ModelT, path: str | bytes | os.PathLike[str], *, name: 
         The same model.
 
     Raises:
-        AdapterFileError: The file is missing, damaged, of another kind, of a newer format, or cannot be injected into this model.
-        BackboneMismatchError: The backbone is another one; the message names the tensors and modules.
+        AdapterFileError: The file is missing, damaged, of another kind, of a newer format, or
+            cannot be injected into this model.
+        BackboneMismatchError: The backbone is another one; the message names the tensors and
+            modules.
         AdapterKeyError: The model's set or head does not have the file's form.
         InjectionError: The model cannot be injected into.
 
@@ -99,20 +110,26 @@ def load_file_content(
     same = today is not None and today.without(info.set.head) == info.backbone
     if not same and (wrong := backbone_differences(model, info.backbone, info.set.head)):
         raise BackboneMismatchError(
-            f"{info.path}: the backbone is not the one these adapters were trained on; {len(wrong)} of its tensors and modules are "
-            f"not those of the file: {quote_reasons(wrong)}. Build the backbone as it was then, and load its own weights, in "
-            "their own dtype, into it first."
+            f"{info.path}: the backbone is not the one these adapters were trained on; "
+            f"{len(wrong)} of its tensors and modules are not those of the file: "
+            f"{quote_reasons(wrong)}. Build the backbone as it was then, and load its own weights, "
+            "in their own dtype, into it first."
         )
     info = in_called_modules(model, info)
-    state = {key: tensor for key, tensor in tensors.items() if key.startswith(("adapters.", "head.", "norms."))}
+    state = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key.startswith(("adapters.", "head.", "norms."))
+    }
     ledger = find_ledger(model)
     if ledger is None or name not in ledger.sets:
         _inject_from_file(model, info, state, name, today)
         return
     if differing := info.set.differences(ledger.sets[name].spec):
         raise AdapterKeyError(
-            f"{info.path}: the model's set {name!r} differs from the file's in {quote_names(differing)}. Load it under another "
-            f"name=, or call remove_adapters(model, {name!r}) first."
+            f"{info.path}: the model's set {name!r} differs from the file's in "
+            f"{quote_names(differing)}. Load it under another name=, or call "
+            f"remove_adapters(model, {name!r}) first."
         )
     live = live_tensors(model, ledger.sets[name])
     fitting(live, state, name)  # before anything changes
@@ -121,7 +138,10 @@ def load_file_content(
 
 
 def in_called_modules(model: nn.Module, info: AdapterInfo) -> AdapterInfo:
-    """Returns what a file says with the head as today's injection names it: version 0.2 named containers that never run."""
+    """Returns what a file says with the head as today's injection names it.
+
+    Version 0.2 named containers that never run.
+    """
     try:
         return replace(info, set=replace(info.set, head=called_modules(model, info.set.head)))
     except InjectionError:  # what is missing is found when the set is injected
@@ -129,29 +149,54 @@ def in_called_modules(model: nn.Module, info: AdapterInfo) -> AdapterInfo:
 
 
 def fingerprint_of(model: nn.Module) -> Fingerprint | None:
-    """Returns the fingerprint of a model that nothing was injected into; None of another, or where tensors have no values."""
+    """Returns the fingerprint of a model that nothing was injected into.
+
+    None of another, or where tensors have no values.
+    """
     tensors = dict(backbone_tensors(model))
-    if find_ledger(model) is not None or any(is_lazy(tensor) or tensor.is_meta for tensor in tensors.values()):
+    if find_ledger(model) is not None or any(
+        is_lazy(tensor) or tensor.is_meta for tensor in tensors.values()
+    ):
         return None
     return Fingerprint.of(dict(backbone_modules(model)), tensors)
 
 
 def _inject_from_file(
-    model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor], name: str, fingerprint: Fingerprint | None
+    model: nn.Module,
+    info: AdapterInfo,
+    state: Mapping[str, Tensor],
+    name: str,
+    fingerprint: Fingerprint | None,
 ) -> None:
     spec = replace(info.set, name=name)
     try:
-        with torch.random.fork_rng(devices=[]):  # how heads and adapters start is overwritten at once
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # how heads and adapters start is overwritten at once
             with on_backbone(model):
                 _check_description(model, info, state)
                 heads = _heads(model, info, state)
-            install(model, spec, info.example, heads, fingerprint, partial(load_adapter_state_dict, model, state, name))
+            install(
+                model,
+                spec,
+                info.example,
+                heads,
+                fingerprint,
+                partial(load_adapter_state_dict, model, state, name),
+            )
     except InjectionError as error:
-        raise AdapterFileError(f"{info.path}: cannot be injected into this {type(model).__name__}: {error}") from error
+        raise AdapterFileError(
+            f"{info.path}: cannot be injected into this {type(model).__name__}: {error}"
+        ) from error
 
 
-def _heads(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """Returns a module for each place of a file's head: the model's own where it is of that form, else built as the file tells."""
+def _heads(
+    model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]
+) -> dict[str, nn.Module]:
+    """Returns a module for each place of a file's head.
+
+    The model's own where it is of that form, else built as the file tells.
+    """
     modules, heads = dict(backbone_modules(model)), {}
     built: dict[int, nn.Module] = {}  # one for all names of a place
     spec = info.set
@@ -165,23 +210,33 @@ def _heads(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> 
             heads[name] = modules[name]
             continue
         try:
-            with torch.device("meta"):  # no memory for it before its sizes are known to be those of the file
+            with torch.device(
+                "meta"
+            ):  # no memory for it before its sizes are known to be those of the file
                 form = tensors_to_save(backbone_modules(build_from(blueprint), name), spec)
-            if {key: tensor.shape for key, tensor in form.items()} != {key: tensor.shape for key, tensor in stored.items()}:
+            if {key: tensor.shape for key, tensor in form.items()} != {
+                key: tensor.shape for key, tensor in stored.items()
+            }:
                 raise ValueError("its tensors are others")
             heads[name] = built.setdefault(id(modules[name]), build_from(blueprint))
         except ValueError as error:
-            raise AdapterFileError(f"{info.path}: the head {name!r} cannot be built as it is described: {error}.") from error
+            raise AdapterFileError(
+                f"{info.path}: the head {name!r} cannot be built as it is described: {error}."
+            ) from error
     return heads
 
 
 def _check_description(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> None:
     """Compares the adapters that a file describes with the tensors that it has, before memory is given to any of them."""
     for site in info.set.sites:
-        shapes = saved_shapes(weightless(model, info.set, site))
+        shapes = saved_shapes(meta_adapter(model, info.set, site))
         described = {f"adapters.{site.name}.{key}": shape for key, shape in shapes.items()}
-        if wrong := [key for key, shape in described.items() if key not in state or tuple(state[key].shape) != shape]:
+        if wrong := [
+            key
+            for key, shape in described.items()
+            if key not in state or tuple(state[key].shape) != shape
+        ]:
             raise AdapterFileError(
-                f"{info.path}: it describes an adapter at site {site.name!r} whose tensors it does not have: {quote_names(wrong)}. "
-                "Save it again."
+                f"{info.path}: it describes an adapter at site {site.name!r} whose tensors it does "
+                f"not have: {quote_names(wrong)}. Save it again."
             )

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError
-from resadapt.base.inputs import generate, guesses
-from resadapt.base.nested import map_tensors, named_in
-from resadapt.base.outputs import outputs_of
+from resadapt.base.inputs import generate, guesses, map_tensors, named_in
 from resadapt.base.tensors import raw_bytes, same_bits
+from resadapt.base.undisturbed import outputs_of
 from resadapt.files.adapter_file import ProbeRecord
 from resadapt.injection.walk import backbone_modules
 
@@ -68,8 +67,13 @@ class ProbeRun:
 
 
 def probe_forms(model: nn.Module, *known: Any) -> list[Any]:
-    """Returns the forms that a model's input may have: those that are known, then guesses by its first convolution."""
-    return [form for form in known if form is not None] + guesses(module for _, module in backbone_modules(model))
+    """Returns the forms that a model's input may have.
+
+    Those that are known, then guesses by its first convolution.
+    """
+    return [form for form in known if form is not None] + guesses(
+        module for _, module in backbone_modules(model)
+    )
 
 
 def run_probe(model: nn.Module, given: object, forms: list[Any]) -> ProbeRun:
@@ -89,7 +93,9 @@ def run_probe(model: nn.Module, given: object, forms: list[Any]) -> ProbeRun:
         except AdapterError:
             raise
         except Exception as error:
-            raise AdapterError(f"The model cannot be called with probe=: {type(error).__name__}: {error}") from error
+            raise AdapterError(
+                f"The model cannot be called with probe=: {type(error).__name__}: {error}"
+            ) from error
     refusal = "no input could be made for this model: pass probe="
     device = next((tensor.device for tensor in nn.Module.parameters(model)), torch.device("cpu"))
     for form in forms:
@@ -126,23 +132,40 @@ def input_digest(inputs: object) -> str:
 
 
 def record_probe(run: ProbeRun) -> tuple[ProbeRecord | None, dict[str, Tensor]]:
-    """Returns what a file keeps of a probe: a record, and at most 4096 evenly spaced elements of each output."""
+    """Returns what a file keeps of a probe.
+
+    A record, and at most 4096 evenly spaced elements of each output.
+    """
     if run.probe is None or run.unusable:
         return None, {}
-    steps = {place: max(1, -(-tensor.numel() // _MOST_RECORDED)) for place, tensor in run.outputs.items()}
-    described = {place: {"shape": list(tensor.shape), "step": steps[place]} for place, tensor in run.outputs.items()}
-    samples = {f"probe.{place}": _sample(tensor, steps[place]) for place, tensor in run.outputs.items()}
-    return ProbeRecord(run.probe.source, run.probe.form, input_digest(run.probe.inputs), described), samples
+    steps = {
+        place: max(1, -(-tensor.numel() // _MOST_RECORDED)) for place, tensor in run.outputs.items()
+    }
+    described = {
+        place: {"shape": list(tensor.shape), "step": steps[place]}
+        for place, tensor in run.outputs.items()
+    }
+    samples = {
+        f"probe.{place}": _sample(tensor, steps[place]) for place, tensor in run.outputs.items()
+    }
+    return ProbeRecord(
+        run.probe.source, run.probe.form, input_digest(run.probe.inputs), described
+    ), samples
 
 
-def compare_with_record(record: ProbeRecord, stored: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> tuple[float, bool]:
+def compare_with_record(
+    record: ProbeRecord, stored: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+) -> tuple[float, bool]:
     """Compares outputs with those that a file recorded, perhaps on another machine.
 
     Returns:
-        The largest difference relative to the largest output, and whether it is within the square root of the dtype's epsilon
-        (3e-4 for float32), which leaves room for other processors' rounding but not for other weights.
+        The largest difference relative to the largest output, and whether it is within the square
+        root of the dtype's epsilon (3e-4 for float32), which leaves room for other processors'
+        rounding but not for other weights.
     """
-    if {place: list(tensor.shape) for place, tensor in outputs.items()} != {p: o["shape"] for p, o in record.outputs.items()}:
+    if {place: list(tensor.shape) for place, tensor in outputs.items()} != {
+        p: o["shape"] for p, o in record.outputs.items()
+    }:
         return math.nan, False
     worst, ok = 0.0, True
     for place, tensor in outputs.items():
@@ -168,7 +191,9 @@ def _judged(probe: Probe, outputs: dict[str, Tensor]) -> ProbeRun:
     if not sum(tensor.numel() for tensor in outputs.values()):
         unusable = f"the model returned no numbers on {where}: pass a probe= on which it does"
     elif any(_has_nan(tensor) for tensor in outputs.values()):
-        unusable = f"the outputs on {where} contain NaN, which proves nothing: pass a probe= without"
+        unusable = (
+            f"the outputs on {where} contain NaN, which proves nothing: pass a probe= without"
+        )
     return ProbeRun(probe, outputs, unusable)
 
 
@@ -178,7 +203,11 @@ def _sample(tensor: Tensor, step: int) -> Tensor:
 
 
 def _real(elements: Tensor) -> Tensor:
-    return torch.view_as_real(elements.resolve_conj()).flatten() if elements.is_complex() else elements.resolve_neg()
+    return (
+        torch.view_as_real(elements.resolve_conj()).flatten()
+        if elements.is_complex()
+        else elements.resolve_neg()
+    )
 
 
 def _has_nan(tensor: Tensor) -> bool:

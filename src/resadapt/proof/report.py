@@ -12,7 +12,16 @@ from resadapt.base.errors import VerificationError
 __all__ = ["Check", "VerificationReport", "failure_of", "report_of"]
 
 Outcome = Literal["passed", "failed", "not checked"]
-_LINES = ("file", "reconstruction", "backbone", "tensors", "sites", "outputs", "recorded outputs", "metric")
+_LINES = (
+    "file",
+    "reconstruction",
+    "backbone",
+    "tensors",
+    "sites",
+    "outputs",
+    "recorded outputs",
+    "metric",
+)
 
 
 @dataclass(frozen=True)
@@ -20,8 +29,8 @@ class Check:
     """One thing that was compared, or was not.
 
     Args:
-        name: ``"file"``, ``"reconstruction"``, ``"backbone"``, ``"tensors"``, ``"sites"``, ``"outputs"``, ``"recorded outputs"`` or
-            ``"metric"``.
+        name: ``"file"``, ``"reconstruction"``, ``"backbone"``, ``"tensors"``, ``"sites"``,
+            ``"outputs"``, ``"recorded outputs"`` or ``"metric"``.
         outcome: ``"passed"``, ``"failed"`` or ``"not checked"``; missing evidence is never a pass.
         detail: What was compared with what, or why not.
     """
@@ -51,11 +60,17 @@ class VerificationReport:
     def ok(self) -> bool:
         """Whether nothing failed and the file's tensors, or else the outputs that it recorded, were proven."""
         outcomes = {check.outcome for check in self.checks}
-        return "failed" not in outcomes and "passed" in (self["tensors"].outcome, self["recorded outputs"].outcome)
+        return "failed" not in outcomes and "passed" in (
+            self["tensors"].outcome,
+            self["recorded outputs"].outcome,
+        )
 
     @property
     def metric_difference(self) -> float | None:
-        """The absolute difference of the metric, in the metric's own units; None if it was not evaluated."""
+        """The absolute difference of the metric, in the metric's own units.
+
+        None if it was not evaluated.
+        """
         if self.metric_live is None or self.metric_reloaded is None:
             return None
         return abs(self.metric_live - self.metric_reloaded)
@@ -66,11 +81,17 @@ class VerificationReport:
 
     def __str__(self) -> str:
         """Returns one line a check."""
-        return "\n".join([str(self.path), *(f"  {c.name:<16}  {c.outcome:<11}  {c.detail}" for c in self.checks)])
+        return "\n".join(
+            [str(self.path), *(f"  {c.name:<16}  {c.outcome:<11}  {c.detail}" for c in self.checks)]
+        )
 
 
 def report_of(
-    path: Path, checks: Iterable[Check], otherwise: str, metric_live: float | None = None, metric_reloaded: float | None = None
+    path: Path,
+    checks: Iterable[Check],
+    otherwise: str,
+    metric_live: float | None = None,
+    metric_reloaded: float | None = None,
 ) -> VerificationReport:
     """Returns a report with every line.
 
@@ -88,4 +109,7 @@ def report_of(
 
 def failure_of(report: VerificationReport) -> VerificationError:
     """Returns the error that says what failed."""
-    return VerificationError(f"The file would not give back this model, so the target was left as it was.\n{report}", report)
+    return VerificationError(
+        f"The file would not give back this model, so the target was left as it was.\n{report}",
+        report,
+    )

@@ -13,7 +13,7 @@ from support import images, picture, private, small_net, small_resnet, train
 from torch import nn
 
 import resadapt
-from resadapt.base.blueprint import blueprint_of, build_from
+from resadapt.base.spec import blueprint_of, build_from
 
 WIDE = {"fc": nn.Linear(512, 10)}
 

@@ -25,8 +25,8 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import resadapt
-from resadapt.base.tensors import CHANNELS_LAST
 from resadapt.base.overlay import Overlay
+from resadapt.base.tensors import CHANNELS_LAST
 from resadapt.lean.bits import packed, unpacked
 from resadapt.lean.functions import FrozenConvolution, FrozenNorm, PackedReLU, SmallIndexPool
 from resadapt.lean.layers import LeanMaxPool2d

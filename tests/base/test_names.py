@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resadapt.base.names import quote_names, quote_reasons
+from resadapt.base.errors import quote_names, quote_reasons
 
 
 def test_a_message_lists_eight_names_and_counts_the_rest() -> None:

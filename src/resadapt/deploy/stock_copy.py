@@ -13,21 +13,29 @@ from resadapt.injection.freeze import thaw_norm, wake_norms
 from resadapt.injection.hooks import detach, later_hooks, unwatch
 from resadapt.injection.installation import take_place
 from resadapt.injection.ledger import LEDGER, adapter_of, ledger_of
-from resadapt.injection.private import private_module
-from resadapt.injection.route import unroute
-from resadapt.injection.walk import backbone_modules, behind_wrappers, check_values, find_module, find_slot, named_tensors, unwrap
+from resadapt.injection.private import private_module, unroute
+from resadapt.injection.walk import (
+    backbone_modules,
+    behind_wrappers,
+    check_not_meta,
+    find_module,
+    find_slot,
+    named_tensors,
+    unwrap,
+)
 
-__all__ = ["PlainCopy", "plain_copy"]
+__all__ = ["StockCopy", "stock_copy"]
 
 
 @dataclass(frozen=True)
-class PlainCopy:
+class StockCopy:
     """A copy of a model's backbone with a set's head and norms, in evaluation mode.
 
     Args:
         model: The backbone, of stock modules, without hooks of this library.
         adapters: The set's adapters by the modules that carried them.
-        later_hooks: The numbers of the forward hooks that came after the adapter, by the same modules.
+        later_hooks: The numbers of the forward hooks that came after the adapter, by the same
+            modules.
         requires_grad: The parameters' flags from before the injection.
     """
 
@@ -37,18 +45,26 @@ class PlainCopy:
     requires_grad: dict[str, bool]
 
 
-def plain_copy(model: nn.Module, name: str) -> PlainCopy:
+def stock_copy(model: nn.Module, name: str) -> StockCopy:
     """Returns a copy of an injected model with one of its sets.
 
     Raises:
         InjectionError: A tensor has no values (offloaded).
         AdapterError: The model cannot be copied.
     """
-    check_values({path: tensor for path, module in nn.Module.named_modules(model) for path, tensor in named_tensors(module, path)})
+    check_not_meta(
+        {
+            path: tensor
+            for path, module in nn.Module.named_modules(model)
+            for path, tensor in named_tensors(module, path)
+        }
+    )
     try:
         plain = copy.deepcopy(unwrap(model))
     except Exception as error:
-        raise AdapterError(f"The model cannot be copied: {type(error).__name__}: {error}") from error
+        raise AdapterError(
+            f"The model cannot be copied: {type(error).__name__}: {error}"
+        ) from error
     ledger = ledger_of(plain)
     spec = ledger.sets[name].spec
     private = {path: private_module(plain, spec, path) for path in spec.private}
@@ -71,4 +87,4 @@ def plain_copy(model: nn.Module, name: str) -> PlainCopy:
         for key, child in module._modules.items():
             if child is not None:
                 module._modules[key] = behind_wrappers(child)
-    return PlainCopy(plain.eval(), adapters, later, ledger.requires_grad)
+    return StockCopy(plain.eval(), adapters, later, ledger.requires_grad)

@@ -10,15 +10,26 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from resadapt.base.nested import named_in
+from resadapt.base.inputs import named_in
 from resadapt.base.tensors import CHANNELS_LAST, is_channels_last
 
-__all__ = ["Absent", "Form", "NeededError"]
+__all__ = ["Form", "MetaStandIn", "NeededError"]
 
 _FORM = {
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex),
+    *(
+        Tensor.size,
+        Tensor.dim,
+        Tensor.ndimension,
+        Tensor.numel,
+        Tensor.__len__,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+    ),
     *(torch.is_floating_point, torch.is_complex, torch.is_tensor),
-    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "layout", "requires_grad", "is_nested", "is_sparse")),
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "ndim", "dtype", "layout", "requires_grad", "is_nested", "is_sparse")
+    ),
 }
 """What can be asked of a tensor without its elements."""
 
@@ -31,7 +42,7 @@ class NeededError(Exception):
         self.numbers = {*numbers}
 
 
-class Absent(Tensor):
+class MetaStandIn(Tensor):
     """A tensor that has a form and no elements, and says so when something is computed with it."""
 
     number: int
@@ -39,9 +50,11 @@ class Absent(Tensor):
     channels_last: bool
 
     @classmethod
-    def of(cls, form: Form, number: int, rows: int, at: torch.device) -> Absent:
+    def of(cls, form: Form, number: int, rows: int, at: torch.device) -> MetaStandIn:
         """Makes one."""
-        absent = Tensor._make_subclass(cls, torch.empty(form.sizes(rows), dtype=form.dtype, device="meta"))
+        absent = Tensor._make_subclass(
+            cls, torch.empty(form.sizes(rows), dtype=form.dtype, device="meta")
+        )
         absent.number, absent.at, absent.channels_last = number, at, form.channels_last
         return absent
 
@@ -51,11 +64,15 @@ class Absent(Tensor):
         if func is Tensor.device.__get__:
             return args[0].at
         if func is Tensor.is_contiguous:
-            return args[0].channels_last is ((kwargs or {}).get("memory_format") in CHANNELS_LAST.values())
+            return args[0].channels_last is (
+                (kwargs or {}).get("memory_format") in CHANNELS_LAST.values()
+            )
         if func in _FORM:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        raise NeededError({tensor.number for _, tensor in named_in((args, kwargs)) if isinstance(tensor, cls)})
+        raise NeededError(
+            {tensor.number for _, tensor in named_in((args, kwargs)) if isinstance(tensor, cls)}
+        )
 
 
 @dataclass(frozen=True)
@@ -105,4 +122,8 @@ class Form:
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """Returns a tensor of this form as the module would have it in memory."""
-        return tensor.contiguous(memory_format=CHANNELS_LAST[tensor.ndim] if self.channels_last else torch.contiguous_format)
+        return tensor.contiguous(
+            memory_format=CHANNELS_LAST[tensor.ndim]
+            if self.channels_last
+            else torch.contiguous_format
+        )
