@@ -21,7 +21,10 @@ LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 def picture(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that an injection could leave behind, tensors as bytes."""
-    state = [(key, _bytes(value) if isinstance(value, Tensor) else repr(value)) for key, value in model.state_dict().items()]
+    state = [
+        (key, _bytes(value) if isinstance(value, Tensor) else repr(value))
+        for key, value in model.state_dict().items()
+    ]
     seen: dict[str, Any] = {"state_dict": state}
     for name, module in model.named_modules(remove_duplicate=False):
         seen[name] = {
@@ -30,9 +33,13 @@ def picture(model: nn.Module) -> dict[str, Any]:
             "children": list(module._modules),
             "attributes": sorted(module.__dict__),
             "hooks": {
-                key: list(value.values()) for key, value in module.__dict__.items() if "hook" in key and isinstance(value, dict)
+                key: list(value.values())
+                for key, value in module.__dict__.items()
+                if "hook" in key and isinstance(value, dict)
             },
-            "requires_grad": {key: p.requires_grad for key, p in module._parameters.items() if p is not None},
+            "requires_grad": {
+                key: p.requires_grad for key, p in module._parameters.items() if p is not None
+            },
             "objects": {key: id(p) for key, p in module._parameters.items()},
             "buffers": {key: _bytes(b) for key, b in module._buffers.items() if b is not None},
         }
@@ -91,7 +98,9 @@ def images(count: int = 2, size: int = 32, channels: int = 3, seed: int = 1) -> 
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2, inputs: Any = None) -> None:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2, inputs: Any = None
+) -> None:
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
@@ -119,9 +128,9 @@ def scramble(module: Any, seed: int = 0) -> Any:
 
 
 def assert_folds(adapter: Adapter, module: nn.Module, x: Tensor) -> None:
-    """Checks that a module with the folded tensors alone gives what adapter and module give, and that folding changes nothing.
+    """Checks that a module with the folded tensors alone gives what adapter and module give.
 
-    The bound is 256 rounding errors of the largest output.
+    Folding must change nothing. The bound is 256 rounding errors of the largest output.
     """
     adapter.eval()
     module.eval()
@@ -140,4 +149,6 @@ def assert_folds(adapter: Adapter, module: nn.Module, x: Tensor) -> None:
         bound = 256 * torch.finfo(x.dtype).eps
         scale = expected.abs().max().item()
         torch.testing.assert_close(folded(x), expected, rtol=0, atol=bound * scale)
-        assert (expected - plain).abs().max() > 1e-2 * scale, "the adapter does nothing, so this shows nothing"
+        assert (expected - plain).abs().max() > 1e-2 * scale, (
+            "the adapter does nothing, so this shows nothing"
+        )

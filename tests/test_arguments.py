@@ -1,4 +1,4 @@
-"""Wrong arguments get an error of the library's own, and change nothing: what the public calls are given here is anything."""
+"""Wrong arguments of any kind get an error of the library's own, and change nothing."""
 
 from __future__ import annotations
 
@@ -60,9 +60,27 @@ ANYTHING = st.one_of(
     st.binary(max_size=4),
     st.sampled_from(["c2", "head", "default", "*", "", "conv.weight", "a.b", "\0", "resadapt"]),
     st.lists(st.one_of(st.none(), st.integers(), st.text(max_size=3), st.just("c2")), max_size=3),
-    st.dictionaries(st.one_of(st.text(max_size=3), st.integers(), st.just("c2")), st.one_of(st.none(), st.integers()), max_size=2),
+    st.dictionaries(
+        st.one_of(st.text(max_size=3), st.integers(), st.just("c2")),
+        st.one_of(st.none(), st.integers()),
+        max_size=2,
+    ),
     st.tuples(st.integers(), st.none()),
-    st.sampled_from([object(), Odd(), int, len, 1j, ..., {1, 2}, range(3), np.zeros(2), np.float32(0.5), Path("x")]),
+    st.sampled_from(
+        [
+            object(),
+            Odd(),
+            int,
+            len,
+            1j,
+            ...,
+            {1, 2},
+            range(3),
+            np.zeros(2),
+            np.float32(0.5),
+            Path("x"),
+        ]
+    ),
     st.builds(lambda: torch.zeros(1)),
     st.builds(lambda: torch.zeros(2, 3, 8, 8, dtype=torch.int64)),
     st.builds(lambda: torch.zeros(2, 3, 8, 8).to_sparse()),
@@ -72,7 +90,12 @@ ANYTHING = st.one_of(
     st.builds(lambda: {"x": torch.zeros(2, 3, 8, 8)}),
 )
 MODELS = st.one_of(
-    ANYTHING, st.builds(scripted), st.builds(traced), st.builds(nn.Sequential), st.builds(Meta), st.builds(lambda: nn.LazyLinear(3))
+    ANYTHING,
+    st.builds(scripted),
+    st.builds(traced),
+    st.builds(nn.Sequential),
+    st.builds(Meta),
+    st.builds(lambda: nn.LazyLinear(3)),
 )
 
 
@@ -84,11 +107,26 @@ def mixed(model: Any, names: Any) -> None:
 OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "inject": (
         resadapt.inject_adapters,
-        ("layers", "bottleneck", "family", "name", "head", "norm", "dropout", "example_input", "channel_dim", "init", "gamma"),
+        (
+            "layers",
+            "bottleneck",
+            "family",
+            "name",
+            "head",
+            "norm",
+            "dropout",
+            "example_input",
+            "channel_dim",
+            "init",
+            "gamma",
+        ),
     ),
     "remove": (resadapt.remove_adapters, ("name", "keep_head")),
     "activate": (resadapt.set_active_adapters, ("name",)),
-    "groups": (resadapt.parameter_groups, ("lr", "head_lr", "norm_lr", "weight_decay", "decay_bias")),
+    "groups": (
+        resadapt.parameter_groups,
+        ("lr", "head_lr", "norm_lr", "weight_decay", "decay_bias"),
+    ),
     "state": (resadapt.adapter_state_dict, ("name",)),
     "load state": (resadapt.load_adapter_state_dict, ("state_dict", "name")),
     "save": (
@@ -104,7 +142,10 @@ OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "forward all": (resadapt.forward_all, ("names",)),
     "cache": (resadapt.cache_prefix, ("data", "batch_size", "num_workers", "variants", "progress")),
     "estimate": (resadapt.estimate_training, ("input_shape",)),
-    "suggest": (resadapt.suggest_layers, ("budget", "family", "layers", "flops", "example_input", "channel_dim", "init", "gamma")),
+    "suggest": (
+        resadapt.suggest_layers,
+        ("budget", "family", "layers", "flops", "example_input", "channel_dim", "init", "gamma"),
+    ),
 }
 NEEDED = {
     "groups": {"lr": 0.1},
@@ -139,14 +180,27 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("call", "argument"), [(call, each) for call, (_, names) in OPTIONS.items() for each in names])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize(
+    ("call", "argument"), [(call, each) for call, (_, names) in OPTIONS.items() for each in names]
+)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(value=ANYTHING)
 def test_any_value_for_any_argument(
-    call: str, argument: str, value: Any, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str,
+    argument: str,
+    value: Any,
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assume(not (argument in ("metric", "rebuild", "progress") and callable(value)))  # what those raise is theirs
-    assume(not (argument == "path" and isinstance(value, str | bytes) and "/" in os.fsdecode(value)))
+    assume(
+        not (argument in ("metric", "rebuild", "progress") and callable(value))
+    )  # what those raise is theirs
+    assume(
+        not (argument == "path" and isinstance(value, str | bytes) and "/" in os.fsdecode(value))
+    )
     monkeypatch.chdir(tmp_path)  # where a path of any other text leads
     function, names = OPTIONS[call]
     arguments = dict(NEEDED.get(call, {}))
@@ -167,7 +221,9 @@ def test_any_value_for_any_argument(
 
 
 @pytest.mark.parametrize("call", [*OPTIONS, *TAKE_A_MODEL_ONLY])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(model=MODELS)
 @example(model=scripted())
 @example(model=traced())
@@ -185,35 +241,74 @@ def test_anything_for_a_model(call: Any, model: Any, saved: Path, tmp_path: Path
 
 @settings(max_examples=60, deadline=None)
 @given(
-    state=st.dictionaries(st.one_of(st.text(max_size=5), st.integers(), st.none(), st.just("head.head.bias")), ANYTHING, max_size=3)
+    state=st.dictionaries(
+        st.one_of(st.text(max_size=5), st.integers(), st.none(), st.just("head.head.bias")),
+        ANYTHING,
+        max_size=3,
+    )
 )
 def test_any_state_dict(state: Any) -> None:
     model = resadapt.inject_adapters(small_net(), "c2", 2, head="head")
     before = picture(model)
     with pytest.raises(resadapt.AdapterKeyError):
-        resadapt.load_adapter_state_dict(model, {**resadapt.adapter_state_dict(model), **state} if state else {})
+        resadapt.load_adapter_state_dict(
+            model, {**resadapt.adapter_state_dict(model), **state} if state else {}
+        )
     assert picture(model) == before
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, p: resadapt.inject_adapters(m, {3: 4}), r"layers takes names of modules, found 3 \(int\)"),
-        (lambda m, p: resadapt.inject_adapters(m, "c2", name=["a"]), r"name=\['a'\] is list, not a text"),
-        (lambda m, p: resadapt.inject_adapters(m, "c2", family=["pooled"]), r"family=\['pooled'\] is list, not a text"),
+        (
+            lambda m, p: resadapt.inject_adapters(m, {3: 4}),
+            r"layers takes names of modules, found 3 \(int\)",
+        ),
+        (
+            lambda m, p: resadapt.inject_adapters(m, "c2", name=["a"]),
+            r"name=\['a'\] is list, not a text",
+        ),
+        (
+            lambda m, p: resadapt.inject_adapters(m, "c2", family=["pooled"]),
+            r"family=\['pooled'\] is list, not a text",
+        ),
         (lambda m, p: resadapt.inject_adapters(m, "c2", norm={}), r"norm=\{\} is dict, not a text"),
         (lambda m, p: resadapt.inject_adapters(m, "c2", dropout=True), r"dropout=True is bool"),
-        (lambda m, p: resadapt.save_adapters(injected(m), p, probe=3), r"cannot be called with probe=: "),
-        (lambda m, p: resadapt.save_adapters(injected(m), p, probe=torch.zeros(2)), r"cannot be called with probe=: RuntimeError"),
-        (lambda m, p: resadapt.save_adapters(injected(m), p, probe={"y": X}), r"cannot be called with probe=: TypeError"),
-        (lambda m, p: resadapt.save_adapters(injected(m), p, metric=3), r"metric is int: give a function"),
-        (lambda m, p: resadapt.save_adapters(injected(m), p, metric=lambda m: 10**400), r"metric returned int, not a number"),
-        (lambda m, p: resadapt.save_adapters(injected(m), p, metadata=np.zeros(2)), r"metadata is ndarray"),
-        (lambda m, p: resadapt.save_adapters(injected(m), p, metadata={"a": np.zeros(2)}), r"metadata is not JSON"),
+        (
+            lambda m, p: resadapt.save_adapters(injected(m), p, probe=3),
+            r"cannot be called with probe=: ",
+        ),
+        (
+            lambda m, p: resadapt.save_adapters(injected(m), p, probe=torch.zeros(2)),
+            r"cannot be called with probe=: RuntimeError",
+        ),
+        (
+            lambda m, p: resadapt.save_adapters(injected(m), p, probe={"y": X}),
+            r"cannot be called with probe=: TypeError",
+        ),
+        (
+            lambda m, p: resadapt.save_adapters(injected(m), p, metric=3),
+            r"metric is int: give a function",
+        ),
+        (
+            lambda m, p: resadapt.save_adapters(injected(m), p, metric=lambda m: 10**400),
+            r"metric returned int, not a number",
+        ),
+        (
+            lambda m, p: resadapt.save_adapters(injected(m), p, metadata=np.zeros(2)),
+            r"metadata is ndarray",
+        ),
+        (
+            lambda m, p: resadapt.save_adapters(injected(m), p, metadata={"a": np.zeros(2)}),
+            r"metadata is not JSON",
+        ),
         (lambda m, p: resadapt.save_adapters(injected(m), p, name=["a"]), r"name=\['a'\] is list"),
         (lambda m, p: resadapt.load_adapters(m, "a\0b"), r"cannot be read"),
         (lambda m, p: resadapt.load_adapter_state_dict(injected(m), {3: X}), r"'3' is unexpected"),
-        (lambda m, p: resadapt.inject_adapters(scripted(), "0", 2), r"The model is compiled TorchScript"),
+        (
+            lambda m, p: resadapt.inject_adapters(scripted(), "0", 2),
+            r"The model is compiled TorchScript",
+        ),
         (lambda m, p: resadapt.summary("m"), r"model is str, not a torch.nn.Module"),
         (lambda m, p: resadapt.parameter_groups(injected(m), "0.1"), r"lr='0.1': give a number"),
     ],

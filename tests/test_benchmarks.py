@@ -33,7 +33,11 @@ def test_a_short_round_of_training() -> None:
     assert list(found) == list(ways.WAYS)
     saved = {way: row["bytes_saved"] for way, row in found.items()}
     assert (
-        saved[ways.OPTIMIZED] <= saved["optimized, exact"] < saved["resadapt, checkpointed"] < saved[ways.PLAIN] < saved[ways.FULL]
+        saved[ways.OPTIMIZED]
+        <= saved["optimized, exact"]
+        < saved["resadapt, checkpointed"]
+        < saved[ways.PLAIN]
+        < saved[ways.FULL]
     )
     assert all(each["step_s"] > 0 for each in found.values())
     assert alone(training.peak, setting, ways.FULL) > saved[ways.FULL]
@@ -53,7 +57,9 @@ def test_a_short_round_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_short_round_of_variants(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "FAMILIES", {name: variants.FAMILIES[name] for name in ("lora, DoRA", "ssf")})
+    monkeypatch.setattr(
+        variants, "FAMILIES", {name: variants.FAMILIES[name] for name in ("lora, DoRA", "ssf")}
+    )
     found = variants.measure(1, 2, 32)
     assert found.pop("full")["step_s"] > 0
     for part, rows in found.items():

@@ -19,24 +19,55 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")
 
 def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
     assert blocks
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     printed = "\n".join(str(names["report"]).splitlines()[1:])
     shown = re.sub(r"\d", "9", (ROOT / "README.md").read_text())
-    # The file's size and the numbers in it may differ between versions of torch; the rest is what is printed.
+    # The file's size and the numbers in it may differ between versions of torch; the rest is what
+    # is printed.
     assert re.sub(r"\d", "9", printed) in shown
 
 
 def test_the_examples_in_the_pages_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sphinx", "-b", "doctest", "-W", "-n", "-q", "-d", tmp_path / "trees", DOCS, tmp_path / "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-b",
+        "doctest",
+        "-W",
+        "-n",
+        "-q",
+        "-d",
+        tmp_path / "trees",
+        DOCS,
+        tmp_path / "out",
+    ]
     # One thread: a test of numbers, not of speed, beside other tests on the same cores.
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     results = (tmp_path / "out" / "output.txt").read_text()
-    for page in ("index", "getting_started", "families", "sets", "freezing", "checkpoints", "file_format", "codec_example"):
+    for page in (
+        "index",
+        "getting_started",
+        "families",
+        "sets",
+        "freezing",
+        "checkpoints",
+        "file_format",
+        "codec_example",
+    ):
         assert f"Document: {page}\n" in results
     assert re.search(r"^ +0 failures in tests$", results, re.MULTILINE)
 
@@ -44,13 +75,21 @@ def test_the_examples_in_the_pages_run(tmp_path: Path) -> None:
 def test_the_tables_of_families_are_what_the_code_says() -> None:
     # In a process of its own: here other tests may have registered families.
     command = [sys.executable, DOCS / "make_tables.py", "--check"]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_reference_has_every_public_name() -> None:
-    listed = re.findall(r"^\.\. auto\w+:: (\w+)(?:\(\))?$", (DOCS / "reference.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(resadapt.__all__)
+    listed = re.findall(
+        r"^\.\. auto\w+:: (\w+)(?:\(\))?$", (DOCS / "reference.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(resadapt.__all__ + resadapt.types.__all__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -60,7 +99,9 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "promises.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", DOCS / "promises.md"], ids=lambda page: page.name
+)
 def test_files_that_the_readme_names_exist(page: Path) -> None:
     text = page.read_text()
     for path in re.findall(r"`((?:tests|examples|docs)/[\w./*]+)`", text):

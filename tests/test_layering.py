@@ -15,8 +15,9 @@ PACKAGE = ROOT / "src" / "resadapt"
 RUNTIME = {"torch", "torchvision", "typing_extensions"}
 OPTIONAL = {"safetensors"}
 
-# Rooms by floor, from the ground up: a module may import from the floors below its own. The rooms of one floor do not know each
-# other. Inside a room a module may import from the rows before its own, and those of one row do not know each other.
+# Rooms by floor, from the ground up: a module may import from the floors below its own. The rooms
+# of one floor do not know each other. Inside a room a module may import from the rows before its
+# own, and those of one row do not know each other.
 FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "base": (
@@ -85,7 +86,9 @@ def place(name: str) -> tuple[str, str]:
 
 
 def module_files() -> dict[str, Path]:
-    """Every module of the package by its dotted name below the package, the root's being empty; rooms without code left out."""
+    """Every module of the package by its dotted name below the package, the root's being empty;
+    rooms without code left out.
+    """
     files = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -95,7 +98,9 @@ def module_files() -> dict[str, Path]:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every module that a source imports anywhere, for types or inside a function too; a relative one as '.'."""
+    """Every module that a source imports anywhere, for types or inside a function too; a relative
+    one as '.'.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -126,7 +131,9 @@ def problems(name: str, source: str) -> list[str]:
             found.append(f"{name} imports {target}, which is no runtime package")
     at_import = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     early = {target.partition(".")[0] for node in at_import for target in imports(node)}
-    return found + [f"{name} imports {package} before it is needed" for package in sorted(early & OPTIONAL)]
+    return found + [
+        f"{name} imports {package} before it is needed" for package in sorted(early & OPTIONAL)
+    ]
 
 
 NAMES = [".".join(filter(None, each)) for each in PLACES]
@@ -170,10 +177,26 @@ def test_imports_point_one_way(name: str) -> None:
             "if TYPE_CHECKING:\n    from resadapt.proof.report import Check",
             "parameters.summary may not import resadapt.proof.report",
         ),
-        ("injection.sets", "from resadapt.utils import helper", "injection.sets imports resadapt.utils, which has no place"),
-        ("injection.sets", "from .slots import SLOT", "injection.sets imports relatively: write the full name"),
-        ("injection.sets", "import numpy as np", "injection.sets imports numpy, which is no runtime package"),
-        ("files.container", "import safetensors.torch", "files.container imports safetensors before it is needed"),
+        (
+            "injection.sets",
+            "from resadapt.utils import helper",
+            "injection.sets imports resadapt.utils, which has no place",
+        ),
+        (
+            "injection.sets",
+            "from .slots import SLOT",
+            "injection.sets imports relatively: write the full name",
+        ),
+        (
+            "injection.sets",
+            "import numpy as np",
+            "injection.sets imports numpy, which is no runtime package",
+        ),
+        (
+            "files.container",
+            "import safetensors.torch",
+            "files.container imports safetensors before it is needed",
+        ),
     ],
 )
 def test_a_wrong_import_is_found(name: str, source: str, complaint: str) -> None:
@@ -183,7 +206,9 @@ def test_a_wrong_import_is_found(name: str, source: str, complaint: str) -> None
 def test_the_architecture_page_shows_these_rooms() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| (\d+) \| `([\w.]+)` \| ([^|]*)\|", page, re.MULTILINE)
-    shown = [(int(floor), room, tuple(re.findall(r"`(\w+)`", modules))) for floor, room, modules in rows]
+    shown = [
+        (int(floor), room, tuple(re.findall(r"`(\w+)`", modules))) for floor, room, modules in rows
+    ]
     expected = [
         (floor, room or "__init__", tuple(module for row in rows for module in row if module))
         for floor, rooms in enumerate(FLOORS)

@@ -1,4 +1,4 @@
-"""Every torchvision ResNet goes the whole way: inject, train, save, load into a fresh one, remove."""
+"""Every torchvision ResNet goes the whole way: inject, train, save, load, remove."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ PLAIN = [
     *(models.resnext50_32x4d, models.resnext101_32x8d, models.resnext101_64x4d),
     *(models.wide_resnet50_2, models.wide_resnet101_2),
 ]
-QUANTIZABLE = [quantization.resnet18, quantization.resnet50, quantization.resnext101_32x8d, quantization.resnext101_64x4d]
+QUANTIZABLE = [
+    quantization.resnet18,
+    quantization.resnet50,
+    quantization.resnext101_32x8d,
+    quantization.resnext101_64x4d,
+]
 SEGMENTATION = [
     *(segmentation.fcn_resnet50, segmentation.fcn_resnet101),
     *(segmentation.deeplabv3_resnet50, segmentation.deeplabv3_resnet101),
@@ -73,16 +78,30 @@ TARGETS = [
 
 CASES = (
     [Case(build, {"num_classes": 5}, "", "fc", images()) for build in PLAIN]
-    + [Case(build, {"num_classes": 5, "quantize": False}, "", "fc", images()) for build in QUANTIZABLE]
     + [
-        Case(build, {"weights_backbone": None, "num_classes": 5}, "backbone.", "classifier", images(2, 64))
+        Case(build, {"num_classes": 5, "quantize": False}, "", "fc", images())
+        for build in QUANTIZABLE
+    ]
+    + [
+        Case(
+            build,
+            {"weights_backbone": None, "num_classes": 5},
+            "backbone.",
+            "classifier",
+            images(2, 64),
+        )
         for build in SEGMENTATION
     ]
     + [Case(build, {"num_classes": 5}, "", "fc", torch.randn(2, 3, 4, 16, 16)) for build in VIDEO]
     + [
         Case(
             build,
-            {"weights_backbone": None, "min_size": 64, "max_size": 64, threshold: 0.0},  # untrained, but to detect something
+            {
+                "weights_backbone": None,
+                "min_size": 64,
+                "max_size": 64,
+                threshold: 0.0,
+            },  # untrained, but to detect something
             "backbone.body.",
             head,
             [images(1, 64)[0]],
@@ -100,7 +119,9 @@ def _big(case: Case) -> bool:
 
 def _named(case: Case) -> Any:
     marks = pytest.mark.slow if _big(case) else ()
-    return pytest.param(case, marks=marks, id=f"{case.build.__module__.rsplit('.', 1)[-1]}-{case.build.__name__}")
+    return pytest.param(
+        case, marks=marks, id=f"{case.build.__module__.rsplit('.', 1)[-1]}-{case.build.__name__}"
+    )
 
 
 @pytest.mark.parametrize("case", [_named(case) for case in CASES])
@@ -114,7 +135,10 @@ def test_the_whole_way(case: Case, tmp_path: Path) -> None:
     assert [site.name for site in resadapt.list_adapters(model)[0].sites] == list(case.layers)
     count = resadapt.count_parameters(model)
     assert count.trainable == count.adapters + count.head
-    assert count.adapters == sum(2 * c * 8 + 8 + c for c in (site.channels for site in resadapt.list_adapters(model)[0].sites))
+    assert count.adapters == sum(
+        2 * c * 8 + 8 + c
+        for c in (site.channels for site in resadapt.list_adapters(model)[0].sites)
+    )
 
     frozen = backbone_bytes(model, outside=(case.head,))
     model.train()
@@ -125,7 +149,9 @@ def test_the_whole_way(case: Case, tmp_path: Path) -> None:
     optimizer.step()
     assert backbone_bytes(model, outside=(case.head,)) == frozen
 
-    report = resadapt.save_adapters(model, tmp_path / "set.pt", probe=None if case.probe else (case.inputs,))
+    report = resadapt.save_adapters(
+        model, tmp_path / "set.pt", probe=None if case.probe else (case.inputs,)
+    )
     assert report.ok
     assert report["outputs"].outcome == "passed", report
     assert (tmp_path / "set.pt").stat().st_size < 4 * (count.adapters + count.head) + 250_000
@@ -137,19 +163,39 @@ def test_the_whole_way(case: Case, tmp_path: Path) -> None:
     assert picture(model) == before
 
 
-# The deeper ones have no other layers, and masks and keypoints are looked for behind the same backbone, for a long time.
+# The deeper ones have no other layers, and masks and keypoints are looked for behind the same
+# backbone, for a long time.
 @pytest.mark.parametrize(
-    "case", [_named(case) for case in CASES if not _big(case) and not case.build.__name__.startswith(("mask", "keypoint"))]
+    "case",
+    [
+        _named(case)
+        for case in CASES
+        if not _big(case) and not case.build.__name__.startswith(("mask", "keypoint"))
+    ],
 )
 def test_every_family_in_the_last_stage(case: Case) -> None:
-    """At all convolutions, strided, grouped, dilated and 3-D ones among them, norms and blocks; a set each."""
+    """At all convolutions, strided, grouped, dilated and 3-D ones among them, norms and blocks; a
+    set each.
+    """
     model = case.model().eval()
     blocks = dict(model.get_submodule(case.layers[-1]).named_children())
-    inside = {f"{case.layers[-1]}.{name}": part for name, part in model.get_submodule(case.layers[-1]).named_modules() if name}
-    convolutions = [name for name, part in inside.items() if isinstance(part, nn.modules.conv._ConvNd)]
+    inside = {
+        f"{case.layers[-1]}.{name}": part
+        for name, part in model.get_submodule(case.layers[-1]).named_modules()
+        if name
+    }
+    convolutions = [
+        name for name, part in inside.items() if isinstance(part, nn.modules.conv._ConvNd)
+    ]
     norms = [name for name, part in inside.items() if "Norm" in type(part).__name__]
     behind = [f"{case.layers[-1]}.{name}" for name in blocks]
-    places = {"lora": convolutions, "parallel": convolutions, "conv": convolutions, "series": behind, "bottleneck": behind}
+    places = {
+        "lora": convolutions,
+        "parallel": convolutions,
+        "conv": convolutions,
+        "series": behind,
+        "bottleneck": behind,
+    }
     places |= {"mona": behind, "ssf": norms}
     torch.manual_seed(0)
     plain = outputs_of(model, (case.inputs,))
@@ -171,7 +217,11 @@ def test_other_feature_maps() -> None:
     x = images(2, 64)
     cases: list[tuple[nn.Module, Any, bool]] = [
         (models.convnext_tiny(weights=None), ["features.1", "features.3.1"], True),
-        (models.efficientnet_b0(weights=None), ["features.1.0.block.1", "features.8"], False),  # SE; conv-norm-activation
+        (
+            models.efficientnet_b0(weights=None),
+            ["features.1.0.block.1", "features.8"],
+            False,
+        ),  # SE; conv-norm-activation
         (models.mobilenet_v3_small(weights=None), "features.1.block.1", False),
         (models.densenet121(weights=None), ["features.transition1", "features.norm5"], True),
         (models.vgg11_bn(weights=None), ["features.1"], False),
@@ -180,11 +230,14 @@ def test_other_feature_maps() -> None:
     for model, layers, example in cases:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # the statistics of one batch, so that untrained activations do not die out
+                # the statistics of one batch, so that untrained activations do not die out
+                module.momentum = None
         model.train()(x)
         model.eval()
         plain = outputs_of(model, x)
-        resadapt.inject_adapters(model, layers, 4, example_input=x if example else None, init="identity")
+        resadapt.inject_adapters(
+            model, layers, 4, example_input=x if example else None, init="identity"
+        )
         assert same(outputs_of(model, x), plain)
         train(model, torch.optim.AdamW(model.parameters(), lr=0.1), inputs=x)
         assert not same(outputs_of(model, x), plain), "the adapters are in the path of the data"
@@ -194,7 +247,12 @@ def test_other_feature_maps() -> None:
 
 def test_a_root_that_is_a_sequential() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 4, 3), nn.ReLU()))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(8, 4, 3), nn.ReLU()),
+    )
     before, x = picture(model), images()
     resadapt.inject_adapters(model, ["1", "3"], 2)
     assert [site.owner for site in resadapt.list_adapters(model)[0].sites] == ["1", "3.1"]

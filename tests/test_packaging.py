@@ -1,4 +1,4 @@
-"""The wheel and the source distribution: what is in them, and that they run where there is nothing but what they ask for."""
+"""The wheel and the source distribution: what is in them, and that they run alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ RUNTIME = ("torch", "torchvision", "typing-extensions")
 
 def run(*command: str | Path, cwd: Path) -> str:
     """The output of a command that must not fail."""
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -57,14 +59,28 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bare_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with the wheel, the runtime packages and what they need: no more, not even pip."""
+    """The interpreter of an environment with the wheel, the runtime packages and what they need: no
+    more, not even pip.
+    """
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     (site,) = folder.glob("lib/python*/site-packages")
     assert list(site.iterdir()) == []
-    run(sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--target", site, wheel, cwd=folder)
-    # A second torch would take minutes and gigabytes: links to the one that is installed behave the same.
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        site,
+        wheel,
+        cwd=folder,
+    )
+    # A second torch would take minutes and gigabytes: links to the one that is installed behave the
+    # same.
     for distribution in closure(RUNTIME):
         for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
             if not (site / top).exists():
@@ -84,8 +100,17 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     info = {name for name in names if ".dist-info/" in name}
     assert names - info == sources
     assert "resadapt/py.typed" in sources
-    assert {name.partition("/")[2] for name in info} == {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}
-    needed = [Requirement(line.partition(": ")[2]) for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
+    assert {name.partition("/")[2] for name in info} == {
+        "METADATA",
+        "WHEEL",
+        "RECORD",
+        "licenses/LICENSE",
+    }
+    needed = [
+        Requirement(line.partition(": ")[2])
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist:")
+    ]
     assert sorted(each.name for each in needed if each.marker is None) == sorted(RUNTIME)
 
 
@@ -95,9 +120,13 @@ def test_the_bare_environment_lacks(package: str, bare_python: Path) -> None:
     assert run(bare_python, "-I", "-c", code, cwd=bare_python.parent) == "None\n"
 
 
-def test_the_quickstart_runs_from_the_wheel_with_only_the_runtime_packages(bare_python: Path) -> None:
+def test_the_quickstart_runs_from_the_wheel_with_only_the_runtime_packages(
+    bare_python: Path,
+) -> None:
     environment = bare_python.parents[1]
-    where = run(bare_python, "-I", "-c", "import resadapt; print(resadapt.__file__)", cwd=environment)
+    where = run(
+        bare_python, "-I", "-c", "import resadapt; print(resadapt.__file__)", cwd=environment
+    )
     assert Path(where.strip()).is_relative_to(environment)
     output = run(bare_python, "-I", ROOT / "examples" / "quickstart.py", cwd=environment)
     assert "adapters                                    124,096" in output
@@ -120,18 +149,38 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_sdist_holds_all_that_its_tests_need(sdist: Path) -> None:
     made = {"__pycache__", "_build"}
     for part in ("src", "tests", "docs", "examples", ".ci"):
-        files = [path for path in (ROOT / part).rglob("*") if path.is_file() and not made & set(path.relative_to(ROOT).parts)]
+        files = [
+            path
+            for path in (ROOT / part).rglob("*")
+            if path.is_file() and not made & set(path.relative_to(ROOT).parts)
+        ]
         missing = [path for path in files if not (sdist / path.relative_to(ROOT)).is_file()]
         assert files
         assert not missing
-    for name in ("Makefile", "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"):
+    for name in (
+        "Makefile",
+        "pyproject.toml",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+    ):
         assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()
 
 
 def test_the_tests_of_the_sdist_run_there(sdist: Path) -> None:
     # One file of them, on the sources of the sdist. The whole of them is a job of the hosted CI.
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_fingerprint.py", "-k", "format_1"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "tests/files/test_format_3.py",
+    ]
     environment = os.environ | {"PYTHONPATH": str(sdist / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=sdist, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=sdist, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -1,4 +1,4 @@
-"""The hooks survive whatever PyTorch does to a model: same numbers as eager, and a copy is independent."""
+"""Hooks survive whatever PyTorch does to a model: same numbers, independent copies."""
 
 from __future__ import annotations
 
@@ -40,9 +40,13 @@ def _torch_save(model: nn.Module) -> nn.Module:
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _torch_save])
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _torch_save]
+)
 @pytest.mark.parametrize("ran", [False, True])
-def test_copies_are_equal_and_independent(model: nn.Module, copier: Callable[[nn.Module], nn.Module], ran: bool) -> None:
+def test_copies_are_equal_and_independent(
+    model: nn.Module, copier: Callable[[nn.Module], nn.Module], ran: bool
+) -> None:
     if not ran:
         fresh = resadapt.inject_adapters(small_resnet(), head="fc", bottleneck=8).eval()
         resadapt.load_adapter_state_dict(fresh, resadapt.adapter_state_dict(model))
@@ -76,8 +80,15 @@ def test_a_pickle_is_read_by_another_process(model: nn.Module, tmp_path: Path) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
     expected = model(X)
-    assert torch.allclose(model.to(dtype)(X.to(dtype)).float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
-    assert resadapt.check_backbone(model).ok == (dtype == torch.float64), "a wider dtype holds the same numbers"
+    assert torch.allclose(
+        model.to(dtype)(X.to(dtype)).float(),
+        expected,
+        rtol=0.1,
+        atol=0.1 * expected.abs().max().item(),
+    )
+    assert resadapt.check_backbone(model).ok == (dtype == torch.float64), (
+        "a wider dtype holds the same numbers"
+    )
 
 
 def test_memory_format_and_autocast(model: nn.Module) -> None:
@@ -86,7 +97,9 @@ def test_memory_format_and_autocast(model: nn.Module) -> None:
     assert resadapt.check_backbone(model).ok
     with torch.autocast("cpu", torch.bfloat16):
         output = model(X)
-    assert torch.allclose(output.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+    assert torch.allclose(
+        output.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item()
+    )
     fresh = resadapt.inject_adapters(small_resnet(), head="fc", bottleneck=8, dropout=0.0).eval()
     with torch.autocast("cpu", torch.bfloat16):
         fresh(X).float().square().sum().backward()
@@ -139,8 +152,12 @@ def test_grad_cam(model: nn.Module) -> None:
     model.layer4[-1].register_forward_hook(keep)
     model(X)[:, 0].sum().backward()
     positions = kept["activation"][0, 0].numel()
-    assert torch.allclose(model.fc(kept["activation"].mean((2, 3))), model(X), atol=1e-5), "what the head sees is this activation"
-    expected = (private(model, "fc").weight[0] / positions)[None, :, None, None].expand_as(kept["gradient"])
+    assert torch.allclose(model.fc(kept["activation"].mean((2, 3))), model(X), atol=1e-5), (
+        "what the head sees is this activation"
+    )
+    expected = (private(model, "fc").weight[0] / positions)[None, :, None, None].expand_as(
+        kept["gradient"]
+    )
     assert torch.allclose(kept["gradient"], expected, atol=1e-7)
     with resadapt.adapters_disabled(model):
         adapted = kept["activation"]
@@ -176,7 +193,12 @@ def test_export(model: nn.Module, strict: bool) -> None:
 @pytest.mark.parametrize("ran", [False, True])
 def test_compile_fullgraph(ran: bool) -> None:
     torch._dynamo.reset()
-    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    small = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()),
+    )
     plain = copy.deepcopy(small).eval()
     model = resadapt.inject_adapters(small, ["0", "3"], 4, dropout=0.0)
     with torch.no_grad():
@@ -225,19 +247,33 @@ def test_compile_of_a_resnet(model: nn.Module) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_sets_of_every_form_switch_in_a_compiled_model(training: bool) -> None:
     torch._dynamo.reset()
-    parts = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    parts = (
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     model = nn.Sequential(*parts, nn.Linear(4, 3))
     resadapt.inject_adapters(model, "3", 4, name="pooled", head="6", dropout=0.0)
-    resadapt.inject_adapters(model, "0", 2, name="wide", family="lora", head={"6": nn.Linear(4, 7)}, norm="affine")
+    resadapt.inject_adapters(
+        model, "0", 2, name="wide", family="lora", head={"6": nn.Linear(4, 7)}, norm="affine"
+    )
     deep = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
-    resadapt.inject_adapters(model, "1", name="deep", family="ssf", head={"6": deep}, norm="affine+stats")
+    resadapt.inject_adapters(
+        model, "1", name="deep", family="ssf", head={"6": deep}, norm="affine+stats"
+    )
     resadapt.inject_adapters(model, (), name="other", head={"1": nn.GroupNorm(2, 4)})
     for name in ("pooled", "wide", "deep", "other"):
         resadapt.set_active_adapters(model, name)
         for parameter in resadapt.trainable_parameters(model):
             nn.init.normal_(parameter)
     model.train(training)
-    eager, compiled = copy.deepcopy(model), torch.compile(model, fullgraph=True, backend="aot_eager")
+    eager, compiled = (
+        copy.deepcopy(model),
+        torch.compile(model, fullgraph=True, backend="aot_eager"),
+    )
     for name in ("pooled", "wide", None, "deep", "other", "wide", "pooled", "deep"):
         for each in (compiled, eager):
             resadapt.set_active_adapters(each, name)

@@ -1,4 +1,4 @@
-"""The families that read a site's output: against references of elementary operations, and through what models go through."""
+"""The families that read a site's output: against plain operations, and in whole models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50
 
 import resadapt
-from resadapt.adapters import FAMILIES, Adapter, BottleneckAdapter, MonaAdapter, SeriesAdapter, Site, SsfAdapter
+from resadapt.adapters import (
+    FAMILIES,
+    Adapter,
+    BottleneckAdapter,
+    MonaAdapter,
+    SeriesAdapter,
+    Site,
+    SsfAdapter,
+)
 from resadapt.adapters.family import takes
 from resadapt.adapters.pointwise import pointwise
 
@@ -62,7 +70,8 @@ def places(case: str) -> list[tuple[tuple[int, ...], int]]:
     return [(shape, dim) for shape, dim in SHAPES if case != "mona" or len(shape) > 2]
 
 
-# References: channels first, one channel at a time, with autograd's own operations. A weight is [rows, columns].
+# References: channels first, one channel at a time, with autograd's own operations. A weight is
+# [rows, columns].
 
 
 def mixed(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -85,12 +94,18 @@ def batch_normed(norm: Any, x: Tensor) -> Tensor:
             variance = ((x[:, j] - mean) ** 2).sum() / x[:, j].numel()
         else:
             mean, variance = norm.running_mean[j], norm.running_var[j]
-        outputs.append((x[:, j] - mean) / torch.sqrt(variance + 1e-5) * norm.weight[j] + norm.bias[j])
+        outputs.append(
+            (x[:, j] - mean) / torch.sqrt(variance + 1e-5) * norm.weight[j] + norm.bias[j]
+        )
     return torch.stack(outputs, 1)
 
 
 def series(adapter: SeriesAdapter, x: Tensor, _mask: float | Tensor) -> Tensor:
-    read = batch_normed(adapter.norm, x) if isinstance(adapter.norm, nn.modules.batchnorm._BatchNorm) else x
+    read = (
+        batch_normed(adapter.norm, x)
+        if isinstance(adapter.norm, nn.modules.batchnorm._BatchNorm)
+        else x
+    )
     return x + mixed(adapter.alpha.weight, None, read)
 
 
@@ -122,7 +137,10 @@ def depthwise(convolution: Any, z: Tensor) -> Tensor:
     for j in range(z.shape[1]):
         value = torch.zeros_like(z[:, j]) + convolution.bias[j]
         for offset in itertools.product(range(size), repeat=dims):
-            window = tuple(slice(start, start + length) for start, length in zip(offset, z.shape[2:], strict=True))
+            window = tuple(
+                slice(start, start + length)
+                for start, length in zip(offset, z.shape[2:], strict=True)
+            )
             value = value + convolution.weight[(j, 0, *offset)] * padded[(slice(None), j, *window)]
         outputs.append(value)
     return torch.stack(outputs, 1)
@@ -134,10 +152,20 @@ def mona(adapter: MonaAdapter, x: Tensor, mask: float | Tensor) -> Tensor:
     variance = sum((x[:, j] - mean) ** 2 for j in range(channels)) / channels
     scaled = []
     for j in range(channels):
-        normed = (x[:, j] - mean) / torch.sqrt(variance + 1e-5) * adapter.norm.weight[j] + adapter.norm.bias[j]
+        normed = (x[:, j] - mean) / torch.sqrt(variance + 1e-5) * adapter.norm.weight[
+            j
+        ] + adapter.norm.bias[j]
         scaled.append(adapter.norm_scale[j] * normed + adapter.skip_scale[j] * x[:, j])
     z = mixed(adapter.down.weight, adapter.down.bias, torch.stack(scaled, 1))
-    h = z + (depthwise(adapter.filter3, z) + depthwise(adapter.filter5, z) + depthwise(adapter.filter7, z)) / 3
+    h = (
+        z
+        + (
+            depthwise(adapter.filter3, z)
+            + depthwise(adapter.filter5, z)
+            + depthwise(adapter.filter7, z)
+        )
+        / 3
+    )
     hidden = gelu(h + mixed(adapter.mix.weight, adapter.mix.bias, h))
     return x + mixed(adapter.up.weight, adapter.up.bias, hidden * mask)
 
@@ -150,10 +178,14 @@ REFERENCES: dict[str, Callable[[Any, Tensor, float | Tensor], Tensor]] = {
 }
 
 
-def assert_as_the_reference(case: str, shape: tuple[int, ...], channel_dim: int, training: bool) -> None:
+def assert_as_the_reference(
+    case: str, shape: tuple[int, ...], channel_dim: int, training: bool
+) -> None:
     """Compares outputs, and gradients for the input and every parameter."""
     adapter = build(case, shape, channel_dim).train(training)
-    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
     reference = REFERENCES[CASES[case][0]]
     expected = reference(adapter, x.movedim(channel_dim, 1), 1.0).movedim(1, channel_dim)
     given_back = adapter(x)
@@ -169,8 +201,12 @@ def assert_as_the_reference(case: str, shape: tuple[int, ...], channel_dim: int,
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("case", "shape", "channel_dim"), [(case, *place) for case in CASES for place in places(case)])
-def test_against_the_reference(case: str, shape: tuple[int, ...], channel_dim: int, training: bool) -> None:
+@pytest.mark.parametrize(
+    ("case", "shape", "channel_dim"), [(case, *place) for case in CASES for place in places(case)]
+)
+def test_against_the_reference(
+    case: str, shape: tuple[int, ...], channel_dim: int, training: bool
+) -> None:
     assert_as_the_reference(case, shape, channel_dim, training)
 
 
@@ -222,18 +258,28 @@ def test_statistics_of_the_series_norm_move_in_training_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("case", "shape", "channel_dim"), [(case, *place) for case in CASES for place in places(case)])
-def test_dtype_and_memory_are_kept(case: str, shape: tuple[int, ...], channel_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("case", "shape", "channel_dim"), [(case, *place) for case in CASES for place in places(case)]
+)
+def test_dtype_and_memory_are_kept(
+    case: str, shape: tuple[int, ...], channel_dim: int, dtype: torch.dtype
+) -> None:
     adapter = build(case, shape, channel_dim).to(dtype)
     x = torch.randn(shape, dtype=dtype)
     layouts = [x]
     if channel_dim == 1 and len(shape) > 3:
-        layouts.append(x.contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d))
+        layouts.append(
+            x.contiguous(
+                memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+            )
+        )
     for each in layouts:
         adapted = adapter(each)
         assert adapted.dtype == dtype
         assert adapted.stride() == each.stride()
-        torch.testing.assert_close(adapted, adapter(x), rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+        torch.testing.assert_close(
+            adapted, adapter(x), rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-5
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -265,7 +311,15 @@ def mona_count(c: int, b: int = 64) -> int:
 
 
 COUNTS = [
-    ("series", {}, ["layer?"], sum(c * c for c in LAYERS_18), 348_160, sum(c * c for c in LAYERS_50), 5_570_560),
+    (
+        "series",
+        {},
+        ["layer?"],
+        sum(c * c for c in LAYERS_18),
+        348_160,
+        sum(c * c for c in LAYERS_50),
+        5_570_560,
+    ),
     (
         "series",
         {"batch_norm": True},
@@ -275,8 +329,17 @@ COUNTS = [
         sum(c * c + 2 * c for c in LAYERS_50),
         5_578_240,
     ),
-    # Every 3x3 convolution of the stages: four in each of ResNet-18, conv2 of each block in ResNet-50.
-    ("series", {}, "3x3", sum(4 * c * c for c in LAYERS_18), 1_392_640, sum(n * c * c for c, n in BLOCKS_50.items()), 1_257_472),
+    # Every 3x3 convolution of the stages: four in each of ResNet-18, conv2 of each block in
+    # ResNet-50.
+    (
+        "series",
+        {},
+        "3x3",
+        sum(4 * c * c for c in LAYERS_18),
+        1_392_640,
+        sum(n * c * c for c, n in BLOCKS_50.items()),
+        1_257_472,
+    ),
     (
         "bottleneck",
         {},
@@ -286,7 +349,15 @@ COUNTS = [
         sum(map(bottleneck_count, LAYERS_50)),
         495_616,
     ),
-    ("ssf", {}, ["layer?"], sum(2 * c for c in LAYERS_18), 1_920, sum(2 * c for c in LAYERS_50), 7_680),
+    (
+        "ssf",
+        {},
+        ["layer?"],
+        sum(2 * c for c in LAYERS_18),
+        1_920,
+        sum(2 * c for c in LAYERS_50),
+        7_680,
+    ),
     # Every norm: bn1, two a block (or three), and one a shortcut with a convolution.
     (
         "ssf",
@@ -297,7 +368,15 @@ COUNTS = [
         2 * (64 + sum(n * (c + c + 4 * c) for c, n in BLOCKS_50.items()) + sum(LAYERS_50)),
         53_120,
     ),
-    ("mona", {}, ["layer?"], sum(map(mona_count, LAYERS_18)), 166_592, sum(map(mona_count, LAYERS_50)), 549_632),
+    (
+        "mona",
+        {},
+        ["layer?"],
+        sum(map(mona_count, LAYERS_18)),
+        166_592,
+        sum(map(mona_count, LAYERS_50)),
+        549_632,
+    ),
 ]
 
 
@@ -306,7 +385,9 @@ def resnets() -> tuple[nn.Module, nn.Module]:
     return resnet18(), resnet50()
 
 
-@pytest.mark.parametrize(("family", "options", "layers", "formula_18", "literal_18", "formula_50", "literal_50"), COUNTS)
+@pytest.mark.parametrize(
+    ("family", "options", "layers", "formula_18", "literal_18", "formula_50", "literal_50"), COUNTS
+)
 def test_parameter_counts(
     resnets: tuple[nn.Module, nn.Module],
     family: str,
@@ -321,7 +402,11 @@ def test_parameter_counts(
     for model, expected in zip(resnets, (literal_18, literal_50), strict=True):
         sites = layers
         if layers == "3x3":
-            sites = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+            sites = [
+                n
+                for n, m in model.named_modules()
+                if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+            ]
         resadapt.inject_adapters(model, sites, family=family, **options)
         assert resadapt.count_parameters(model).adapters == expected
         resadapt.remove_adapters(model)
@@ -334,21 +419,27 @@ def test_parameter_counts(
 @pytest.mark.parametrize("layers", ["layer*.*", ["layer1.0.conv1", "layer2.0.bn2"]])
 def test_the_start_is_the_identity_and_learns(case: str, layers: Any) -> None:
     family, options = CASES[case]
-    model = resadapt.inject_adapters(small_resnet(), layers, **sizes(family), family=family, **options)
+    model = resadapt.inject_adapters(
+        small_resnet(), layers, **sizes(family), family=family, **options
+    )
     for training in (True, False):
         model.train(training)
         with resadapt.adapters_disabled(model):
             plain = model(images())
         assert torch.equal(model(images()), plain)
     train(model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=1e-2), steps=2)
-    assert [name for name, p in resadapt.named_trainable_parameters(model) if not p.grad.any()] == []
+    assert [
+        name for name, p in resadapt.named_trainable_parameters(model) if not p.grad.any()
+    ] == []
     assert not torch.equal(model.eval()(images()), plain)
 
 
 def test_starts_draw_what_they_say() -> None:
     torch.manual_seed(0)
     site = Site(256)
-    assert SeriesAdapter(site, init="he").alpha.weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
+    assert SeriesAdapter(site, init="he").alpha.weight.std().item() == pytest.approx(
+        (2 / 256) ** 0.5, rel=0.02
+    )
     assert abs(SeriesAdapter(site, init="he").alpha.weight.mean().item()) < 1e-3
     scaled = SsfAdapter(Site(20_000), init="normal")
     for vector, mean in ((scaled.gamma, 1.0), (scaled.beta, 0.0)):
@@ -365,10 +456,18 @@ def test_starts_draw_what_they_say() -> None:
         adapter = MonaAdapter(site, 64, init=init)
         assert torch.equal(adapter.norm_scale, torch.full((256,), 1e-6))
         assert torch.equal(adapter.skip_scale, torch.ones(256))
-        drawn = {name for name, layer in adapter.named_children() if getattr(layer, "weight", torch.zeros(1)).unique().numel() > 1}
-        assert drawn == {"down", "filter3", "filter5", "filter7", "mix"} | ({"up"} if init == "uniform" else set())
+        drawn = {
+            name
+            for name, layer in adapter.named_children()
+            if getattr(layer, "weight", torch.zeros(1)).unique().numel() > 1
+        }
+        assert drawn == {"down", "filter3", "filter5", "filter7", "mix"} | (
+            {"up"} if init == "uniform" else set()
+        )
     uniform = adapter.up.weight
-    assert uniform.std().item() == pytest.approx(1 / (3 * 64) ** 0.5, rel=0.03)  # uniform in +-1 / sqrt(64)
+    assert uniform.std().item() == pytest.approx(
+        1 / (3 * 64) ** 0.5, rel=0.03
+    )  # uniform in +-1 / sqrt(64)
     assert uniform.abs().max() <= 1 / 8
 
 
@@ -378,15 +477,51 @@ def test_starts_draw_what_they_say() -> None:
 @pytest.mark.parametrize(
     ("family", "layers", "options", "reason"),
     [
-        ("mona", "fc", {}, r"cannot adapt site 'fc' \(Linear\): its filters need 1 to 3 spatial dimensions, not 0. It can adapt"),
-        ("series", "layer4", {"init": "zeros"}, r"init='zeros' is not known: use 'identity' or 'he'"),
-        ("series", "layer4", {"batch_norm": "yes"}, r"batch_norm='yes' is not known: use True or False"),
+        (
+            "mona",
+            "fc",
+            {},
+            r"cannot adapt site 'fc' \(Linear\): it needs 1 to 3 spatial dimensions, "
+            r"not 0\. It can adapt",
+        ),
+        (
+            "series",
+            "layer4",
+            {"init": "zeros"},
+            r"init='zeros' is not known: use 'identity' or 'he'",
+        ),
+        (
+            "series",
+            "layer4",
+            {"batch_norm": "yes"},
+            r"batch_norm='yes' is not known: use True or False",
+        ),
         ("series", "layer4", {"dropout": 0.1}, r"family 'series' has no dropout"),
-        ("ssf", "layer4", {"init": "zeros"}, r"init='zeros' is not known: use 'identity' or 'normal'"),
+        (
+            "ssf",
+            "layer4",
+            {"init": "zeros"},
+            r"init='zeros' is not known: use 'identity' or 'normal'",
+        ),
         ("ssf", "layer4", {"dropout": 0.1}, r"family 'ssf' has no dropout"),
-        ("bottleneck", "layer4", {"init": "zeros"}, r"init='zeros' is not known: use 'identity' or 'normal'"),
-        ("bottleneck", "layer4", {"activation": "tanh"}, r"activation='tanh' is not known: use 'relu' or 'gelu' or 'silu'"),
-        ("mona", "layer4", {"init": "zeros"}, r"init='zeros' is not known: use 'identity' or 'uniform'"),
+        (
+            "bottleneck",
+            "layer4",
+            {"init": "zeros"},
+            r"init='zeros' is not known: use 'identity' or 'normal'",
+        ),
+        (
+            "bottleneck",
+            "layer4",
+            {"activation": "tanh"},
+            r"activation='tanh' is not known: use 'relu' or 'gelu' or 'silu'",
+        ),
+        (
+            "mona",
+            "layer4",
+            {"init": "zeros"},
+            r"init='zeros' is not known: use 'identity' or 'uniform'",
+        ),
     ],
 )
 def test_refusals(family: str, layers: str, options: dict[str, Any], reason: str) -> None:
@@ -396,11 +531,14 @@ def test_refusals(family: str, layers: str, options: dict[str, Any], reason: str
 
 @pytest.mark.parametrize("family", ["series", "bottleneck"])
 def test_four_spatial_dimensions(family: str) -> None:
-    with pytest.raises(ValueError, match=r"^it needs at most 3 spatial dimensions, or the channels in the last one, not 4$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^it needs at most 3 spatial dimensions, or the channels in the last one, not 4$",
+    ):
         FAMILIES[family](Site(4, 4), **sizes(family))
     x = torch.randn(2, 3, 2, 1, 2, 4)
     assert torch.equal(FAMILIES[family](Site(4, 4, -1), **sizes(family))(x), x)
-    with pytest.raises(ValueError, match="its filters need 1 to 3 spatial dimensions, not 4"):
+    with pytest.raises(ValueError, match="it needs 1 to 3 spatial dimensions, not 4"):
         MonaAdapter(Site(4, 4, -1), 2)
 
 
@@ -428,7 +566,9 @@ def test_a_family_says_what_it_is(family: str) -> None:
 def injected(case: str) -> Any:
     family, options = CASES[case]
     layers = ["layer1", "layer2.0.conv1", "layer4.1.bn2"]
-    model = resadapt.inject_adapters(small_resnet(), layers, **sizes(family), family=family, head="fc", **options)
+    model = resadapt.inject_adapters(
+        small_resnet(), layers, **sizes(family), family=family, head="fc", **options
+    )
     return perturb(model).eval()
 
 
@@ -448,7 +588,11 @@ def test_survival(case: str) -> None:
     expected = model(x)
     with resadapt.adapters_disabled(model):
         assert not torch.allclose(model(x), expected, atol=1e-3)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.fx.symbolic_trace(model)):
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.fx.symbolic_trace(model),
+    ):
         assert torch.equal(twin(x), expected)
     plain = resadapt.inference_copy(model)
     assert torch.equal(plain(x), expected)
@@ -461,7 +605,9 @@ def test_compile_fullgraph(case: str) -> None:
     torch._dynamo.reset()
     family, options = CASES[case]
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    model = perturb(resadapt.inject_adapters(model, ["0", "1"], **sizes(family), family=family, **options))
+    model = perturb(
+        resadapt.inject_adapters(model, ["0", "1"], **sizes(family), family=family, **options)
+    )
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = images()
     for training in (False, True):

@@ -1,4 +1,4 @@
-"""Folded equals bypass: a linear family's change of a layer's tensors gives what the adapter beside the layer gives."""
+"""Folded equals bypass: tensors that a linear family changed give what its adapter gives."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ from resadapt.adapters.family import takes
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "1-D": (lambda: nn.Conv1d(3, 4, 3), (2, 3, 7)),
     "2-D": (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (2, 3, 7, 5)),
-    "2-D, dilated, asymmetric": (lambda: nn.Conv2d(3, 4, (3, 2), dilation=2, padding=(2, 1)), (2, 3, 7, 5)),
+    "2-D, dilated, asymmetric": (
+        lambda: nn.Conv2d(3, 4, (3, 2), dilation=2, padding=(2, 1)),
+        (2, 3, 7, 5),
+    ),
     "2-D, reflected": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 7, 5)),
     "3-D": (lambda: nn.Conv3d(3, 4, 3, padding=1), (2, 3, 3, 5, 4)),
     "transposed, 1-D": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2), (2, 3, 5)),
-    "transposed, 2-D": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1, dilation=2), (2, 3, 5, 4)),
+    "transposed, 2-D": (
+        lambda: nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1, dilation=2),
+        (2, 3, 5, 4),
+    ),
     "transposed, 3-D": (lambda: nn.ConvTranspose3d(3, 4, 2, stride=2), (2, 3, 2, 3, 2)),
 }
 LINEARS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -72,7 +78,9 @@ def adapter_at(module: nn.Module, x: Tensor, family: str, **options: Any) -> Ada
     """An adapter with values that matter, as injection builds it for a module."""
     with torch.no_grad():
         shape = module(x).shape
-    last = isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) and not isinstance(module, LayerNorm2d)
+    last = isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) and not isinstance(
+        module, LayerNorm2d
+    )
     dim = -1 if last and len(shape) > 2 else 1
     sizes = {"bottleneck": 2} if takes(FAMILIES[family], "bottleneck") else {}
     site = Site(shape[dim], len(shape) - 2, dim, module)
@@ -81,22 +89,35 @@ def adapter_at(module: nn.Module, x: Tensor, family: str, **options: Any) -> Ada
 
 def layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
     make, shape = LAYERS[name]
-    return scramble(make().to(dtype)).eval(), torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    return scramble(make().to(dtype)).eval(), torch.randn(
+        shape, generator=torch.Generator().manual_seed(2), dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("family", "options", "name"), [(f, o, name) for f, o, names in FOLDABLE for name in names])
-def test_bypass_equals_folded(family: str, options: dict[str, Any], name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("family", "options", "name"), [(f, o, name) for f, o, names in FOLDABLE for name in names]
+)
+def test_bypass_equals_folded(
+    family: str, options: dict[str, Any], name: str, dtype: torch.dtype
+) -> None:
     module, x = layer(name, dtype)
     assert_folds(adapter_at(module, x, family, **options), module, x)
 
 
 @pytest.mark.parametrize("name", [*WITHOUT_BIAS, "RMSNorm"])
 def test_ssf_without_a_bias_needs_no_shift(name: str) -> None:
-    module, x = layer(name) if name in LAYERS else (scramble(nn.RMSNorm(4).double()), torch.randn(3, 5, 4).double())
+    module, x = (
+        layer(name)
+        if name in LAYERS
+        else (scramble(nn.RMSNorm(4).double()), torch.randn(3, 5, 4).double())
+    )
     adapter = adapter_at(module, x, "ssf")
     kind = type(module).__name__
-    with pytest.raises(ValueError, match=f"{kind} has no bias to take up beta: choose the norm after it as the site"):
+    with pytest.raises(
+        ValueError,
+        match=f"{kind} has no bias for beta: choose the norm after it as the site",
+    ):
         adapter.folded(module)
     nn.init.zeros_(adapter.beta)
     assert adapter.folded(module)[1] is None
@@ -120,22 +141,52 @@ class OwnForward(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("family", "make", "reason"),
     [
-        ("series", lambda: nn.Conv2d(4, 4, 1, groups=2), "Conv2d with 2 groups computes an output channel from the inputs of its"),
+        (
+            "series",
+            lambda: nn.Conv2d(4, 4, 1, groups=2),
+            "Conv2d with 2 groups computes an output channel from the inputs of its",
+        ),
         ("series", lambda: nn.ConvTranspose2d(4, 4, 1, groups=4), "ConvTranspose2d with 4 groups"),
-        ("series", lambda: nn.BatchNorm2d(4), "BatchNorm2d scales each channel by itself, and alpha mixes channels"),
-        ("series", lambda: nn.Sequential(nn.Conv2d(4, 4, 1)), "Sequential is no convolution, Linear or norm of PyTorch's own"),
-        ("ssf", lambda: nn.ReLU(), "ReLU is no convolution"),
-        ("ssf", lambda: nn.PReLU(4), "PReLU is no convolution"),
-        ("ssf", lambda: OwnForward(4), "OwnForward is no convolution"),
-        ("ssf", lambda: nn.BatchNorm2d(4, affine=False), "BatchNorm2d has no weight of its own"),
-        ("ssf", lambda: nn.InstanceNorm2d(4), "InstanceNorm2d has no weight of its own"),
-        ("ssf", lambda: weight_norm(nn.Conv2d(4, 4, 1)), "ParametrizedConv2d has no weight of its own"),
-        ("ssf", lambda: nn.Conv2d(4, 6, 1), "the channels of Conv2d are not those that it adapts"),
-        ("ssf", lambda: nn.Linear(4, 4), "the channels of Linear are not those that it adapts"),
-        ("ssf", lambda: nn.LayerNorm([4, 3]), "the channels of LayerNorm are not those that it adapts"),
+        (
+            "series",
+            lambda: nn.BatchNorm2d(4),
+            "BatchNorm2d scales each channel by itself, and alpha mixes channels",
+        ),
+        (
+            "series",
+            lambda: nn.Sequential(nn.Conv2d(4, 4, 1)),
+            "Sequential is not a convolution, Linear or norm of torch",
+        ),
+        ("ssf", lambda: nn.ReLU(), "ReLU is not a convolution"),
+        ("ssf", lambda: nn.PReLU(4), "PReLU is not a convolution"),
+        ("ssf", lambda: OwnForward(4), "OwnForward is not a convolution"),
+        ("ssf", lambda: nn.BatchNorm2d(4, affine=False), "BatchNorm2d has no weight"),
+        ("ssf", lambda: nn.InstanceNorm2d(4), "InstanceNorm2d has no weight"),
+        (
+            "ssf",
+            lambda: weight_norm(nn.Conv2d(4, 4, 1)),
+            "ParametrizedConv2d has no weight",
+        ),
+        (
+            "ssf",
+            lambda: nn.Conv2d(4, 6, 1),
+            "the channels of Conv2d are not the channels that the adapter reads",
+        ),
+        (
+            "ssf",
+            lambda: nn.Linear(4, 4),
+            "the channels of Linear are not the channels that the adapter reads",
+        ),
+        (
+            "ssf",
+            lambda: nn.LayerNorm([4, 3]),
+            "the channels of LayerNorm are not the channels that the adapter reads",
+        ),
     ],
 )
-def test_layers_that_cannot_take_it_up(family: str, make: Callable[[], nn.Module], reason: str) -> None:
+def test_layers_that_cannot_take_it_up(
+    family: str, make: Callable[[], nn.Module], reason: str
+) -> None:
     with pytest.raises(ValueError, match=reason):
         FAMILIES[family](Site(4)).folded(make())
 
@@ -148,7 +199,7 @@ def test_a_norm_over_positions_too() -> None:
 def test_the_shift_of_a_series_adapters_norm_needs_a_bias() -> None:
     module, x = layer("2-D, no bias")
     adapter = adapter_at(module, x, "series", batch_norm=True)
-    with pytest.raises(ValueError, match="Conv2d has no bias to take up the shift of the adapter's norm"):
+    with pytest.raises(ValueError, match="Conv2d has no bias for the shift of the adapter's norm"):
         adapter.folded(module)
     nn.init.zeros_(adapter.norm.running_mean)
     nn.init.zeros_(adapter.norm.bias)
@@ -161,7 +212,9 @@ def test_families_that_are_not_linear_say_so() -> None:
             FAMILIES[family](Site(4), 2).folded(nn.Conv2d(4, 4, 1))
 
 
-@pytest.mark.parametrize(("family", "site"), [("series", "layer2.0.conv2"), ("ssf", "layer2.0.bn2"), ("ssf", "fc")])
+@pytest.mark.parametrize(
+    ("family", "site"), [("series", "layer2.0.conv2"), ("ssf", "layer2.0.bn2"), ("ssf", "fc")]
+)
 def test_in_a_resnet(family: str, site: str) -> None:
     plain = small_resnet().eval()
     model = resadapt.inject_adapters(copy.deepcopy(plain), site, family=family).eval()

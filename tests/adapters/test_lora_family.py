@@ -1,4 +1,4 @@
-"""LoRA and DoRA against plain loops, folded into layers of every geometry, and where PEFT fails."""
+"""LoRA and DoRA against plain loops, and folded into layers of every geometry."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def slow_change(adapter: Any, layer: Any) -> Tensor:
         return torch.stack(
             [
                 torch.stack(
-                    [sum((b * a for b, a in zip(row, column, strict=True)), torch.zeros(())) for column in adapter.down.weight.T]
+                    [
+                        sum((b * a for b, a in zip(row, column, strict=True)), torch.zeros(()))
+                        for column in adapter.down.weight.T
+                    ]
                 )
                 for row in adapter.up.weight
             ]
@@ -62,7 +65,9 @@ def slow_change(adapter: Any, layer: Any) -> Tensor:
             tap_weights = down[first, j] if layer.transposed else down[group * rank + j, c]
             kernel = kernel + up[second, j].reshape(()) * tap_weights
         entries[(first, o) if layer.transposed else (second, c)] = kernel
-    return torch.stack([entries[index] for index in itertools.product(*map(range, values.shape[:2]))]).reshape(values.shape)
+    return torch.stack(
+        [entries[index] for index in itertools.product(*map(range, values.shape[:2]))]
+    ).reshape(values.shape)
 
 
 def slow_norms(weight: Tensor, layer: Any) -> Tensor:
@@ -91,11 +96,15 @@ def test_against_loops(case: tuple[Any, Tensor], rank: int, dora: bool) -> None:
     if dora:
         bias = 0.0 if layer.bias is None else layer.bias.detach().reshape(-1, *ones)
         change = 1.5 / rank * slow_change(adapter, layer)
-        factor = (slow_norms(layer.weight, layer) + adapter.magnitude) / slow_norms(layer.weight + change, layer)
+        factor = (slow_norms(layer.weight, layer) + adapter.magnitude) / slow_norms(
+            layer.weight + change, layer
+        )
         adapted = (output - bias) + slow(x, change, layer, sizes)
         theirs = bias + factor.reshape(-1, *ones) * adapted
     else:
-        theirs = output + 1.5 / rank * pointwise(slow(x, adapter.down.weight, layer, sizes), adapter.up.weight, layer.groups)
+        theirs = output + 1.5 / rank * pointwise(
+            slow(x, adapter.down.weight, layer, sizes), adapter.up.weight, layer.groups
+        )
     assert_same_gradients(ours, theirs, [x, *adapter.parameters()])
 
 
@@ -110,19 +119,26 @@ def test_a_linear_against_loops(shape: tuple[int, ...], dora: bool, bias: bool) 
     change = 1.5 * slow_change(adapter, layer)
     factor: Any = 1.0
     if dora:
-        norms = [[sum(v * v for v in row) ** 0.5 for row in weight.tolist()] for weight in (layer.weight, layer.weight + change)]
+        norms = [
+            [sum(v * v for v in row) ** 0.5 for row in weight.tolist()]
+            for weight in (layer.weight, layer.weight + change)
+        ]
         before, after = torch.tensor(norms, dtype=torch.float64)
         factor = (before + adapter.magnitude) / after
     start = layer.bias.detach() if bias else 0.0
     assert_same_gradients(
-        apply(adapter, layer, (x,), output), start + factor * ((output - start) + x @ change.T), [x, *adapter.parameters()]
+        apply(adapter, layer, (x,), output),
+        start + factor * ((output - start) + x @ change.T),
+        [x, *adapter.parameters()],
     )
     assert_folded(adapter, layer, x, 1e-12)
 
 
 @settings(max_examples=60, deadline=None)
 @given(case=layers(), rank=st.integers(1, 5), dora=st.booleans(), single=st.booleans())
-def test_bypass_equals_folded(case: tuple[Any, Tensor], rank: int, dora: bool, single: bool) -> None:
+def test_bypass_equals_folded(
+    case: tuple[Any, Tensor], rank: int, dora: bool, single: bool
+) -> None:
     layer, x = case
     adapter = strengthened(LoraAdapter(site_of(layer), rank, alpha=2.0, dora=dora).double())
     assert_folded(adapter, layer, x, 1e-11)
@@ -146,7 +162,9 @@ def test_rows_are_put_back_where_they_were(case: tuple[Any, Tensor]) -> None:
     layer, _ = case
     each = rows(layer.weight, layer.groups, layer.transposed)
     assert each.shape[0] == layer.out_channels
-    assert torch.equal(weight_from(each, layer.weight, layer.groups, layer.transposed), layer.weight)
+    assert torch.equal(
+        weight_from(each, layer.weight, layer.groups, layer.transposed), layer.weight
+    )
     torch.testing.assert_close(each.norm(dim=1), slow_norms(layer.weight, layer))
 
 
@@ -154,7 +172,12 @@ def test_channels_last_is_kept() -> None:
     layer = nn.Conv2d(8, 8, 3, padding=1)
     x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
     adapter = strengthened(LoraAdapter(site_of(layer), 2, dora=True))
-    assert_folded(adapter.to(memory_format=torch.channels_last), layer.to(memory_format=torch.channels_last), x, 1e-5)
+    assert_folded(
+        adapter.to(memory_format=torch.channels_last),
+        layer.to(memory_format=torch.channels_last),
+        x,
+        1e-5,
+    )
     assert apply(adapter, layer, (x,), layer(x)).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -163,7 +186,8 @@ def test_parameters_by_hand() -> None:
         resadapt.inject_adapters(model, layers, 8, family="lora", **options)
         return resadapt.count_parameters(model).adapters
 
-    # conv2 of a bottleneck: 3x3 from w to w channels, in 3, 4, 6, 3 blocks of widths 64, 128, 256, 512.
+    # conv2 of a bottleneck: 3x3 from w to w channels, in 3, 4, 6, 3 blocks of widths 64, 128, 256,
+    # 512.
     by_hand = sum(blocks * 8 * (9 * w + w) for blocks, w in ((3, 64), (4, 128), (6, 256), (3, 512)))
     assert count(resnet50(), "layer*.*.conv2") == by_hand == 302_080
     # resnet18: both 3x3 of 2 blocks; the first of a stage may come from half as many channels.
@@ -171,12 +195,18 @@ def test_parameters_by_hand() -> None:
     assert count(resnet18(), "layer*.*.conv[12]") == by_hand == 274_944
     assert count(resnet18(), "layer*.*.conv[12]", dora=True) == by_hand + 4 * (64 + 128 + 256 + 512)
     # Depthwise: C (k^2 + 1) for each rank.
-    assert sum(p.numel() for p in LoraAdapter(site_of(nn.Conv2d(6, 6, 3, groups=6)), 2).parameters()) == 2 * (6 * 9 + 6)
+    assert sum(
+        p.numel() for p in LoraAdapter(site_of(nn.Conv2d(6, 6, 3, groups=6)), 2).parameters()
+    ) == 2 * (6 * 9 + 6)
 
 
-@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "normal"}, {"dora": True, "init": "normal"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dora": True}, {"init": "normal"}, {"dora": True, "init": "normal"}]
+)
 def test_it_starts_as_nothing(options: Any) -> None:
-    assert_starts_as_nothing(small_resnet(), images(), ["conv1", "layer*.*.conv*", "fc"], "lora", bottleneck=4, **options)
+    assert_starts_as_nothing(
+        small_resnet(), images(), ["conv1", "layer*.*.conv*", "fc"], "lora", bottleneck=4, **options
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -230,21 +260,27 @@ def test_alpha_and_dropout() -> None:
     assert model.c2.resadapt.default.dropout.p == 0.0
 
 
-# What PEFT gets wrong.
+# Geometries that other implementations get wrong (tests/clients/test_peft.py shows it of PEFT).
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_peft_drops_dilation_and_crashes_on_deeplabv3(dora: bool) -> None:
+def test_dilation_is_kept_in_deeplabv3(dora: bool) -> None:
     torch.manual_seed(0)
     model = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=3).eval()
     sites = ["backbone.layer4.*.conv2", "classifier.0.convs.[123].0"]
     injected(model, sites, "lora", bottleneck=2, dora=dora)
-    assert {adapter.down.dilation for adapter in adapters_of(model).values()} == {(2, 2), (4, 4), (12, 12), (24, 24), (36, 36)}
+    assert {adapter.down.dilation for adapter in adapters_of(model).values()} == {
+        (2, 2),
+        (4, 4),
+        (12, 12),
+        (24, 24),
+        (36, 36),
+    }
     assert_model_folds(model, images(1, 64), lambda output: output["out"])
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_peft_crashes_on_r3d_18(dora: bool) -> None:
+def test_convolutions_of_a_class_of_their_own_in_r3d_18(dora: bool) -> None:
     torch.manual_seed(0)
     model = injected(r3d_18(num_classes=3), "layer[12].*.conv*.0", "lora", bottleneck=2, dora=dora)
     assert type(model.layer1[0].conv1[0]).__name__ == "Conv3DSimple"
@@ -253,7 +289,7 @@ def test_peft_crashes_on_r3d_18(dora: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-def test_peft_turns_other_padding_to_zeros(mode: str) -> None:
+def test_the_padding_mode_is_kept(mode: str) -> None:
     layer = nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode)
     adapter = strengthened(LoraAdapter(site_of(layer), 2))
     x = torch.randn(1, 4, 5, 5)
@@ -265,18 +301,25 @@ def test_peft_turns_other_padding_to_zeros(mode: str) -> None:
     assert not torch.allclose(adapter(zeros, x)[..., 0, :], with_mode[..., 0, :], atol=1e-2)
 
 
-def test_peft_cannot_merge_groups_nor_have_a_rank_that_they_do_not_divide() -> None:
+def test_groups_are_folded_at_a_rank_that_they_do_not_divide() -> None:
     torch.manual_seed(0)
-    model = injected(resnext50_32x4d(num_classes=3), "layer*.*.conv2", "lora", bottleneck=3, dora=False)
+    model = injected(
+        resnext50_32x4d(num_classes=3), "layer*.*.conv2", "lora", bottleneck=3, dora=False
+    )
     assert model.layer1[0].conv2.groups == 32
     assert_model_folds(model, images(1, 32))
 
 
-def test_peft_has_no_transposed_convolutions() -> None:
+def test_transposed_convolutions_are_folded() -> None:
     for dims, kind in ((1, nn.ConvTranspose1d), (2, nn.ConvTranspose2d), (3, nn.ConvTranspose3d)):
         layer = kind(4, 6, 4, stride=3, padding=1, output_padding=2, groups=2, dilation=2)
         for dora in (False, True):
-            assert_folded(strengthened(LoraAdapter(site_of(layer), 3, dora=dora)), layer, torch.randn(1, 4, *[3] * dims), 1e-5)
+            assert_folded(
+                strengthened(LoraAdapter(site_of(layer), 3, dora=dora)),
+                layer,
+                torch.randn(1, 4, *[3] * dims),
+                1e-5,
+            )
 
 
 # Refusals.
@@ -305,10 +348,13 @@ def patched() -> nn.Module:
         (nn.Sequential(nn.Conv2d(3, 4, 3)), "it needs a convolution or a Linear"),
         (None, "it needs a convolution or a Linear"),
         (torch.ao.nn.quantized.Conv2d(3, 4, 3), "it needs a convolution or a Linear"),
-        (OwnForward(3, 4, 3), "computes as Conv2d does, and this one has a forward of its own"),
-        (OwnConvForward(3, 4, 3), "computes as Conv2d does, and this one has a _conv_forward of its own"),
-        (patched(), "computes as Conv2d does, and this one has a forward of its own"),
-        (nn.LazyConv2d(4, 3), "it needs a weight with a shape"),
+        (OwnForward(3, 4, 3), "with the forward of Conv2d, and this layer overrides forward"),
+        (
+            OwnConvForward(3, 4, 3),
+            "with the forward of Conv2d, and this layer overrides _conv_forward",
+        ),
+        (patched(), "with the forward of Conv2d, and this layer overrides forward"),
+        (nn.LazyConv2d(4, 3), "its weight has no shape yet"),
     ],
 )
 def test_refusals(module: Any, message: str) -> None:
@@ -318,7 +364,10 @@ def test_refusals(module: Any, message: str) -> None:
 
 def test_the_injector_names_the_sites_that_would_do() -> None:
     for site in ("layer1", "bn1"):
-        with pytest.raises(resadapt.InjectionError, match=rf"'lora' cannot adapt site '{site}'.*It can adapt 'conv1', 'layer1\.0"):
+        with pytest.raises(
+            resadapt.InjectionError,
+            match=rf"'lora' cannot adapt site '{site}'.*It can adapt 'conv1', 'layer1\.0",
+        ):
             resadapt.inject_adapters(resnet18(), site, 4, family="lora")
 
 
@@ -332,7 +381,9 @@ def test_a_weight_that_is_computed_is_adapted_but_not_folded() -> None:
         with torch.no_grad():
             plain.weight.copy_(layer.weight)
             plain.bias.copy_(layer.bias)
-        torch.testing.assert_close(apply(adapter, layer, (x,), layer(x)), apply(adapter, plain, (x,), plain(x)))
+        torch.testing.assert_close(
+            apply(adapter, layer, (x,), layer(x)), apply(adapter, plain, (x,), plain(x))
+        )
         with pytest.raises(ValueError, match="computes its weight or bias from other tensors"):
             adapter.folded(layer)
 
@@ -349,14 +400,18 @@ class ByKeyword(nn.Module):
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_input_by_keyword_is_refused_by_name(dora: bool) -> None:
     model = resadapt.inject_adapters(ByKeyword(), "conv", 2, family="lora", dora=dora)
-    with pytest.raises(resadapt.InjectionError, match=r"Site 'conv' was given its input by keyword"):
+    with pytest.raises(
+        resadapt.InjectionError, match=r"Site 'conv' was called with keyword arguments only"
+    ):
         model(images())
 
 
 # Survival.
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "reflect": lambda: nn.Conv2d(8, 8, (3, 2), stride=(2, 1), padding=(0, 1), padding_mode="reflect", groups=2),
+    "reflect": lambda: nn.Conv2d(
+        8, 8, (3, 2), stride=(2, 1), padding=(0, 1), padding_mode="reflect", groups=2
+    ),
     "transposed": lambda: nn.ConvTranspose2d(8, 8, 3, stride=2, output_padding=1, groups=2),
 }
 
@@ -364,7 +419,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("dora", [False, True])
 def test_it_survives(layer: str, dora: bool, tmp_path: Path) -> None:
-    assert_survives(LAYERS[layer], tmp_path / "adapters.pt", family="lora", bottleneck=3, dora=dora, alpha=4.0)
+    assert_survives(
+        LAYERS[layer], tmp_path / "adapters.pt", family="lora", bottleneck=3, dora=dora, alpha=4.0
+    )
 
 
 def test_the_adapter_of_a_transposed_convolution_can_be_scripted() -> None:
@@ -372,13 +429,19 @@ def test_the_adapter_of_a_transposed_convolution_can_be_scripted() -> None:
     adapter = strengthened(LoraAdapter(site_of(layer), 2, dora=True))
     x = torch.randn(1, 4, 3, 3)
     for args in ((x,), (x, layer.weight, layer.bias)):
-        torch.testing.assert_close(torch.jit.script(adapter)(layer(x), *args), adapter(layer(x), *args))
+        torch.testing.assert_close(
+            torch.jit.script(adapter)(layer(x), *args), adapter(layer(x), *args)
+        )
 
 
 def test_the_frozen_weight_stays_and_the_adapters_learn() -> None:
     model = resadapt.inject_adapters(small_resnet(), "layer*.*.conv2", 4, family="lora", dora=True)
-    before = {name: copy.deepcopy(adapter.state_dict()) for name, adapter in adapters_of(model).items()}
+    before = {
+        name: copy.deepcopy(adapter.state_dict()) for name, adapter in adapters_of(model).items()
+    }
     train(model, torch.optim.AdamW(model.parameters(), lr=0.01), steps=3)
     assert resadapt.check_backbone(model).ok
     for name, adapter in adapters_of(model).items():
-        assert not any(torch.equal(tensor, before[name][key]) for key, tensor in adapter.state_dict().items())
+        assert not any(
+            torch.equal(tensor, before[name][key]) for key, tensor in adapter.state_dict().items()
+        )

@@ -1,4 +1,4 @@
-"""Families of the user's own: registered, used, saved and loaded, and what they get wrong told before anything changes."""
+"""Families of the user's own: registered, used, saved, loaded, and their mistakes told early."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ class ReadsWeight(Own):
         (KeepsModule, {}, "keeps a module or tensor of its site"),
         (KeepsParameter, {}, "keeps a module or tensor of its site"),
         (KeepsBuffer, {}, "keeps a module or tensor of its site"),
-        (Fails, {}, "no adapter can be made for site 'layer4.1': KeyError: 'a'"),
+        (Fails, {}, "cannot build an adapter for site 'layer4.1': KeyError: 'a'"),
         (Forgets, {}, r"Forgets does not call super\(\).__init__\(\)"),
         (ReadsAll, {}, "reads='everything'"),
         (ReadsWeight, {}, "reads a weight and a bias, and BasicBlock has none"),
-        (Weighted, {"weights": torch.ones(2)}, r"weights=tensor\(\[1., 1.\]\) is no JSON value"),
-        (Weighted, {"weights": [float("nan")]}, r"weights=\[nan\] is no JSON value"),
+        (Weighted, {"weights": torch.ones(2)}, r"weights=tensor\(\[1., 1.\]\) is not a JSON value"),
+        (Weighted, {"weights": [float("nan")]}, r"weights=\[nan\] is not a JSON value"),
     ],
 )
 def test_what_is_refused_at_injection(family: Any, options: dict[str, Any], message: str) -> None:
@@ -123,11 +123,16 @@ def test_what_is_refused_at_injection(family: Any, options: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (lambda x: x.mean((2, 3), keepdim=True), r"returned shape \[2, 512, 1, 1\] where its site returned shape \[2, 512, 2, 2\]"),
+        (
+            lambda x: x.mean((2, 3), keepdim=True),
+            r"returned shape \[2, 512, 1, 1\], but its site returned shape \[2, 512, 2, 2\]",
+        ),
         (lambda x: (x, x), "returned tuple"),
     ],
 )
-def test_another_shape_is_refused_in_the_forward(result: Callable[[Tensor], Any], message: str) -> None:
+def test_another_shape_is_refused_in_the_forward(
+    result: Callable[[Tensor], Any], message: str
+) -> None:
     class Reshapes(Own):
         def forward(self, x: Tensor) -> Any:
             return result(x + self.beta)
@@ -145,7 +150,9 @@ def test_state_besides_tensors_is_not_left_out_of_a_file(tmp_path: Path) -> None
 
     resadapt.register_family("own")(Counts)
     model = resadapt.inject_adapters(small_resnet(), "layer4", family="own")
-    with pytest.raises(resadapt.AdapterFileError, match=r"adapter at 'layer4' .*keeps '_extra_state'"):
+    with pytest.raises(
+        resadapt.AdapterFileError, match=r"adapter at 'layer4' .*keeps '_extra_state'"
+    ):
         resadapt.save_adapters(model, tmp_path / "own")
     assert not (tmp_path / "own").exists()
 
@@ -177,10 +184,10 @@ class Expanded(Own):
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        (Lazy, r"'inside.weight' has no size yet\. Give lazy modules their sizes"),
-        (ReadsValues, "on the meta device, where its constructor must run too"),
-        (OnMeta, "'inside.weight' is made on the meta device"),
-        (Expanded, "elements of 'wide' share memory, as after expand: clone it"),
+        (Lazy, r"'inside.weight' has no size yet\. Lazy modules cannot be used"),
+        (ReadsValues, "on the meta device, where the constructor must run too"),
+        (OnMeta, "'inside.weight' is created on the meta device"),
+        (Expanded, "elements of 'wide' share memory, as after expand. Clone the tensor"),
     ],
 )
 def test_what_could_not_be_saved_is_refused_at_injection(family: Any, message: str) -> None:
@@ -224,7 +231,9 @@ class Tied(Own):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self.down, self.up = (nn.Conv2d(site.channels, site.channels, 1, bias=False) for _ in range(2))
+        self.down, self.up = (
+            nn.Conv2d(site.channels, site.channels, 1, bias=False) for _ in range(2)
+        )
         self.up.weight = self.down.weight
         self.again = self.down
 
@@ -293,7 +302,9 @@ class Taking(Own):
 
 def test_options_are_those_that_were_given() -> None:
     resadapt.register_family("own")(Taking)
-    model = resadapt.inject_adapters(small_resnet(), ["layer3", "layer4"], family="own", steps={"sizes": [1, 2, 3]})
+    model = resadapt.inject_adapters(
+        small_resnet(), ["layer3", "layer4"], family="own", steps={"sizes": [1, 2, 3]}
+    )
     assert [module.first for module in model.modules() if isinstance(module, Taking)] == [3, 3]
-    with pytest.raises(resadapt.InjectionError, match="would come back as"):
+    with pytest.raises(resadapt.InjectionError, match="would be loaded as"):
         resadapt.inject_adapters(small_resnet(), "layer4", family="own", steps={"sizes": [1], 2: 3})

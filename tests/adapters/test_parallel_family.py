@@ -67,7 +67,9 @@ def test_bypass_equals_folded(case: tuple[Any, Tensor], single: bool) -> None:
 
 @pytest.mark.parametrize("size", [[9, 11], [10, 12], [9, 12]])
 @pytest.mark.parametrize("kernel", [2, 3, 5])
-def test_a_transposed_convolution_that_is_told_its_output_size(size: list[int], kernel: int) -> None:
+def test_a_transposed_convolution_that_is_told_its_output_size(
+    size: list[int], kernel: int
+) -> None:
     layer = nn.ConvTranspose2d(4, 6, kernel, stride=2, padding=(kernel - 1) // 2, groups=2)
     x = torch.randn(2, 4, 5, 6)
     least = layer(x).shape[2:]
@@ -85,7 +87,9 @@ def test_only_the_centre_changes() -> None:
 
 
 def test_channels_last_is_kept() -> None:
-    layer = nn.Conv2d(8, 8, 3, padding=2, padding_mode="reflect").to(memory_format=torch.channels_last)
+    layer = nn.Conv2d(8, 8, 3, padding=2, padding_mode="reflect").to(
+        memory_format=torch.channels_last
+    )
     x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
     adapter = strengthened(ParallelAdapter(site_of(layer))).to(memory_format=torch.channels_last)
     assert_folded(adapter, layer, x, 1e-5)
@@ -97,7 +101,8 @@ def test_parameters_by_hand() -> None:
         resadapt.inject_adapters(model, layers, family="parallel")
         return resadapt.count_parameters(model).adapters
 
-    # resnet18: both convolutions of two blocks; the first of a stage comes from half as many channels.
+    # resnet18: both convolutions of two blocks; the first of a stage comes from half as many
+    # channels.
     by_hand = 4 * 64 * 64 + sum(w // 2 * w + 3 * w * w for w in (128, 256, 512))
     assert count(resnet18(), "layer*.*.conv[12]") == by_hand == 1_220_608
     # resnet50: conv2 of 3, 4, 6, 3 bottlenecks.
@@ -138,14 +143,18 @@ def test_the_authors_start() -> None:
     ],
     ids=["grouped", "3-D", "dilated"],
 )
-def test_whole_models_fold(build: Callable[[], nn.Module], sites: Any, x: Tensor, pick: Callable[[Any], Tensor]) -> None:
+def test_whole_models_fold(
+    build: Callable[[], nn.Module], sites: Any, x: Tensor, pick: Callable[[Any], Tensor]
+) -> None:
     torch.manual_seed(0)
     model = injected(build(), sites, "parallel")
     assert len(adapters_of(model)) >= 8
     assert_model_folds(model, x, pick)
 
 
-@pytest.mark.parametrize("module", [nn.Linear(3, 4), nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(3, 4, 3)), None])
+@pytest.mark.parametrize(
+    "module", [nn.Linear(3, 4), nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(3, 4, 3)), None]
+)
 def test_it_needs_a_convolution(module: Any) -> None:
     with pytest.raises(ValueError, match="it needs a convolution"):
         ParallelAdapter(Site(4, module=module))
@@ -153,23 +162,32 @@ def test_it_needs_a_convolution(module: Any) -> None:
 
 def test_the_injector_names_the_sites_that_would_do() -> None:
     with pytest.raises(
-        resadapt.InjectionError, match=r"cannot adapt site 'fc' \(Linear\): it needs a convolution. It can adapt 'conv1'"
+        resadapt.InjectionError,
+        match=r"cannot adapt site 'fc' \(Linear\): it needs a convolution. It can adapt 'conv1'",
     ):
         resadapt.inject_adapters(resnet18(), "fc", family="parallel")
-    with pytest.raises(resadapt.InjectionError, match="ParallelAdapter has no hidden layer, and so no width"):
+    with pytest.raises(
+        resadapt.InjectionError, match="ParallelAdapter has no hidden layer: remove bottleneck="
+    ):
         resadapt.inject_adapters(resnet18(), "conv1", 8, family="parallel")
 
 
 def test_a_bias_that_is_computed_is_not_folded() -> None:
     layer = parametrizations.weight_norm(nn.Conv2d(3, 4, 3), "bias", dim=None)
     adapter = strengthened(ParallelAdapter(site_of(layer)))
-    with pytest.raises(ValueError, match="this ParametrizedConv2d computes its weight or bias from other tensors"):
+    with pytest.raises(
+        ValueError, match="this ParametrizedConv2d computes its weight or bias from other tensors"
+    ):
         adapter.folded(layer)
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "reflect": lambda: nn.Conv2d(8, 8, (3, 2), stride=(2, 1), padding=(2, 0), padding_mode="reflect", groups=2),
-    "transposed": lambda: nn.ConvTranspose2d(8, 8, 3, stride=2, padding=2, output_padding=1, groups=2),
+    "reflect": lambda: nn.Conv2d(
+        8, 8, (3, 2), stride=(2, 1), padding=(2, 0), padding_mode="reflect", groups=2
+    ),
+    "transposed": lambda: nn.ConvTranspose2d(
+        8, 8, 3, stride=2, padding=2, output_padding=1, groups=2
+    ),
 }
 
 
@@ -183,17 +201,20 @@ def test_the_adapter_can_be_scripted(layer: str) -> None:
     module = LAYERS[layer]()
     adapter = strengthened(ParallelAdapter(site_of(module)))
     x = torch.randn(1, 8, 5, 5)
-    torch.testing.assert_close(torch.jit.script(adapter)(module(x), x), apply(adapter, module, (x,), module(x)))
+    torch.testing.assert_close(
+        torch.jit.script(adapter)(module(x), x), apply(adapter, module, (x,), module(x))
+    )
 
 
 def test_a_stem_of_few_channels_in_channels_last_leaves_memory_alone() -> None:
-    """The gradient of such a convolution with a stride, in torch 2.14, writes outside its tensors."""
+    """The gradient of such a convolution with a stride writes outside tensors in torch 2.14."""
     script = """
 import torch
 torch.set_num_threads(1)
 from torchvision.models import resnet18
 from resadapt import inject_adapters
-model = inject_adapters(resnet18(), "conv1", family="parallel").to(memory_format=torch.channels_last).conv1
+model = inject_adapters(resnet18(), "conv1", family="parallel")
+model = model.to(memory_format=torch.channels_last).conv1
 x = torch.randn(70, 3, 16, 16).to(memory_format=torch.channels_last)
 for _ in range(200):
     y = model(x)
@@ -201,5 +222,7 @@ for _ in range(200):
     others = [torch.randn(1000) for _ in range(20)]
 print("alive")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.stdout == "alive\n", (done.returncode, done.stderr)

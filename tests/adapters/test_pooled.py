@@ -15,12 +15,19 @@ from resadapt.adapters import PooledAdapter, Site
 
 
 class StudyAdapter(nn.Module):
-    """As the study wrote it: global average pool, Linear, ReLU, Dropout, Linear, added back per channel."""
+    """As the study wrote it: global average pool, Linear, ReLU, Dropout, Linear, added back per
+    channel.
+    """
 
     def __init__(self, channels: int, bottleneck: int, dropout: float) -> None:
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.net = nn.Sequential(nn.Linear(channels, bottleneck), nn.ReLU(), nn.Dropout(dropout), nn.Linear(bottleneck, channels))
+        self.net = nn.Sequential(
+            nn.Linear(channels, bottleneck),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(bottleneck, channels),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, _, _ = x.shape
@@ -32,11 +39,15 @@ class StudyResNet(ResNet):
 
     def __init__(self, bottleneck: int, dropout: float) -> None:
         super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=3)
-        self.extra = nn.ModuleList(StudyAdapter(c, bottleneck, dropout) for c in (64, 128, 256, 512))
+        self.extra = nn.ModuleList(
+            StudyAdapter(c, bottleneck, dropout) for c in (64, 128, 256, 512)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for stage, adapter in zip((self.layer1, self.layer2, self.layer3, self.layer4), self.extra, strict=True):
+        for stage, adapter in zip(
+            (self.layer1, self.layer2, self.layer3, self.layer4), self.extra, strict=True
+        ):
             x = adapter(stage(x))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
@@ -81,7 +92,12 @@ def test_bit_identical_to_the_study_in_outputs_and_gradients(training: bool) -> 
 
 
 @settings(max_examples=25, deadline=None)
-@given(n=st.integers(1, 3), c=st.integers(1, 5), b=st.integers(1, 4), spatial=st.lists(st.integers(1, 4), max_size=3))
+@given(
+    n=st.integers(1, 3),
+    c=st.integers(1, 5),
+    b=st.integers(1, 4),
+    spatial=st.lists(st.integers(1, 4), max_size=3),
+)
 def test_against_loops(n: int, c: int, b: int, spatial: list[int]) -> None:
     adapter = PooledAdapter(Site(c, len(spatial)), b).double().eval()
     nn.init.normal_(adapter.down.weight)
@@ -94,11 +110,18 @@ def test_against_loops(n: int, c: int, b: int, spatial: list[int]) -> None:
         means = [x[i, j].reshape(-1).tolist() for j in range(c)]
         means = [sum(values) / len(values) for values in means]
         hidden = [
-            max(0.0, sum(adapter.down.weight[k, j].item() * means[j] for j in range(c)) + adapter.down.bias[k].item())
+            max(
+                0.0,
+                sum(adapter.down.weight[k, j].item() * means[j] for j in range(c))
+                + adapter.down.bias[k].item(),
+            )
             for k in range(b)
         ]
         for j in range(c):
-            expected[i, j] += sum(adapter.up.weight[j, k].item() * hidden[k] for k in range(b)) + adapter.up.bias[j].item()
+            expected[i, j] += (
+                sum(adapter.up.weight[j, k].item() * hidden[k] for k in range(b))
+                + adapter.up.bias[j].item()
+            )
     torch.testing.assert_close(adapter(x), expected)
 
 

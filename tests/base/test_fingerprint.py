@@ -1,4 +1,4 @@
-"""The fingerprint covers what makes a backbone compute: tensors, settings of modules, and whatever else they save."""
+"""The fingerprint covers what a backbone computes with: tensors, settings, extra state."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ OTHER_STATES = [
 @pytest.mark.parametrize(("one", "other"), OTHER_STATES)
 def test_states_of_every_kind_have_digests(one: Any, other: Any) -> None:
     assert ModuleRecord.of(Extra(one)) == ModuleRecord.of(Extra(copy.deepcopy(one)))
-    assert "has other state" in (ModuleRecord.of(Extra(one)).difference(ModuleRecord.of(Extra(other))) or "")
+    assert "has other state" in (
+        ModuleRecord.of(Extra(one)).difference(ModuleRecord.of(Extra(other))) or ""
+    )
 
 
 class Shows(nn.Module):
@@ -115,11 +117,31 @@ def conv(**options: Any) -> Callable[[], nn.Module]:
 
 
 OTHERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
-    ({"conv": conv()}, {"conv": conv(padding=0)}, "conv", r"has padding \[0, 0\] where \[1, 1\] was recorded"),
-    ({"conv": conv()}, {"conv": conv(padding="same")}, "conv", r"has padding same where \[1, 1\] was recorded"),
-    ({"conv": conv()}, {"conv": conv(stride=2)}, "conv", r"has stride \[2, 2\] where \[1, 1\] was recorded"),
+    (
+        {"conv": conv()},
+        {"conv": conv(padding=0)},
+        "conv",
+        r"has padding \[0, 0\] where \[1, 1\] was recorded",
+    ),
+    (
+        {"conv": conv()},
+        {"conv": conv(padding="same")},
+        "conv",
+        r"has padding same where \[1, 1\] was recorded",
+    ),
+    (
+        {"conv": conv()},
+        {"conv": conv(stride=2)},
+        "conv",
+        r"has stride \[2, 2\] where \[1, 1\] was recorded",
+    ),
     ({"conv": conv()}, {"conv": conv(dilation=2)}, "conv", r"has dilation \[2, 2\]"),
-    ({"conv": conv()}, {"conv": conv(padding_mode="circular")}, "conv", "has padding_mode circular where zeros was recorded"),
+    (
+        {"conv": conv()},
+        {"conv": conv(padding_mode="circular")},
+        "conv",
+        "has padding_mode circular where zeros was recorded",
+    ),
     (
         {"bn": lambda: nn.BatchNorm2d(4)},
         {"bn": lambda: nn.BatchNorm2d(4, eps=1e-3)},
@@ -127,11 +149,36 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         "has eps 0.001 where 1e-05 was recorded",
     ),
     ({"act": nn.ReLU}, {"act": nn.GELU}, "act", "is GELU where ReLU was recorded"),
-    ({"act": nn.ReLU}, {"act": lambda: nn.LeakyReLU(0.1)}, "act", "is LeakyReLU where ReLU was recorded"),
-    ({"act": nn.LeakyReLU}, {"act": lambda: nn.LeakyReLU(0.1)}, "act", "has negative_slope 0.1 where 0.01 was recorded"),
-    ({"act": nn.GELU}, {"act": lambda: nn.GELU("tanh")}, "act", "has approximate tanh where none was recorded"),
-    ({"extra": lambda: nn.MaxPool2d(2)}, {"extra": lambda: nn.AvgPool2d(2)}, "extra", "is AvgPool2d where MaxPool2d was recorded"),
-    ({"extra": lambda: nn.MaxPool2d(2)}, {"extra": lambda: nn.MaxPool2d(2, ceil_mode=True)}, "extra", "has ceil_mode True"),
+    (
+        {"act": nn.ReLU},
+        {"act": lambda: nn.LeakyReLU(0.1)},
+        "act",
+        "is LeakyReLU where ReLU was recorded",
+    ),
+    (
+        {"act": nn.LeakyReLU},
+        {"act": lambda: nn.LeakyReLU(0.1)},
+        "act",
+        "has negative_slope 0.1 where 0.01 was recorded",
+    ),
+    (
+        {"act": nn.GELU},
+        {"act": lambda: nn.GELU("tanh")},
+        "act",
+        "has approximate tanh where none was recorded",
+    ),
+    (
+        {"extra": lambda: nn.MaxPool2d(2)},
+        {"extra": lambda: nn.AvgPool2d(2)},
+        "extra",
+        "is AvgPool2d where MaxPool2d was recorded",
+    ),
+    (
+        {"extra": lambda: nn.MaxPool2d(2)},
+        {"extra": lambda: nn.MaxPool2d(2, ceil_mode=True)},
+        "extra",
+        "has ceil_mode True",
+    ),
     ({"extra": nn.Identity}, {"extra": nn.Tanh}, "extra", r"\(Tanh\) is new"),
     ({"extra": nn.Tanh}, {"extra": nn.Identity}, "extra", r"\(Tanh\) is missing"),
     (
@@ -140,8 +187,18 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         "extra",
         "has extra_repr scale=2.0 where scale=1.0 was recorded",
     ),
-    ({"extra": lambda: Shows(None)}, {"extra": lambda: Shows(2.0)}, "extra", "has extra_repr scale=2.0 where  was recorded"),
-    ({"extra": lambda: Constant(1)}, {"extra": lambda: Constant(2)}, "extra", "has power 2 where 1 was recorded"),
+    (
+        {"extra": lambda: Shows(None)},
+        {"extra": lambda: Shows(2.0)},
+        "extra",
+        "has extra_repr scale=2.0 where  was recorded",
+    ),
+    (
+        {"extra": lambda: Constant(1)},
+        {"extra": lambda: Constant(2)},
+        "extra",
+        "has power 2 where 1 was recorded",
+    ),
     # What is not set counts like what is.
     (
         {"extra": lambda: nn.AvgPool2d(1)},
@@ -167,7 +224,12 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         "extra",
         "has activation gelu where relu was recorded",
     ),
-    ({"extra": lambda: Extra(1)}, {"extra": lambda: Extra(2)}, "extra", "has other state in .*_extra_state"),
+    (
+        {"extra": lambda: Extra(1)},
+        {"extra": lambda: Extra(2)},
+        "extra",
+        "has other state in .*_extra_state",
+    ),
     (
         {"extra": lambda: Extra({"a": [1, torch.ones(2)]})},
         {"extra": lambda: Extra({"a": [1, torch.zeros(2)]})},
@@ -214,7 +276,10 @@ def test_a_change_of_settings_after_the_injection_is_drift(
     ("ours", "theirs"),
     [
         ({"act": lambda: nn.ReLU(inplace=True)}, {"act": nn.ReLU}),
-        ({"bn": lambda: nn.BatchNorm2d(4, momentum=None)}, {"bn": lambda: nn.BatchNorm2d(4, momentum=0.5)}),
+        (
+            {"bn": lambda: nn.BatchNorm2d(4, momentum=None)},
+            {"bn": lambda: nn.BatchNorm2d(4, momentum=0.5)},
+        ),
         ({"bn": lambda: nn.SyncBatchNorm(4)}, {"bn": lambda: nn.BatchNorm2d(4)}),
         ({"extra": lambda: nn.Dropout(0.5)}, {"extra": lambda: nn.Dropout(0.1)}),
         ({"extra": lambda: nn.Dropout2d(0.5)}, {"extra": nn.Identity}),
@@ -254,15 +319,21 @@ def test_packed_weights_of_quantized_layers_are_a_part_of_the_backbone(path: Pat
     model = resadapt.inject_adapters(quantized(), "c2", 2)
     assert resadapt.save_adapters(model, path, rebuild=quantized).ok
     resadapt.load_adapters(quantized(), path)
-    with pytest.raises(resadapt.BackboneMismatchError, match=r"'head\.1\._packed_params' has other state"):
+    with pytest.raises(
+        resadapt.BackboneMismatchError, match=r"'head\.1\._packed_params' has other state"
+    ):
         resadapt.load_adapters(quantized(other_head=True), path)
     model.head = quantized(other_head=True).head
     assert resadapt.check_backbone(model).drifted == ["head.1._packed_params"]
 
 
 def test_state_of_a_head_that_a_file_cannot_carry(path: Path) -> None:
-    model = resadapt.inject_adapters(small_net(head=nn.Sequential(nn.Linear(4, 4), Wide())), "c2", 2, head="head")
-    with pytest.raises(resadapt.AdapterFileError, match=r"head's module 'head\.1' \(Wide\) keeps '_extra_state'"):
+    model = resadapt.inject_adapters(
+        small_net(head=nn.Sequential(nn.Linear(4, 4), Wide())), "c2", 2, head="head"
+    )
+    with pytest.raises(
+        resadapt.AdapterFileError, match=r"head's module 'head\.1' \(Wide\) keeps '_extra_state'"
+    ):
         resadapt.save_adapters(model, path, verify=False)
     assert not list(path.parent.iterdir())
     model = resadapt.inject_adapters(quantized(), "c2", 2, head=())
@@ -289,12 +360,13 @@ def test_records_are_the_same_for_a_module_that_is_wrapped_or_frozen() -> None:
     assert model._resadapt.fingerprint.modules == before.modules
     model.layer1 = torch.compile(model.layer1, backend="eager")
     assert resadapt.check_backbone(model).ok
-    assert before.modules is not None
     assert before.modules["layer2.0.conv1"].config["stride"] == [2, 2]
     assert before.modules["bn1"] == ModuleRecord(
-        "BatchNorm", {"affine": True, "eps": 1e-05, "num_features": 64, "track_running_stats": True}, {}
+        "BatchNorm",
+        {"affine": True, "eps": 1e-05, "num_features": 64, "track_running_stats": True},
+        {},
     )
-    assert "fc" not in (before.without(["fc"]).modules or {})
+    assert "fc" not in before.without(["fc"]).modules
     assert "fc.weight" in before
     assert "fc.weight" not in before.without(["fc"])
 
@@ -320,21 +392,33 @@ def test_an_address_that_a_module_shows_is_not_recorded() -> None:
 def test_layers_in_another_order_are_another_backbone(path: Path) -> None:
     def ordered(*names: str) -> nn.Module:
         layers = {"pool": nn.MaxPool2d(2), "act": nn.Softmax(1)}
-        return backbone(extra=lambda: nn.Sequential(OrderedDict((name, layers[name]) for name in names)))
+        return backbone(
+            extra=lambda: nn.Sequential(OrderedDict((name, layers[name]) for name in names))
+        )
 
-    resadapt.save_adapters(resadapt.inject_adapters(ordered("pool", "act"), "c2", 2, head="head"), path)
-    with pytest.raises(resadapt.BackboneMismatchError, match=r"'extra' has order \['act', 'pool'\] where \['pool', 'act'\]"):
+    resadapt.save_adapters(
+        resadapt.inject_adapters(ordered("pool", "act"), "c2", 2, head="head"), path
+    )
+    with pytest.raises(
+        resadapt.BackboneMismatchError,
+        match=r"'extra' has order \['act', 'pool'\] where \['pool', 'act'\]",
+    ):
         resadapt.load_adapters(ordered("act", "pool"), path)
 
 
 def test_a_layer_without_effect_has_no_place_in_the_order() -> None:
-    with_dropout = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 1), dropout=nn.Dropout(), act=nn.ReLU()))
+    with_dropout = nn.Sequential(
+        OrderedDict(conv=nn.Conv2d(3, 4, 1), dropout=nn.Dropout(), act=nn.ReLU())
+    )
     without = nn.Sequential(OrderedDict(conv=with_dropout.conv, act=nn.ReLU()))
     assert ModuleRecord.of(with_dropout) == ModuleRecord.of(without)
 
 
 def test_settings_that_only_one_version_of_torch_keeps_do_not_count() -> None:
-    old, new = ModuleRecord("Conv2d", {"groups": 1}, {}), ModuleRecord("Conv2d", {"groups": 1, "novelty": True}, {})
+    old, new = (
+        ModuleRecord("Conv2d", {"groups": 1}, {}),
+        ModuleRecord("Conv2d", {"groups": 1, "novelty": True}, {}),
+    )
     assert old.difference(new) is new.difference(old) is None
 
 
@@ -409,7 +493,10 @@ def test_a_probe_of_ones_own_stays_resizable(path: Path) -> None:
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (torch.tensor([1 + 1j], dtype=torch.complex128), torch.tensor([1 - 1j], dtype=torch.complex128)),
+        (
+            torch.tensor([1 + 1j], dtype=torch.complex128),
+            torch.tensor([1 - 1j], dtype=torch.complex128),
+        ),
         (torch.eye(2).to_sparse(), (2 * torch.eye(2)).to_sparse()),
         (torch.eye(2).to_sparse_csr(), (2 * torch.eye(2)).to_sparse_csr()),
         (torch.eye(2).to_sparse_csc(), (2 * torch.eye(2)).to_sparse_csc()),
@@ -423,13 +510,24 @@ def test_a_probe_of_ones_own_stays_resizable(path: Path) -> None:
         ),
         (
             torch.quantize_per_channel(
-                torch.ones(2, 2), torch.tensor([0.5, 1.0]), torch.zeros(2, dtype=torch.int64), 0, torch.qint8
+                torch.ones(2, 2),
+                torch.tensor([0.5, 1.0]),
+                torch.zeros(2, dtype=torch.int64),
+                0,
+                torch.qint8,
             ),
             torch.quantize_per_channel(
-                torch.ones(2, 2), torch.tensor([0.5, 0.5]), torch.zeros(2, dtype=torch.int64), 0, torch.qint8
+                torch.ones(2, 2),
+                torch.tensor([0.5, 0.5]),
+                torch.zeros(2, dtype=torch.int64),
+                0,
+                torch.qint8,
             ),
         ),
-        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)])),
+        (
+            torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+            torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)]),
+        ),
     ],
 )
 def test_tensors_of_every_kind_have_bytes(one: Tensor, other: Tensor) -> None:
@@ -451,74 +549,25 @@ def test_same_bits_are_more_than_equal_numbers() -> None:
 def test_a_backbone_without_values_has_drifted() -> None:
     model = resadapt.inject_adapters(small_net(), "c2", 2, head="head").to("meta")
     report = resadapt.check_backbone(model)
-    assert "no values here" in report.reasons["conv.weight"]
+    assert "is a meta tensor" in report.reasons["conv.weight"]
     for call in (
         lambda: resadapt.adapter_state_dict(model),
         lambda: resadapt.save_adapters(model, "unused.pt"),
         lambda: resadapt.inference_copy(model),
         lambda: resadapt.accept_backbone(model),
     ):
-        with pytest.raises(resadapt.AdapterError, match="no values here"):
+        with pytest.raises(resadapt.AdapterError, match="on the meta device"):
             call()
     assert resadapt.list_adapters(model)[0].active
 
 
-DATA = Path(__file__).parent / "data"
-
-
-def format_1_backbone() -> Any:
-    """The backbone of the two files of format 1, which resadapt 0.1 wrote: weights by a formula, the same on every machine."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4 * 6 * 6, 2)
-    )
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.copy_((torch.arange(tensor.numel()).reshape(tensor.shape) % 7 + 1) / 8)
-    return model.eval()
-
-
-@pytest.mark.parametrize("name", ["format_1.pt", "format_1.safetensors"])
-def test_files_of_format_1_stay_readable(name: str, tmp_path: Path) -> None:
-    x = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8) % 5 / 4
-    info = resadapt.read_adapter_info(DATA / name)
-    assert info.format_version == 1
-    assert info.metadata == {"made by": "resadapt 0.1"}
-    assert info.backbone.modules is None
-    assert info.set.options == {}, "how the adapters started is of no use to a reader"
-    assert [site.channel_dim for site in info.set.sites] == [1, 1]
-    model = resadapt.load_adapters(format_1_backbone(), DATA / name)
-    expected = torch.tensor([[941.2791, 941.1536], [943.7177, 943.7497]])
-    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-3)
-    report = resadapt.verify_adapters(model, DATA / name, probe=x, rebuild=format_1_backbone)
-    assert {check.name for check in report.checks if check.outcome != "passed"} == {"metric"}
-    other = format_1_backbone()
-    other[1].running_var[0] += 1
-    with pytest.raises(resadapt.BackboneMismatchError, match=r"'1\.running_var'"):
-        resadapt.load_adapters(other, DATA / name)
-    resadapt.save_adapters(model, tmp_path / name, probe=x)
-    again = resadapt.read_adapter_info(tmp_path / name)
-    assert again.format_version == 3
-    assert again.tensors == info.tensors
-
-
-@pytest.mark.parametrize("name", ["format_2.pt", "format_2.safetensors"])
-def test_files_of_format_2_stay_readable(name: str, tmp_path: Path) -> None:
-    x = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8) % 5 / 4
-    info = resadapt.read_adapter_info(DATA / name)
-    assert (info.format_version, info.metadata) == (2, {"made by": "resadapt 0.2"})
-    assert (info.set.norms, info.set.blueprints) == ((), {})
-    model = resadapt.load_adapters(format_1_backbone(), DATA / name)
-    expected = torch.tensor([[339.3453, 339.1395], [339.9894, 339.9409]])
-    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-3)
-    assert resadapt.verify_adapters(model, DATA / name, probe=x, rebuild=format_1_backbone)["recorded outputs"].outcome == "passed"
-    resadapt.save_adapters(model, tmp_path / name, probe=x)
-    assert resadapt.read_adapter_info(tmp_path / name).tensors == info.tensors
-
-
 def test_named_differences_come_in_the_records_order() -> None:
     records = Fingerprint.of({}, {"a": torch.ones(1), "b": torch.ones(1)}).tensors
-    assert list(tensor_differences({"c": torch.ones(1), "b": torch.zeros(1)}, records)) == ["a", "b", "c"]
+    assert list(tensor_differences({"c": torch.ones(1), "b": torch.zeros(1)}, records)) == [
+        "a",
+        "b",
+        "c",
+    ]
     assert tensor_differences({"a": torch.ones(1).double(), "b": torch.ones(1)}, records) == {}, (
         "a wider dtype holds the same numbers"
     )
@@ -537,4 +586,6 @@ def test_digests_of_several_tensors_are_those_of_each() -> None:
     """Large ones are computed in threads, small ones are not."""
     torch.manual_seed(0)
     tensors = [torch.randn(size) for size in (3, 1 << 18, 70_000, 0, 100_000, 5)]
-    assert sha256_of_each(tensors) == [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors]
+    assert sha256_of_each(tensors) == [
+        hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors
+    ]

@@ -8,5 +8,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
-    """The same adapters in every run: one start in some hundreds has no unit that its rectifier lets through, so nothing trains."""
+    """The same adapters in every run.
+
+    One start in some hundreds has no unit that its rectifier lets through, so nothing trains.
+    """
     torch.manual_seed(0)

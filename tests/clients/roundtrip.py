@@ -1,4 +1,4 @@
-"""What the tests against other packages share: three steps, a proven file, and the same model again in a fresh backbone."""
+"""What the tests share: three steps, a proven file, and the same model in a fresh backbone."""
 
 from __future__ import annotations
 
@@ -41,15 +41,23 @@ def three_steps(model: nn.Module, inputs: Tensor) -> None:
         optimizer.zero_grad()
         total(model(inputs)).backward()
         optimizer.step()
-    still = [key for key, value in resadapt.adapter_state_dict(model).items() if torch.equal(value, before[key])]
+    still = [
+        key
+        for key, value in resadapt.adapter_state_dict(model).items()
+        if torch.equal(value, before[key])
+    ]
     assert still == []
 
 
-def save_and_reload(model: nn.Module, rebuild: Callable[[], Any], path: Path, inputs: Tensor) -> Any:
-    """Saves with proof on `inputs` and on an input made up, loads into a fresh backbone, and asks for the same bits."""
+def save_and_reload(
+    model: nn.Module, rebuild: Callable[[], Any], path: Path, inputs: Tensor
+) -> Any:
+    """Saves with proof on `inputs` and on an input made up, loads, and asks for the same bits."""
     for probe in (None, inputs):
         report = resadapt.save_adapters(model, path, probe=probe, rebuild=rebuild)
-        for line in PROVEN if probe is not None else ("file", "reconstruction", "backbone", "tensors"):
+        for line in (
+            PROVEN if probe is not None else ("file", "reconstruction", "backbone", "tensors")
+        ):
             assert report[line].outcome == "passed", report
     reloaded = resadapt.load_adapters(rebuild(), path)
     assert_same_outputs(reloaded, model, inputs)
@@ -57,9 +65,15 @@ def save_and_reload(model: nn.Module, rebuild: Callable[[], Any], path: Path, in
 
 
 def train_save_reload(
-    rebuild: Callable[[], Any], layers: object, path: Path, inputs: Tensor, *, head: object = (), **options: Any
+    rebuild: Callable[[], Any],
+    layers: object,
+    path: Path,
+    inputs: Tensor,
+    *,
+    head: object = (),
+    **options: Any,
 ) -> tuple[Any, Any]:
-    """The whole use, in which nothing has to be warned of; returns the trained and the reloaded model."""
+    """The whole use, without a warning; returns the trained and the reloaded model."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", resadapt.AdapterWarning)
         model = resadapt.inject_adapters(rebuild(), layers, 8, head=head, **options)  # type: ignore[arg-type]
@@ -92,4 +106,8 @@ def with_strong_adapters(model: Any) -> Any:
 
 
 def _flat(output: Any) -> list[Tensor]:
-    return [output] if isinstance(output, Tensor) else [tensor for item in output for tensor in _flat(item)]
+    return (
+        [output]
+        if isinstance(output, Tensor)
+        else [tensor for item in output for tensor in _flat(item)]
+    )

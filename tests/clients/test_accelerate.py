@@ -48,7 +48,9 @@ def test_a_prepared_model_comes_back_bit_for_bit(precision: str, path: Path) -> 
     accelerator, model, optimizer, data = prepared(precision)
     before = resadapt.adapter_state_dict(model)
     epoch(accelerator, model, optimizer, data)
-    assert not any(torch.equal(value, before[key]) for key, value in resadapt.adapter_state_dict(model).items())
+    assert not any(
+        torch.equal(value, before[key]) for key, value in resadapt.adapter_state_dict(model).items()
+    )
     plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     save_and_reload(plain, small_backbone, path, X)
 
@@ -56,16 +58,23 @@ def test_a_prepared_model_comes_back_bit_for_bit(precision: str, path: Path) -> 
 def test_mixed_precision_that_is_left_on_is_named_in_the_report(path: Path) -> None:
     accelerator, model, optimizer, data = prepared("bf16")
     epoch(accelerator, model, optimizer, data)
-    with pytest.raises(resadapt.VerificationError, match=r"outputs +failed .* the replaced forward of 'the model'"):
+    with pytest.raises(
+        resadapt.VerificationError, match=r"outputs +failed .* was the forward of 'the model' changed"
+    ):
         resadapt.save_adapters(accelerator.unwrap_model(model), path, rebuild=small_backbone)
 
-    # In the middle of training, whose precision is to stay, the backbone that is built runs in it too.
+    # In the middle of training, whose precision is to stay, the built backbone runs in it too.
     def rebuild_with_autocast() -> Any:
         built = small_backbone()
-        built.forward = accelerate.utils.convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(built.forward))
+        built.forward = accelerate.utils.convert_outputs_to_fp32(
+            torch.autocast("cpu", torch.bfloat16)(built.forward)
+        )
         return built
 
-    assert resadapt.save_adapters(model, path, rebuild=rebuild_with_autocast)["outputs"].outcome == "passed"
+    assert (
+        resadapt.save_adapters(model, path, rebuild=rebuild_with_autocast)["outputs"].outcome
+        == "passed"
+    )
     epoch(accelerator, model, optimizer, data)
 
 
@@ -77,9 +86,13 @@ def test_its_checkpoints_resume_and_end_in_a_verified_file(path: Path) -> None:
     whole = resadapt.adapter_state_dict(model)
     accelerator.load_state(path.parent / "half")
     assert resadapt.check_backbone(model).ok
-    assert not any(torch.equal(value, whole[key]) for key, value in resadapt.adapter_state_dict(model).items())
+    assert not any(
+        torch.equal(value, whole[key]) for key, value in resadapt.adapter_state_dict(model).items()
+    )
     epoch(accelerator, model, optimizer, data)
-    assert all(torch.equal(value, whole[key]) for key, value in resadapt.adapter_state_dict(model).items())
+    assert all(
+        torch.equal(value, whole[key]) for key, value in resadapt.adapter_state_dict(model).items()
+    )
     save_and_reload(accelerator.unwrap_model(model), small_backbone, path, X)
 
 
@@ -89,9 +102,6 @@ CALLS: list[Callable[[Any, Path], object]] = [
     lambda model, path: resadapt.load_adapters(model, path.with_name("saved.pt")),
     lambda model, path: resadapt.verify_adapters(model, path.with_name("saved.pt")),
     lambda model, path: resadapt.adapter_state_dict(model),
-    lambda model, path: resadapt.set_active_adapters(model, None),
-    lambda model, path: resadapt.adapters_disabled(model).__enter__(),
-    lambda model, path: resadapt.remove_adapters(model),
     lambda model, path: resadapt.accept_backbone(model),
     lambda model, path: resadapt.inference_copy(model),
     lambda model, path: resadapt.inject_adapters(model, "layer4", 4, name="other"),
@@ -99,11 +109,13 @@ CALLS: list[Callable[[Any, Path], object]] = [
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_an_offloaded_model_is_refused_by_name(call: Callable[[Any, Path], object], path: Path) -> None:
+def test_an_offloaded_model_is_refused_by_name(
+    call: Callable[[Any, Path], object], path: Path
+) -> None:
     model = resadapt.inject_adapters(small_backbone(), "layer*", 8, head="fc")
     resadapt.save_adapters(model, path.with_name("saved.pt"))
     accelerate.cpu_offload(model, execution_device="cpu")
-    with pytest.raises(resadapt.AdapterError, match=r"no values"):
+    with pytest.raises(resadapt.AdapterError, match=r"offload"):
         call(model, path)
     assert not path.exists()
 
@@ -124,5 +136,7 @@ def test_an_offloaded_model_runs_and_is_itself_again_when_brought_back(path: Pat
 
 def test_an_offloaded_backbone_is_not_injected_into(path: Path) -> None:
     backbone = accelerate.cpu_offload(small_backbone(), execution_device="cpu")
-    with pytest.raises(resadapt.InjectionError, match=r"'conv1\.weight' has no values yet.* undo its offloading"):
+    with pytest.raises(
+        resadapt.InjectionError, match=r"'conv1\.weight' has no values yet.* undo (its )?offloading"
+    ):
         resadapt.inject_adapters(backbone)

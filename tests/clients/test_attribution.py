@@ -1,4 +1,4 @@
-"""captum and grad-cam: what they say of an adapted model is what they say of the same model written by hand, or what is defined."""
+"""captum and grad-cam say of an adapted model what they say of the same model written by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from roundtrip import LABELS, save_and_reload, seeded, small_backbone, small_images, three_steps, with_strong_adapters
+from roundtrip import (
+    LABELS,
+    save_and_reload,
+    seeded,
+    small_backbone,
+    small_images,
+    three_steps,
+    with_strong_adapters,
+)
 from torch import Tensor, nn
 
 import resadapt
@@ -15,7 +23,9 @@ X = small_images(16)
 BASELINE = torch.zeros_like(X)
 
 # captum tells each time what it does to inputs and layers.
-pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already", "ignore:Setting (forward|backward)")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Input Tensor 0 did not already", "ignore:Setting (forward|backward)"
+)
 
 
 class Net(nn.Module):
@@ -23,7 +33,11 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.bn1, self.act1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.conv1, self.bn1, self.act1 = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+        )
         self.conv2, self.act2 = nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()
         self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 3)
 
@@ -45,9 +59,15 @@ class HandAdapter(nn.Module):
     def __init__(self, tensors: dict[str, Tensor], site: str) -> None:
         super().__init__()
         width, channels = tensors[f"adapters.{site}.down.weight"].shape
-        self.down, self.act, self.up = nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, channels)
+        self.down, self.act, self.up = (
+            nn.Linear(channels, width),
+            nn.ReLU(),
+            nn.Linear(width, channels),
+        )
         for name in ("down", "up"):
-            getattr(self, name).load_state_dict({kind: tensors[f"adapters.{site}.{name}.{kind}"] for kind in ("weight", "bias")})
+            getattr(self, name).load_state_dict(
+                {kind: tensors[f"adapters.{site}.{name}.{kind}"] for kind in ("weight", "bias")}
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.up(self.act(self.down(x.mean((2, 3)))))[:, :, None, None]
@@ -67,7 +87,7 @@ def adapted(*sites: str) -> Any:
 
 
 class GuidedReLU(torch.autograd.Function):
-    """What Springenberg et al. 2014 (arXiv:1412.6806) define: a rectifier whose gradient is rectified too."""
+    """A rectifier whose gradient is rectified too: Springenberg et al. 2014, arXiv:1412.6806."""
 
     guided = True
 
@@ -122,20 +142,26 @@ def test_a_trained_network_comes_back_and_is_explained_alike(attr: Any, path: An
     model = resadapt.inject_adapters(seeded(net)(), ["conv1", "conv2"], 4, head="fc")
     three_steps(model, X)
     reloaded = save_and_reload(model, seeded(net), path, X)
-    explained = [attr.DeepLift(each).attribute(X, BASELINE, target=LABELS) for each in (model, reloaded)]
+    explained = [
+        attr.DeepLift(each).attribute(X, BASELINE, target=LABELS) for each in (model, reloaded)
+    ]
     assert torch.equal(*explained)
 
 
 @pytest.mark.parametrize("sites", SITES)
 def test_deep_lift_is_complete(sites: tuple[str, ...], attr: Any) -> None:
-    """The sum of attributions is the difference of outputs; and it is what the network by hand gives."""
+    """The sum of attributions is the difference of outputs, and what the network by hand gives."""
     model = adapted(*sites)
     expected = attr.DeepLift(by_hand(model, *sites)).attribute(X, BASELINE, target=LABELS)
     layers_are_rectifiers = sites == SITES[-1]
     for each in (resadapt.inference_copy(model), *([] if layers_are_rectifiers else [model])):
-        attributions, delta = attr.DeepLift(each).attribute(X, BASELINE, target=LABELS, return_convergence_delta=True)
+        attributions, delta = attr.DeepLift(each).attribute(
+            X, BASELINE, target=LABELS, return_convergence_delta=True
+        )
         outputs = [model(x).gather(1, LABELS[:, None])[:, 0] for x in (X, BASELINE)]
-        torch.testing.assert_close(attributions.sum((1, 2, 3)), outputs[0] - outputs[1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            attributions.sum((1, 2, 3)), outputs[0] - outputs[1], atol=1e-5, rtol=1e-4
+        )
         assert delta.abs().max() < 1e-5
         torch.testing.assert_close(attributions, expected)
 
@@ -143,14 +169,20 @@ def test_deep_lift_is_complete(sites: tuple[str, ...], attr: Any) -> None:
 @pytest.mark.parametrize("method", ["DeepLift", "Deconvolution"])
 def test_a_rule_for_a_rectifier_that_carries_an_adapter_is_told(method: str, attr: Any) -> None:
     model = adapted("act1", "act2")
-    with pytest.warns(resadapt.AdapterWarning, match=r"hooks on site 'act1' .*inference_copy\(model\)"):
+    with pytest.warns(
+        resadapt.AdapterWarning, match=r"hooks on site 'act1' .*inference_copy\(model\)"
+    ):
         wrong = getattr(attr, method)(model).attribute(X, target=LABELS)
     right = getattr(attr, method)(resadapt.inference_copy(model)).attribute(X, target=LABELS)
-    assert not torch.allclose(wrong, right), "if this is right now, the warning has no reason any more"
+    assert not torch.allclose(wrong, right), (
+        "if this is right now, the warning has no reason any more"
+    )
 
 
 @pytest.mark.parametrize("sites", SITES)
-@pytest.mark.parametrize(("method", "rectifier"), [("GuidedBackprop", GuidedReLU), ("Deconvolution", DeconvolvedReLU)])
+@pytest.mark.parametrize(
+    ("method", "rectifier"), [("GuidedBackprop", GuidedReLU), ("Deconvolution", DeconvolvedReLU)]
+)
 def test_guided_gradients_are_those_of_guided_rectifiers(
     method: str, rectifier: type[torch.autograd.Function], sites: tuple[str, ...], attr: Any
 ) -> None:
@@ -158,25 +190,33 @@ def test_guided_gradients_are_those_of_guided_rectifiers(
     expected = gradient(by_hand(model, *sites), rectifier)
     assert not torch.allclose(expected, gradient(by_hand(model, *sites)))
     for each in (resadapt.inference_copy(model), *([] if sites == SITES[-1] else [model])):
-        torch.testing.assert_close(getattr(attr, method)(each).attribute(X, target=LABELS), expected)
+        torch.testing.assert_close(
+            getattr(attr, method)(each).attribute(X, target=LABELS), expected
+        )
 
 
 @pytest.mark.parametrize("sites", SITES)
-def test_integrated_gradients_are_complete_and_saliency_is_the_gradient(sites: tuple[str, ...], attr: Any) -> None:
+def test_integrated_gradients_are_complete_and_saliency_is_the_gradient(
+    sites: tuple[str, ...], attr: Any
+) -> None:
     model = adapted(*sites)
     attributions, delta = attr.IntegratedGradients(model).attribute(
         X, BASELINE, target=LABELS, n_steps=200, return_convergence_delta=True
     )
     assert delta.abs().max() < 1e-2 * attributions.abs().sum((1, 2, 3)).max()
-    expected = attr.IntegratedGradients(by_hand(model, *sites)).attribute(X, BASELINE, target=LABELS, n_steps=200)
+    expected = attr.IntegratedGradients(by_hand(model, *sites)).attribute(
+        X, BASELINE, target=LABELS, n_steps=200
+    )
     torch.testing.assert_close(attributions, expected)
     saliency = attr.Saliency(model).attribute(X, target=LABELS, abs=False)
     torch.testing.assert_close(saliency, gradient(by_hand(model, *sites)))
 
 
 @pytest.mark.parametrize("sites", SITES)
-def test_relevance_on_an_inference_copy_is_that_of_the_network_by_hand(sites: tuple[str, ...], attr: Any) -> None:
-    """LRP knows stock layers only, and takes a layer with a child for a container: it is for the copy."""
+def test_relevance_on_an_inference_copy_is_that_of_the_network_by_hand(
+    sites: tuple[str, ...], attr: Any
+) -> None:
+    """LRP knows stock layers only, and takes a layer with a child for a container."""
     model = adapted(*sites)
     expected = attr.LRP(by_hand(model, *sites)).attribute(X, target=LABELS)
     relevance = attr.LRP(resadapt.inference_copy(model)).attribute(X, target=LABELS)
@@ -189,10 +229,14 @@ def from_zero_to_one(maps: Tensor) -> Tensor:
     return maps / (1e-7 + maps.amax((2, 3), keepdim=True))
 
 
-@pytest.mark.parametrize("layer", [("layer3", 0), ("layer3", -1), ("layer4", 0), ("layer4", -1), ("layer4", None)])
+@pytest.mark.parametrize(
+    "layer", [("layer3", 0), ("layer3", -1), ("layer4", 0), ("layer4", -1), ("layer4", None)]
+)
 @pytest.mark.parametrize("method", ["GradCAM", "HiResCAM"])
-def test_class_activation_maps_are_those_of_the_formula(method: str, layer: tuple[str, int | None]) -> None:
-    """The map is the rectified sum of channels, weighted by their mean gradients (or each position by its own)."""
+def test_class_activation_maps_are_those_of_the_formula(
+    method: str, layer: tuple[str, int | None]
+) -> None:
+    """The map is the rectified sum of channels, weighted by their (mean) gradients."""
     cam = pytest.importorskip("pytorch_grad_cam")
     targets = pytest.importorskip("pytorch_grad_cam.utils.model_targets")
     model = with_strong_adapters(resadapt.inject_adapters(small_backbone(), "layer*", 8, head="fc"))
@@ -203,9 +247,12 @@ def test_class_activation_maps_are_those_of_the_formula(method: str, layer: tupl
     def explained(each: Any) -> Tensor:
         target = getattr(each, name) if index is None else getattr(each, name)[index]
         with getattr(cam, method)(model=each, target_layers=[target]) as explainer:
-            return torch.from_numpy(explainer(input_tensor=x, targets=[targets.ClassifierOutputTarget(chosen)] * len(x)))
+            return torch.from_numpy(
+                explainer(input_tensor=x, targets=[targets.ClassifierOutputTarget(chosen)] * len(x))
+            )
 
-    # By hand: the layer's output after its adapter, which another layer only has in the next one's input.
+    # By hand: the layer's output after its adapter, which another layer only has in the next
+    # one's input.
     stages = [model.conv1, model.bn1, model.relu, model.maxpool, model.layer1, model.layer2]
     stages += [*model.layer3, *model.layer4]
     cut = {("layer3", 0): 7, ("layer3", -1): 8, ("layer4", 0): 9}.get(layer, 10)
@@ -214,7 +261,9 @@ def test_class_activation_maps_are_those_of_the_formula(method: str, layer: tupl
     (slope,) = torch.autograd.grad(rest(features)[:, chosen].sum(), features)
     weights = slope.mean((2, 3), keepdim=True) if method == "GradCAM" else slope
     raw = (weights * features).sum(1, keepdim=True).clamp(min=0).detach()
-    expected = from_zero_to_one(nn.functional.interpolate(from_zero_to_one(raw), (64, 64), mode="bilinear"))[:, 0]
+    expected = from_zero_to_one(
+        nn.functional.interpolate(from_zero_to_one(raw), (64, 64), mode="bilinear")
+    )[:, 0]
     assert expected.amax() > 0.99
     for each in (model, resadapt.inference_copy(model)):
         torch.testing.assert_close(explained(each), expected, atol=1e-3, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""The second task: every family on a pretrained network of another package, in short; and the committed figures of the long run."""
+"""The second task: every family on a pretrained network, and the figures of the long run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def test_a_short_run(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "SPLIT", {"train": 20, "val": 20, "test": 1757})
     monkeypatch.setattr(
-        script, "accuracy", lambda model, pictures, labels, inside=script.accuracy: inside(model, pictures[:20], labels[:20])
+        script,
+        "accuracy",
+        lambda model, pictures, labels, inside=script.accuracy: inside(
+            model, pictures[:20], labels[:20]
+        ),
     )
     monkeypatch.setattr(script, "RATES", (1e-3,))
     monkeypatch.setattr(script, "SEEDS", (0, 1))
@@ -49,9 +53,18 @@ def test_the_weights_are_those_of_imagenet(script: ModuleType) -> None:
     """The network names what is on frames of the codec example."""
     model = script.imagenet().eval()
     frames = EXAMPLE.parent / "codec" / "data" / "frames"
-    for name, number in (("gcompris-bison", 347), ("gcompris-jaguar", 290), ("gcompris-polar-bear", 296), ("skimage-coffee", 967)):
+    for name, number in (
+        ("gcompris-bison", 347),
+        ("gcompris-jaguar", 290),
+        ("gcompris-polar-bear", 296),
+        ("skimage-coffee", 967),
+    ):
         picture = Image.open(frames / f"{name}-0.png").convert("RGB").resize((224, 224))
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, 224, 224, 3).permute(0, 3, 1, 2)
+        pixels = (
+            torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            .view(1, 224, 224, 3)
+            .permute(0, 3, 1, 2)
+        )
         assert model(pixels / 127.5 - 1).argmax().item() == number, name
 
 

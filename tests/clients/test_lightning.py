@@ -1,4 +1,4 @@
-"""Lightning: its training loop, its checkpoints and its averaged weights, around an injected model."""
+"""Lightning: its training loop, checkpoints and averaged weights, around an injected model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from roundtrip import LABELS, assert_same_outputs, save_and_reload, seeded, small_backbone, small_images
+from roundtrip import (
+    LABELS,
+    assert_same_outputs,
+    save_and_reload,
+    seeded,
+    small_backbone,
+    small_images,
+)
+from support import private
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
@@ -36,7 +44,9 @@ class Classifier(lightning.LightningModule):  # type: ignore[misc, name-defined]
 
 
 def classifier(backbone: nn.Module | None = None) -> Any:
-    return Classifier(resadapt.inject_adapters(backbone or small_backbone(), "layer*", 8, head="fc"))
+    return Classifier(
+        resadapt.inject_adapters(backbone or small_backbone(), "layer*", 8, head="fc")
+    )
 
 
 def fit(module: Any, epochs: int, folder: Path, *given: Any, resume: Path | None = None) -> Any:
@@ -62,7 +72,10 @@ def test_a_module_that_trainer_fitted_comes_back_bit_for_bit(path: Path) -> None
     module = classifier()
     before = resadapt.adapter_state_dict(module.model)
     fit(module, 1, path.parent)
-    assert not any(torch.equal(value, before[key]) for key, value in resadapt.adapter_state_dict(module.model).items())
+    assert not any(
+        torch.equal(value, before[key])
+        for key, value in resadapt.adapter_state_dict(module.model).items()
+    )
     save_and_reload(module.model, small_backbone, path, X)
     with pytest.raises(resadapt.InjectionError, match=r"pass model.get_submodule\('model'\)"):
         resadapt.save_adapters(module, path)
@@ -86,7 +99,7 @@ def test_training_that_is_resumed_from_a_checkpoint_comes_to_the_same_file(path:
 
 
 def test_a_full_checkpoint_in_a_skeleton_asks_to_accept_its_backbone(path: Path) -> None:
-    """The skeleton is built without the weights, as frameworks do that load all of them from the checkpoint."""
+    """The skeleton is built without the weights: all of them come from the checkpoint."""
     trained = classifier()
     checkpoint = path.with_name("all.ckpt")
     fit(trained, 1, path.parent).save_checkpoint(checkpoint)
@@ -100,17 +113,19 @@ def test_a_full_checkpoint_in_a_skeleton_asks_to_accept_its_backbone(path: Path)
 
 
 class Recorder(callbacks.Callback):  # type: ignore[misc, name-defined]
-    """The average of the fully connected layer's bias, by hand."""
+    """The average of the bias of the set's head, by hand."""
 
     average: Tensor | None = None
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        bias = module.model.fc.bias.detach()
-        self.average = bias.clone() if self.average is None else 0.5 * self.average + (1 - 0.5) * bias
+        bias = private(module.model, "fc").bias.detach()
+        self.average = (
+            bias.clone() if self.average is None else 0.5 * self.average + (1 - 0.5) * bias
+        )
 
 
 def test_averaged_weights_end_in_a_verified_file(path: Path) -> None:
-    """At the end of training Lightning puts the average, rounded backbone and all, into the model itself."""
+    """At the end Lightning puts the average, rounded backbone and all, into the model itself."""
     module = classifier()
     recorder = Recorder()
     fit(module, 1, path.parent, recorder, callbacks.EMAWeightAveraging(decay=0.5))
@@ -119,11 +134,18 @@ def test_averaged_weights_end_in_a_verified_file(path: Path) -> None:
     fresh = resadapt.inject_adapters(small_backbone(), "layer*", 8, head="fc")
     resadapt.load_adapter_state_dict(fresh, average)
     reloaded = save_and_reload(fresh, small_backbone, path, X)
-    assert all(torch.equal(value, average[key]) for key, value in resadapt.adapter_state_dict(reloaded).items())
+    assert all(
+        torch.equal(value, average[key])
+        for key, value in resadapt.adapter_state_dict(reloaded).items()
+    )
 
 
-def test_averaged_weights_whose_backbone_was_rounded_are_refused_with_the_way_out(path: Path) -> None:
+def test_averaged_weights_whose_backbone_was_rounded_are_refused_with_the_way_out(
+    path: Path,
+) -> None:
     module = classifier(seeded(lambda: resnet18(num_classes=3))())
     fit(module, 1, path.parent, callbacks.EMAWeightAveraging(decay=0.9))
-    with pytest.raises(resadapt.BackboneDriftError, match=r"average of models \(EMA\).*injected afresh"):
+    with pytest.raises(
+        resadapt.BackboneDriftError, match=r"average of models \(EMA\).*injected afresh"
+    ):
         resadapt.save_adapters(module.model, path)

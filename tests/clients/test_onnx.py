@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from roundtrip import save_and_reload, small_backbone, small_images, three_steps, with_strong_adapters
+from roundtrip import (
+    save_and_reload,
+    small_backbone,
+    small_images,
+    three_steps,
+    with_strong_adapters,
+)
 from torch import Tensor
 
 import resadapt
@@ -23,7 +29,12 @@ X = small_images()
 def exported(model: Any, file: Path) -> Callable[[Tensor], Tensor]:
     """What onnxruntime makes of a model, for any number of images."""
     torch.onnx.export(
-        model, (X,), file, dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), verbose=False
+        model,
+        (X,),
+        file,
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},),
+        verbose=False,
     )
     onnx.checker.check_model(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -37,11 +48,15 @@ def test_an_exported_model_computes_the_same(copied: bool, path: Path) -> None:
     three_steps(model, X)
     save_and_reload(model, small_backbone, path, X)
     with_strong_adapters(model)
-    run = exported(resadapt.inference_copy(model) if copied else model, path.with_name("model.onnx"))
+    run = exported(
+        resadapt.inference_copy(model) if copied else model, path.with_name("model.onnx")
+    )
     more = torch.cat([X, X + 1, X - 1])
     with torch.no_grad():
         expected = model(more)
     torch.testing.assert_close(run(more), expected, atol=1e-4, rtol=1e-4)
     with resadapt.adapters_disabled(model), torch.no_grad():
-        assert not torch.allclose(run(more), model(more), atol=1e-2), "the adapters are in the exported model"
+        assert not torch.allclose(run(more), model(more), atol=1e-2), (
+            "the adapters are in the exported model"
+        )
     assert torch.equal(model(more), expected), "exporting leaves the model as it was"

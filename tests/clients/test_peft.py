@@ -1,4 +1,4 @@
-"""PEFT: its LoRA and DoRA with the same tensors give the same outputs, gradients and merged weights, where it can do it at all."""
+"""PEFT: its LoRA and DoRA give the same outputs, gradients and merged weights, where they can."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
 
 
 def both(layer: Any, dora: bool) -> tuple[Any, Any]:
-    """PEFT's layer and our adapter around copies of one layer, with the same tensors, none of them at its start."""
+    """PEFT's layer and our adapter around copies of one layer, with the same tensors."""
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], use_dora=dora)
     theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), config).base_model.model[0]
     ours = LoraAdapter(site_of(layer), 3, alpha=5.0, dora=dora)
@@ -63,7 +63,9 @@ def test_outputs_gradients_and_merged_weights_are_the_same(name: str, dora: bool
         (theirs.lora_B["default"].weight.grad, ours.up.weight.grad),
     ]
     if dora:
-        pairs.append((theirs.lora_magnitude_vector["default"].weight.grad.flatten(), ours.magnitude.grad))
+        pairs.append(
+            (theirs.lora_magnitude_vector["default"].weight.grad.flatten(), ours.magnitude.grad)
+        )
     theirs.merge()
     pairs.append((theirs.get_base_layer().weight.detach(), ours.folded(layer)[0].detach()))
     for their, our in pairs:
@@ -81,7 +83,10 @@ def test_three_steps_of_training_are_the_same(name: str) -> None:
     theirs, ours = both(layer, True)
     x = torch.randn(shape)
     outputs = []
-    for forward, parameters in ((theirs, theirs.parameters()), (lambda x: apply(ours, layer, (x,), layer(x)), ours.parameters())):
+    for forward, parameters in (
+        (theirs, theirs.parameters()),
+        (lambda x: apply(ours, layer, (x,), layer(x)), ours.parameters()),
+    ):
         optimizer = torch.optim.Adam([p for p in parameters if p.requires_grad], lr=0.05)
         for _ in range(3):
             optimizer.zero_grad()
@@ -92,18 +97,29 @@ def test_three_steps_of_training_are_the_same(name: str) -> None:
 
 
 def test_what_it_cannot_do() -> None:
-    """If one of these passes some day, the named tests in tests/test_lora.py may lose their names."""
+    """If one of these passes some day, the tests of LoRA named for it may lose their names."""
 
     def its(layer: nn.Module, rank: int = 2) -> Any:
-        return peft.get_peft_model(nn.Sequential(layer), peft.LoraConfig(r=rank, target_modules=["0"])).base_model.model[0]
+        return peft.get_peft_model(
+            nn.Sequential(layer), peft.LoraConfig(r=rank, target_modules=["0"])
+        ).base_model.model[0]
 
     x = torch.randn(1, 4, 9, 9)
     with pytest.raises(RuntimeError):  # the dilation is not in A
         its(nn.Conv2d(4, 4, 3, dilation=2))(x)
-    assert its(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")).lora_A["default"].padding_mode == "zeros"
-    with pytest.warns(UserWarning, match="groups > 1"), pytest.raises(ValueError, match="divisible by groups"):
+    assert (
+        its(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")).lora_A["default"].padding_mode
+        == "zeros"
+    )
+    with (
+        pytest.warns(UserWarning, match="groups > 1"),
+        pytest.raises(ValueError, match="divisible by groups"),
+    ):
         its(nn.Conv2d(4, 4, 3, groups=4))
-    with pytest.warns(UserWarning, match="groups > 1"), pytest.raises(NotImplementedError, match="Merging"):
+    with (
+        pytest.warns(UserWarning, match="groups > 1"),
+        pytest.raises(NotImplementedError, match="Merging"),
+    ):
         its(nn.Conv2d(4, 4, 3, groups=2)).merge()
     with pytest.raises(ValueError, match="not supported"):
         its(nn.ConvTranspose2d(4, 4, 3))

@@ -30,23 +30,31 @@ def segmenter(kind: str, encoder: str) -> Callable[[], Any]:
         ("PSPNet", "resnet18", "encoder.layer[12]", "segmentation_head"),
     ],
 )
-def test_a_segmenter_comes_back_bit_for_bit(kind: str, encoder: str, layers: str, head: str, path: Path) -> None:
+def test_a_segmenter_comes_back_bit_for_bit(
+    kind: str, encoder: str, layers: str, head: str, path: Path
+) -> None:
     model, _ = train_save_reload(segmenter(kind, encoder), layers, path, X, head=head)
     assert model(X).shape == (len(X), 2, 64, 64)
 
 
 def test_stages_that_a_psp_net_never_runs_are_named_and_not_proven(path: Path) -> None:
-    """With its default depth PSPNet stops after the second stage of the encoder, which has the others all the same."""
+    """With its default depth PSPNet stops after the encoder's second stage, and has all of them."""
     rebuild = segmenter("PSPNet", "resnet18")
     model = resadapt.inject_adapters(rebuild(), "encoder.layer*", 8, head="segmentation_head")
-    with pytest.warns(resadapt.AdapterWarning, match=r"at 'encoder.layer3', 'encoder.layer4' did not run"):
+    with pytest.warns(
+        resadapt.AdapterWarning, match=r"at 'encoder.layer3', 'encoder.layer4' did not run"
+    ):
         model.train()(X)
     with pytest.raises(resadapt.VerificationError) as caught:
         resadapt.save_adapters(model, path, rebuild=rebuild)
     assert not caught.value.report.ok
-    assert {check.name for check in caught.value.report.checks if check.outcome == "failed"} == {"sites"}
+    assert {check.name for check in caught.value.report.checks if check.outcome == "failed"} == {
+        "sites"
+    }
     assert not path.exists()
     # The mend that the warning gives: sites that run.
-    resadapt.inject_adapters(resadapt.remove_adapters(model), "encoder.layer[12]", 8, head="segmentation_head")
+    resadapt.inject_adapters(
+        resadapt.remove_adapters(model), "encoder.layer[12]", 8, head="segmentation_head"
+    )
     three_steps(model, X)
     save_and_reload(model, rebuild, path, X)

@@ -8,16 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from roundtrip import assert_same_outputs, save_and_reload, seeded, small_images, three_steps, train_save_reload
+from roundtrip import (
+    assert_same_outputs,
+    save_and_reload,
+    seeded,
+    small_images,
+    three_steps,
+    train_save_reload,
+)
 
 import resadapt
 
 timm = pytest.importorskip("timm")
 
 X = small_images()
-# Transformers are made for one size of input, which cannot be guessed: they are measured on an example.
+# Transformers are made for one size of input, which cannot be guessed: give an example.
 EXAMPLE = {"example_input": X}
-SWIN = {"img_size": 32, "window_size": 2, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "embed_dim": 24}
+SWIN = {
+    "img_size": 32,
+    "window_size": 2,
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 1, 1, 1),
+    "embed_dim": 24,
+}
 VIT = {"img_size": 32, "depth": 2}
 
 MODELS: list[tuple[str, dict[str, Any], str, dict[str, Any], int]] = [
@@ -64,19 +77,30 @@ def classifier_of(model: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "layers", "options", "channel_dim"), MODELS, ids=lambda value: value if isinstance(value, str) else ""
+    ("name", "settings", "layers", "options", "channel_dim"),
+    MODELS,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_classifier_comes_back_bit_for_bit(
-    name: str, settings: dict[str, Any], layers: str, options: dict[str, Any], channel_dim: int, path: Path
+    name: str,
+    settings: dict[str, Any],
+    layers: str,
+    options: dict[str, Any],
+    channel_dim: int,
+    path: Path,
 ) -> None:
     rebuild = with_three_classes(name, **settings)
-    model, reloaded = train_save_reload(rebuild, layers, path, X, head=classifier_of(rebuild()), **options)
+    model, reloaded = train_save_reload(
+        rebuild, layers, path, X, head=classifier_of(rebuild()), **options
+    )
     assert {site.channel_dim for site in resadapt.list_adapters(model)[0].sites} == {channel_dim}
     assert reloaded(X).shape == (len(X), 3)
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "layers", "options"), FEATURES, ids=lambda value: value if isinstance(value, str) else ""
+    ("name", "settings", "layers", "options"),
+    FEATURES,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_feature_extractor_comes_back_bit_for_bit(
     name: str, settings: dict[str, Any], layers: str, options: dict[str, Any], path: Path
@@ -84,8 +108,12 @@ def test_a_feature_extractor_comes_back_bit_for_bit(
     train_save_reload(backbone(name, features_only=True, **settings), layers, path, X, **options)
 
 
-@pytest.mark.parametrize(("name", "layers"), [("regnety_002", "s[1-4]"), ("densenet121", "features.denseblock*")])
-def test_modules_that_iterate_over_their_children_are_refused_with_advice(name: str, layers: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "layers"), [("regnety_002", "s[1-4]"), ("densenet121", "features.denseblock*")]
+)
+def test_modules_that_iterate_over_their_children_are_refused_with_advice(
+    name: str, layers: str
+) -> None:
     with pytest.raises(resadapt.InjectionError, match=r"Choose a module inside it"):
         resadapt.inject_adapters(backbone(name)(), layers, 8)
 
@@ -112,7 +140,10 @@ def test_an_averaged_model_ends_in_a_verified_file(average: str, path: Path) -> 
     assert not any(torch.equal(trained[key], averaged[key]) for key in trained)
     resadapt.load_adapter_state_dict(model, averaged)
     reloaded = save_and_reload(model, rebuild, path, X)
-    assert all(torch.equal(value, averaged[key]) for key, value in resadapt.adapter_state_dict(reloaded).items())
+    assert all(
+        torch.equal(value, averaged[key])
+        for key, value in resadapt.adapter_state_dict(reloaded).items()
+    )
     resadapt.load_adapter_state_dict(model, trained)
     three_steps(model, X)
 
@@ -121,7 +152,10 @@ def test_an_average_that_rounded_its_backbone_is_refused_with_the_way_out(path: 
     model = resadapt.inject_adapters(backbone("resnet18", num_classes=3)(), head="fc")
     ema = timm.utils.ModelEmaV2(model, decay=0.9)
     ema.update(model)
-    with pytest.raises(resadapt.BackboneDriftError, match=r"average of models \(EMA\).*load_adapter_state_dict\(model, "):
+    with pytest.raises(
+        resadapt.BackboneDriftError,
+        match=r"average of models \(EMA\).*load_adapter_state_dict\(model, ",
+    ):
         resadapt.save_adapters(ema.module, path)
 
 
@@ -144,18 +178,31 @@ def test_several_tasks_on_one_backbone(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "layers", "options"),
     [
-        ("resnet18d", "layer*.*", {"family": "conv", "scheme": "residual-parallel"}),  # its shortcuts pool first
+        (
+            "resnet18d",
+            "layer*.*",
+            {"family": "conv", "scheme": "residual-parallel"},
+        ),  # its shortcuts pool first
         ("resnet26", "layer*.*.conv2", {"family": "lora", "dora": True}),
     ],
 )
-def test_families_that_read_the_input(name: str, layers: str, options: dict[str, Any], path: Path) -> None:
-    # Left to itself timm starts the last norm of each branch at zero, and behind a frozen zero nothing learns.
-    train_save_reload(seeded(lambda: timm.create_model(name, num_classes=3, zero_init_last=False)), layers, path, X, **options)
+def test_families_that_read_the_input(
+    name: str, layers: str, options: dict[str, Any], path: Path
+) -> None:
+    # Left to itself timm starts the last norm of each branch at zero, behind which nothing learns.
+    train_save_reload(
+        seeded(lambda: timm.create_model(name, num_classes=3, zero_init_last=False)),
+        layers,
+        path,
+        X,
+        **options,
+    )
 
 
 def test_a_convolution_that_pads_in_its_own_forward_is_refused() -> None:
     model = timm.create_model("tf_efficientnet_lite0")
     with pytest.raises(
-        resadapt.InjectionError, match=r"'blocks.1.0.conv_dw' \(Conv2dSame\).* has a forward of its own.*It can adapt"
+        resadapt.InjectionError,
+        match=r"'blocks.1.0.conv_dw' \(Conv2dSame\).* overrides forward.*It can adapt",
     ):
         resadapt.inject_adapters(model, "blocks.1.0.conv_dw", 4, family="lora")

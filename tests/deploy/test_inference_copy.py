@@ -1,4 +1,4 @@
-"""`inference_copy` gives an independent copy that tools take which know only stock modules; its outputs are the same."""
+"""`inference_copy` is independent, of stock modules that tools know, and gives the same."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ def _quiet() -> Any:
 
 @pytest.mark.parametrize(
     "layers",
-    [("layer1", "layer2", "layer3", "layer4"), "layer*.*", ["conv1", "bn1", "maxpool"], ["layer2.0.conv1", "layer2.0", "layer2"]],
+    [
+        ("layer1", "layer2", "layer3", "layer4"),
+        "layer*.*",
+        ["conv1", "bn1", "maxpool"],
+        ["layer2.0.conv1", "layer2.0", "layer2"],
+    ],
 )
 def test_it_is_plain_independent_and_equal(layers: Any) -> None:
     model = trained(layers)
@@ -72,7 +77,10 @@ def test_one_set_of_several() -> None:
     with pytest.raises(resadapt.AdapterKeyError, match="There is no adapter set 'third'"):
         resadapt.inference_copy(model, "third")
     resadapt.set_active_adapters(model, None)
-    with pytest.raises(resadapt.AdapterKeyError, match=r"No adapter set is active; the model has 'default', 'other'"):
+    with pytest.raises(
+        resadapt.AdapterKeyError,
+        match=r"No adapter set is active; the model has 'default', 'other'",
+    ):
         resadapt.inference_copy(model)
     with pytest.raises(resadapt.InjectionError, match="was not injected into"):
         resadapt.inference_copy(small_net())
@@ -83,7 +91,9 @@ def test_hooks_of_ones_own_see_what_they_saw() -> None:
     seen: dict[str, list[Tensor]] = {"before": [], "after": []}
     model.c2.register_forward_hook(lambda _m, _a, output: seen["before"].append(output))
     resadapt.inject_adapters(model, "c2", 2)
-    model.c2.register_forward_hook(lambda _m, _a, _k, output: seen["after"].append(output) or 2 * output, with_kwargs=True)
+    model.c2.register_forward_hook(
+        lambda _m, _a, _k, output: seen["after"].append(output) or 2 * output, with_kwargs=True
+    )
     expected = model.eval()(X)
     assert torch.equal(resadapt.inference_copy(model)(X), expected)
     for each in seen.values():
@@ -111,7 +121,9 @@ def test_a_model_that_cannot_be_copied() -> None:
 def test_fusing_norms_into_convolutions() -> None:
     model = trained()
     plain = resadapt.inference_copy(model)
-    fuse_modules(plain, [["conv1", "bn1", "relu"], ["layer4.1.0.conv2", "layer4.1.0.bn2"]], inplace=True)
+    fuse_modules(
+        plain, [["conv1", "bn1", "relu"], ["layer4.1.0.conv2", "layer4.1.0.bn2"]], inplace=True
+    )
     assert type(plain.bn1) is nn.Identity
     torch.testing.assert_close(plain(X), model(X), rtol=1e-4, atol=1e-4)
     model = trained(model=quantization.resnet18(weights=None, num_classes=3, quantize=False))
@@ -126,13 +138,17 @@ def test_quantizing_with_fx() -> None:
     fused = fuse_fx(resadapt.inference_copy(model))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
     torch.testing.assert_close(fused(X), model(X), rtol=1e-4, atol=1e-4)
-    prepared = prepare_fx(resadapt.inference_copy(model), get_default_qconfig_mapping("onednn"), (X,))
+    prepared = prepare_fx(
+        resadapt.inference_copy(model), get_default_qconfig_mapping("onednn"), (X,)
+    )
     torch.testing.assert_close(prepared(X), model(X), rtol=1e-4, atol=1e-4)
     quantized = convert_fx(prepared)
     assert (quantized(X) - model(X)).abs().max() < 0.2 * model(X).abs().max()
 
 
-@pytest.mark.parametrize("optimize", [lambda m: m, torch.jit.freeze, torch.jit.optimize_for_inference])
+@pytest.mark.parametrize(
+    "optimize", [lambda m: m, torch.jit.freeze, torch.jit.optimize_for_inference]
+)
 def test_scripting(optimize: Callable[[Any], Any]) -> None:
     model = trained("layer*.*")
     scripted = optimize(torch.jit.script(resadapt.inference_copy(model)))
@@ -153,8 +169,12 @@ def test_exporting() -> None:
 
 
 def test_another_architecture() -> None:
-    model = resadapt.inject_adapters(densenet121(weights=None), ["features.transition1", "features.norm5"], 4)
-    train(model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.1), inputs=images(2, 64))
+    model = resadapt.inject_adapters(
+        densenet121(weights=None), ["features.transition1", "features.norm5"], 4
+    )
+    train(
+        model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.1), inputs=images(2, 64)
+    )
     x = images(2, 64)
     assert torch.equal(resadapt.inference_copy(model)(x), model.eval()(x))
 
@@ -195,5 +215,7 @@ def test_a_module_whose_attributes_are_read_by_the_one_around_it() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = torch.randn(2, 5, 8)
     resadapt.inject_adapters(model, "linear1", 2, family="lora", init="normal", example_input=x)
-    with pytest.raises(resadapt.AdapterError, match="The copy does not run where the model does: AttributeError"):
+    with pytest.raises(
+        resadapt.AdapterError, match="The copy fails where the model runs: AttributeError"
+    ):
         resadapt.inference_copy(model)

@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support import small_net, train
 from torch import nn
 
 import resadapt
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = resadapt.inject_adapters(small_net(), "c2", 2, head="head")
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    return model
 
 
 def test_wrong_bytes_on_the_way_to_the_disk(
@@ -71,7 +80,9 @@ def test_a_link_stays_a_link_and_permissions_are_ordinary(model: nn.Module, tmp_
 
 
 def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
-    """Processes that save for ever are killed at thirty moments; what they leave is always a file that one of them wrote."""
+    """Processes that save for ever are killed at thirty moments; what they leave is always a file
+    that one of them wrote.
+    """
     script = """
         import os, signal, sys, time
         import torch, resadapt
@@ -83,7 +94,8 @@ def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
             torch.manual_seed(0)
             return nn.Sequential(nn.Conv2d(3, 4, 3))
         def values(model):
-            return {value for p in resadapt.trainable_parameters(model) for value in p.flatten().tolist()}
+            parameters = resadapt.trainable_parameters(model)
+            return {value for p in parameters for value in p.flatten().tolist()}
         model = resadapt.inject_adapters(build(), "0", 2)
         for moment in range(30):
             read, write = os.pipe()
@@ -108,7 +120,8 @@ def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
             os.close(read)
             found = values(resadapt.load_adapters(build(), path))
             assert len(found) == 1, "never a mixture"
-            assert found <= {1000 * moment + saved, 1000 * moment + saved + 1}, (found, moment, saved)
+            last = 1000 * moment + saved
+            assert found <= {last, last + 1}, (found, moment, saved)
         print("survived")
     """
     path = tmp_path / "set.pt"
@@ -126,7 +139,7 @@ def test_paths_as_bytes_and_endings_in_capitals(model: nn.Module, tmp_path: Path
         assert (tmp_path / name).read_bytes().startswith(start)
         assert resadapt.read_adapter_info(path).path == tmp_path / name
         assert resadapt.verify_adapters(model, path).ok
-        assert resadapt.load_adapters(net(), path)
+        assert resadapt.load_adapters(small_net(), path)
     assert (tmp_path / "c.SafeTensors").read_bytes()[8:9] == b"{"
 
 
@@ -138,7 +151,8 @@ def test_a_file_that_a_killed_save_left_behind_is_removed_by_the_next(
         from resadapt.proof import verify
         from torch import nn
         verify.read_adapter_file = lambda path: os.kill(os.getpid(), signal.SIGKILL)
-        resadapt.save_adapters(resadapt.inject_adapters(nn.Sequential(nn.Conv2d(3, 4, 3)), "0", 2), sys.argv[1])
+        model = resadapt.inject_adapters(nn.Sequential(nn.Conv2d(3, 4, 3)), "0", 2)
+        resadapt.save_adapters(model, sys.argv[1])
     """
     target = tmp_path / "set.pt"
     (tmp_path / ".resadapt-mine.tmp").write_text("of somebody else")
@@ -166,7 +180,9 @@ def test_a_file_that_a_killed_save_left_behind_is_removed_by_the_next(
 def test_a_save_beside_another_one_leaves_its_temporary_file_alone(
     model: nn.Module, tmp_path: Path
 ) -> None:
-    """Two processes save to one place at a time: the later one must not take the other's file for one that was left behind."""
+    """Two processes save to one place at a time: the later one must not take the other's file for
+    one that was left behind.
+    """
     from resadapt.files.atomic import atomic_write
 
     target = tmp_path / "set.pt"

@@ -34,13 +34,20 @@ def test_study_2_a_loop_that_unfreezes_at_epoch_9(tmp_path: Path) -> None:
         if epoch == 9:
             for parameter in model.layer4.parameters():
                 parameter.requires_grad = True
-        train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3), steps=1)
+        train(
+            model,
+            torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3),
+            steps=1,
+        )
     report = resadapt.check_backbone(model)
     assert not report.ok
     assert "layer4.0.conv1.weight" in report.drifted
     assert all(name.startswith("layer4.") for name in report.drifted)
     assert not any("running" in name or "resadapt" in name for name in report.drifted)
-    with pytest.raises(resadapt.BackboneDriftError, match=r"'layer4\.0\.conv1\.weight' has other values.*Keep the backbone frozen"):
+    with pytest.raises(
+        resadapt.BackboneDriftError,
+        match=r"'layer4\.0\.conv1\.weight' has other values.*Keep the backbone frozen",
+    ):
         resadapt.save_adapters(model, tmp_path / "set.pt")
     with pytest.raises(resadapt.BackboneDriftError):
         resadapt.save_adapters(model, tmp_path / "set.pt", verify=False)
@@ -56,7 +63,9 @@ def test_study_2_a_loop_that_unfreezes_at_epoch_9(tmp_path: Path) -> None:
         lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, weight_decay=0.1),
     ],
 )
-def test_study_3_an_optimizer_built_before_injection(make: Callable[..., torch.optim.Optimizer]) -> None:
+def test_study_3_an_optimizer_built_before_injection(
+    make: Callable[..., torch.optim.Optimizer],
+) -> None:
     model = small_resnet()
     optimizer = make(model.parameters())
     train(model, optimizer)  # with momentum from real steps, and gradients left over
@@ -95,7 +104,10 @@ def test_any_mode_and_any_optimizer_over_all_parameters() -> None:
         model(images()).square().sum().backward()
         optimizer.step()
     assert backbone_bytes(model) == frozen
-    assert any(not torch.equal(adapter[key], value) for key, value in resadapt.adapter_state_dict(model).items())
+    assert any(
+        not torch.equal(adapter[key], value)
+        for key, value in resadapt.adapter_state_dict(model).items()
+    )
 
 
 class OwnNorm(nn.Module):
@@ -138,7 +150,9 @@ def test_other_statistics_than_torchvisions(norm: Callable[[], nn.Module]) -> No
     resadapt.inject_adapters(model, "2", 2, init="identity")
     frozen = backbone_bytes(model)
     model.train()
-    assert torch.equal(model(x), plain), "in training mode too, the norm does what it does in evaluation"
+    assert torch.equal(model(x), plain), (
+        "in training mode too, the norm does what it does in evaluation"
+    )
     train(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert backbone_bytes(model) == frozen
     resadapt.remove_adapters(model)
@@ -150,7 +164,9 @@ def test_other_statistics_than_torchvisions(norm: Callable[[], nn.Module]) -> No
 
 
 def test_a_norm_without_statistics_is_left_alone() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 1)
+    )
     x = images()
     plain = model(x)
     resadapt.inject_adapters(model, "2", 2, init="identity")
@@ -257,7 +273,9 @@ def test_two_models_that_share_a_backbone() -> None:
     backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     one, two = (nn.Sequential(backbone, nn.Conv2d(4, 4, 1)) for _ in range(2))
     resadapt.inject_adapters(one, "1", 2)
-    with pytest.raises(resadapt.InjectionError, match="frozen by an injection into another model, which shares it"):
+    with pytest.raises(
+        resadapt.InjectionError, match="frozen by an injection into another model that shares the module"
+    ):
         resadapt.inject_adapters(two, "1", 2)
     assert resadapt.check_backbone(one).ok
 
@@ -270,7 +288,10 @@ def test_a_full_checkpoint_in_an_injected_skeleton(tmp_path: Path) -> None:
     skeleton.load_state_dict(trained.state_dict())
     x = images()
     assert torch.equal(skeleton.eval()(x), trained.eval()(x))
-    with pytest.raises(resadapt.BackboneDriftError, match=r"'conv1.weight' has other values.*call accept_backbone\(model\)"):
+    with pytest.raises(
+        resadapt.BackboneDriftError,
+        match=r"'conv1.weight' has other values.*call accept_backbone\(model\)",
+    ):
         resadapt.save_adapters(skeleton, tmp_path / "set.pt")
     resadapt.accept_backbone(skeleton)
     assert resadapt.check_backbone(skeleton).ok
@@ -282,7 +303,9 @@ def test_a_full_checkpoint_in_an_injected_skeleton(tmp_path: Path) -> None:
     body = [child for name, child in trained.named_children() if name != "fc"]
     with resadapt.adapters_disabled(skeleton), resadapt.adapters_disabled(trained):
         features = nn.Sequential(*body, nn.Flatten())(x)
-        assert torch.equal(nn.functional.linear(features, skeleton.fc.weight, skeleton.fc.bias), skeleton(x))
+        assert torch.equal(
+            nn.functional.linear(features, skeleton.fc.weight, skeleton.fc.bias), skeleton(x)
+        )
     train(skeleton, torch.optim.SGD(skeleton.parameters(), lr=0.1, weight_decay=0.1))
     assert resadapt.check_backbone(skeleton).ok
     resadapt.remove_adapters(skeleton)
@@ -292,7 +315,10 @@ def test_a_full_checkpoint_in_an_injected_skeleton(tmp_path: Path) -> None:
 def test_accepting_freezes_norms_that_came_in_since() -> None:
     model = resadapt.inject_adapters(small_resnet(), head="fc")
     model.layer1[0].bn1 = nn.BatchNorm2d(64)
-    assert "layer1.0.bn1.running_mean" not in resadapt.check_backbone(resadapt.inject_adapters(small_resnet())).drifted
+    assert (
+        "layer1.0.bn1.running_mean"
+        not in resadapt.check_backbone(resadapt.inject_adapters(small_resnet())).drifted
+    )
     resadapt.accept_backbone(model)
     train(model, torch.optim.SGD(resadapt.trainable_parameters(model), lr=0.1))
     assert resadapt.check_backbone(model).ok
@@ -308,12 +334,20 @@ def test_accepting_leaves_norms_of_the_head_in_training() -> None:
     resadapt.inject_adapters(model, "c2", 2, head="head").train()
     resadapt.accept_backbone(model)
     assert private(model, "head")[1].training
-    assert [type(model.bn).__name__, type(private(model, "head")[1]).__name__] == ["FrozenBatchNorm2d", "BatchNorm1d"]
+    assert [type(model.bn).__name__, type(private(model, "head")[1]).__name__] == [
+        "FrozenBatchNorm2d",
+        "BatchNorm1d",
+    ]
 
 
 def test_an_optimizer_that_writes_into_every_parameter_it_is_given() -> None:
-    """LBFGS adds its step to all parameters as one vector, zeros to the frozen ones: -0.0 becomes 0.0, which is drift."""
-    for parameters, drifted in ((lambda m: m.parameters(), ["conv.weight"]), (resadapt.trainable_parameters, [])):
+    """LBFGS adds its step to all parameters as one vector, zeros to the frozen ones: -0.0 becomes
+    0.0, which is drift.
+    """
+    for parameters, drifted in (
+        (lambda m: m.parameters(), ["conv.weight"]),
+        (resadapt.trainable_parameters, []),
+    ):
         model = small_net()
         with torch.no_grad():
             model.conv.weight[0, 0, 0, 0] = -0.0

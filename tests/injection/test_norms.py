@@ -1,4 +1,4 @@
-"""Norm policies: a set's own affine parameters and running statistics, while the backbone's stay as they are."""
+"""Norm policies: a set's own affine parameters and statistics; the backbone's stay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ POLICIES = ("affine", "stats", "affine+stats")
 
 
 def of_norms(model: nn.Module, name: str) -> dict[str, Tensor]:
-    return {key: t for key, t in resadapt.adapter_state_dict(model, name).items() if key.startswith("norms.")}
+    return {
+        key: t
+        for key, t in resadapt.adapter_state_dict(model, name).items()
+        if key.startswith("norms.")
+    }
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -29,7 +33,11 @@ def test_a_policy_moves_what_it_says_and_nothing_else(policy: str) -> None:
     resadapt.inject_adapters(model, "layer4", 4, norm=policy, head="fc")
     start = of_norms(model, "default")
     train(model, torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1), steps=3)
-    moved = {key.rpartition(".")[2] for key, tensor in of_norms(model, "default").items() if not torch.equal(tensor, start[key])}
+    moved = {
+        key.rpartition(".")[2]
+        for key, tensor in of_norms(model, "default").items()
+        if not torch.equal(tensor, start[key])
+    }
     expected: set[str] = set()
     if "affine" in policy:
         expected |= {"weight", "bias"}
@@ -47,7 +55,9 @@ def test_a_policy_moves_what_it_says_and_nothing_else(policy: str) -> None:
 @pytest.mark.parametrize(("build", "count"), [(resnet18, 9600), (resnet50, 53120)])
 def test_the_affine_parameters_of_all_norms(build: type, count: int) -> None:
     model = build()
-    by_hand = sum(2 * module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    by_hand = sum(
+        2 * module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d)
+    )
     resadapt.inject_adapters(model, (), norm="affine")
     assert resadapt.count_parameters(model).trainable == by_hand == count
     assert resadapt.count_parameters(model).norm == count
@@ -93,7 +103,9 @@ def test_sets_with_different_policies_switch() -> None:
         model.train()
         before = of_norms(model, "s")
         model(x)
-        assert all(torch.equal(before[k], t) for k, t in of_norms(model, "s").items()) is (name != "s")
+        assert all(torch.equal(before[k], t) for k, t in of_norms(model, "s").items()) is (
+            name != "s"
+        )
         outputs[name] = model.eval()(x)  # its own statistics have moved, if it has any
 
 
@@ -125,12 +137,14 @@ def test_a_site_may_be_a_norm_of_the_sets_own() -> None:
 def test_norms_of_other_kinds() -> None:
     model = resadapt.inject_adapters(small_net(norm=nn.GroupNorm(2, 4)), (), norm="affine")
     assert resadapt.count_parameters(model).norm == 8
-    with pytest.raises(resadapt.InjectionError, match="no norm outside the head"):
+    with pytest.raises(resadapt.InjectionError, match="no norm of the backbone outside the head"):
         resadapt.inject_adapters(small_net(norm=nn.GroupNorm(2, 4)), (), norm="stats")
 
 
 def test_unknown_policy() -> None:
-    with pytest.raises(resadapt.InjectionError, match="'frozen', 'affine', 'stats', 'affine\\+stats'"):
+    with pytest.raises(
+        resadapt.InjectionError, match="'frozen', 'affine', 'stats', 'affine\\+stats'"
+    ):
         resadapt.inject_adapters(small_resnet(), norm="batch")
 
 
@@ -142,7 +156,9 @@ def test_starting_norms_anew_does_not_reach_the_adapters_of_other_sets(away: str
     for _ in range(3):
         model.train()(x)
     expected, state = model.eval()(x), resadapt.adapter_state_dict(model, "a")
-    assert not torch.equal(norm["adapters.conv.norm.running_mean"], state["adapters.conv.norm.running_mean"])
+    assert not torch.equal(
+        norm["adapters.conv.norm.running_mean"], state["adapters.conv.norm.running_mean"]
+    )
     model.train()
     if away == "switched":
         resadapt.inject_adapters(model, layers=(), norm="stats", name="fog")
@@ -162,7 +178,8 @@ def test_starting_norms_anew_does_not_reach_the_adapters_of_other_sets(away: str
     for _ in range(2):  # and they move again
         model.train()(x)
     assert not torch.equal(
-        resadapt.adapter_state_dict(model, "a")["adapters.conv.norm.running_mean"], state["adapters.conv.norm.running_mean"]
+        resadapt.adapter_state_dict(model, "a")["adapters.conv.norm.running_mean"],
+        state["adapters.conv.norm.running_mean"],
     )
 
 

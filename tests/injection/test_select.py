@@ -51,7 +51,10 @@ def test_every_block() -> None:
 
 def test_container_is_owned_by_its_last_block() -> None:
     model = resadapt.inject_adapters(small_resnet(), ["layer2.0.downsample", "layer4"])
-    assert [s.owner for s in resadapt.list_adapters(model)[0].sites] == ["layer2.0.downsample.1", "layer4.1"]
+    assert [s.owner for s in resadapt.list_adapters(model)[0].sites] == [
+        "layer2.0.downsample.1",
+        "layer4.1",
+    ]
     assert isinstance(model.layer4[-1], type(model.layer4[0]))
     assert len(model.layer4) == 2
 
@@ -120,8 +123,11 @@ X = images(2, 8)
         ({"layers": "layer4", "head": "fcc"}, r"head: 'fcc' matches no module.*'fc'"),
         ({"layers": []}, r"layers is empty"),
         ({"layers": [4]}, r"layers takes names of modules, found 4 \(int\)"),
-        ({"layers": ["layer4", "layer4.1"]}, r"'layer4' and 'layer4.1'.*meet at the output of 'layer4.1'"),
-        ({"layers": ["layer4", "layer[4]"]}, r"meet at the output"),
+        (
+            {"layers": ["layer4", "layer4.1"]},
+            r"'layer4' and 'layer4.1'.*both adapt the output of 'layer4.1'",
+        ),
+        ({"layers": ["layer4", "layer[4]"]}, r"both adapt the output"),
         ({"bottleneck": 0}, r"bottleneck for 'layer1' is 0"),
         ({"bottleneck": 1.5}, r"bottleneck for 'layer1' is 1.5"),
         ({"bottleneck": True}, r"is True"),
@@ -137,12 +143,18 @@ X = images(2, 8)
         ({"name": "a.b"}, r"name='a.b' cannot name a set"),
         ({"name": "train"}, r"name='train' cannot name a set"),
         ({"name": ""}, r"name='' cannot name a set"),
-        ({"name": 3}, r"name=3 is int, not a text"),
+        ({"name": 3}, r"name=3 is int, not a string"),
         ({"head": "relu"}, r"'relu' has no parameters"),
-        ({"layers": "fc", "head": "fc"}, r"Site 'fc' lies in the head"),
-        ({"layers": "relu", "example_input": torch.zeros(1, 1, 8, 8)}, r"cannot be called with example_input: RuntimeError"),
+        ({"layers": "fc", "head": "fc"}, r"Site 'fc' is inside the head"),
+        (
+            {"layers": "relu", "example_input": torch.zeros(1, 1, 8, 8)},
+            r"cannot be called with example_input: RuntimeError",
+        ),
         ({"layers": "layer1.0.relu", "example_input": images()}, r"'layer1.0.relu' ran 2 times"),
-        ({"layers": "layer4", "example_input": torch.zeros(1, 1, 8, 8)}, r"cannot be called with example_input: RuntimeError"),
+        (
+            {"layers": "layer4", "example_input": torch.zeros(1, 1, 8, 8)},
+            r"cannot be called with example_input: RuntimeError",
+        ),
     ],
 )
 def test_bad_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], message: str) -> None:
@@ -164,10 +176,10 @@ def test_bad_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], mess
         ("two", X, r"Site 'two' returned tuple"),
         ("twice", X, r"'twice' ran 2 times"),
         ("never", X, r"'never' ran 0 times"),
-        ("named", X, r"child or attribute of its own called 'resadapt'"),
-        ("own", None, r"container with a forward of its own"),
-        ("iterates", X, r"runs over its own children"),
-        ("iterates", None, r"runs over its own children"),
+        ("named", X, r"child or attribute named 'resadapt'"),
+        ("own", None, r"container with a custom forward"),
+        ("iterates", X, r"iterates over its children"),
+        ("iterates", None, r"iterates over its children"),
     ],
 )
 def test_modules_that_cannot_be_sites(layers: str, example: Any, message: str) -> None:
@@ -206,7 +218,8 @@ def test_first_forward_tells_about_shapes() -> None:
 
     model = resadapt.inject_adapters(nn.Sequential(Lies(3, 4, 1)), "0", 2)
     with pytest.raises(
-        resadapt.InjectionError, match=r"returned shape \[2, 2, 8, 8\], but its adapter was built for \[N, 4, \*, \*\]"
+        resadapt.InjectionError,
+        match=r"returned shape \[2, 2, 8, 8\], but its adapter was built for \[N, 4, \*, \*\]",
     ):
         model(X)
     model = resadapt.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", 2)
@@ -215,7 +228,9 @@ def test_first_forward_tells_about_shapes() -> None:
 
 
 def test_a_detection_head_runs_once_a_level() -> None:
-    model = retinanet_resnet50_fpn(weights=None, weights_backbone=None, min_size=64, max_size=64).eval()
+    model = retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=64, max_size=64
+    ).eval()
     resadapt.inject_adapters(model, "head.classification_head.conv.0", 4)
     with pytest.raises(resadapt.InjectionError, match="ran more than once"):
         model([images(1, 64)[0]])
@@ -223,7 +238,7 @@ def test_a_detection_head_runs_once_a_level() -> None:
 
 def test_backbone_dictionary_is_no_site() -> None:
     model = fcn_resnet50(weights=None, weights_backbone=None)
-    with pytest.raises(resadapt.InjectionError, match="container with a forward of its own"):
+    with pytest.raises(resadapt.InjectionError, match="container with a custom forward"):
         resadapt.inject_adapters(model, "backbone", 4)
 
 
@@ -245,7 +260,9 @@ def test_example_input_leaves_no_trace() -> None:
         torch.manual_seed(5)
         expected = torch.rand(3)
         torch.manual_seed(5)
-        resadapt.injection.select.select_sites(model, resadapt.adapters.PooledAdapter, "conv", 2, example)
+        resadapt.injection.select.select_sites(
+            model, resadapt.adapters.PooledAdapter, "conv", 2, example
+        )
         assert torch.equal(torch.rand(3), expected)
         assert model.calls == 0
         assert (model.training, model.noise.training) == (True, False)
@@ -285,9 +302,11 @@ def test_wrapped_and_nested_models() -> None:
     with pytest.raises(resadapt.InjectionError, match=r"Did you mean .*'backbone.layer4'"):
         resadapt.inject_adapters(net, "layer4")
     resadapt.inject_adapters(net.backbone, "layer4")
-    with pytest.raises(resadapt.InjectionError, match=r"'backbone' was: pass model.get_submodule\('backbone'\)"):
+    with pytest.raises(
+        resadapt.InjectionError, match=r"'backbone' was: pass model.get_submodule\('backbone'\)"
+    ):
         resadapt.summary(net)
-    with pytest.raises(resadapt.InjectionError, match="'backbone' was injected into on its own"):
+    with pytest.raises(resadapt.InjectionError, match="'backbone' was injected into separately"):
         resadapt.inject_adapters(net, "backbone.layer3")
     with pytest.raises(resadapt.InjectionError, match="part of an injected model"):
         resadapt.inject_adapters(net.backbone.layer4, "0")
@@ -332,7 +351,9 @@ def test_a_head_that_was_replaced() -> None:
     model = resadapt.inject_adapters(small_resnet(), head="fc")
     model.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 3))
     before = picture(model)
-    with pytest.raises(resadapt.InjectionError, match=r"The set 'default' has lost 'fc': it was replaced"):
+    with pytest.raises(
+        resadapt.InjectionError, match=r"The set 'default' has lost 'fc': it was replaced"
+    ):
         resadapt.remove_adapters(model)
     assert picture(model) == before
 
@@ -340,7 +361,7 @@ def test_a_head_that_was_replaced() -> None:
 def test_a_forward_of_its_own_on_one_sequential() -> None:
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)))
     model[0].forward = lambda x: x  # type: ignore[method-assign]
-    with pytest.raises(resadapt.InjectionError, match="container with a forward of its own"):
+    with pytest.raises(resadapt.InjectionError, match="container with a custom forward"):
         resadapt.inject_adapters(model, "0", 2)
 
 
@@ -354,4 +375,6 @@ def test_a_resnet_block_with_other_parts() -> None:
 def test_a_name_that_looks_like_a_glob() -> None:
     model = nn.Sequential()
     model.add_module("[x]", nn.Conv2d(3, 4, 1))
-    assert resadapt.list_adapters(resadapt.inject_adapters(model, "[x]", 2))[0].sites[0].name == "[x]"
+    assert (
+        resadapt.list_adapters(resadapt.inject_adapters(model, "[x]", 2))[0].sites[0].name == "[x]"
+    )

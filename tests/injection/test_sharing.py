@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixed import SETS, gradients_of, mixed_model
 from support import images, small_net, small_resnet
-from test_mixture import SETS, gradients_of, mixed_model
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.utils.checkpoint import checkpoint
@@ -36,13 +36,22 @@ def counted(model: nn.Module) -> Counter[str]:
 
     for name, module in model.named_modules():
         if name and "resadapt" not in name:
-            module.forward = lambda *args, _name=name, _forward=module.forward, **kwargs: count(_name, _forward, *args, **kwargs)
+            module.forward = lambda *args, _name=name, _forward=module.forward, **kwargs: count(
+                _name, _forward, *args, **kwargs
+            )
     return runs
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.permutations([*SETS, None]), st.integers(1, 5), st.booleans(), st.sampled_from([None, False, True]))
-def test_equal_to_separate_forwards(names: list[str | None], count: int, training: bool, fold_norms: bool | None) -> None:
+@given(
+    st.permutations([*SETS, None]),
+    st.integers(1, 5),
+    st.booleans(),
+    st.sampled_from([None, False, True]),
+)
+def test_equal_to_separate_forwards(
+    names: list[str | None], count: int, training: bool, fold_norms: bool | None
+) -> None:
     names = names[:count]
     together, apart = mixed_model().train(training), mixed_model().train(training)
     rounding = 1e-8 if fold_norms else 0.0  # a norm of which one set has its own is folded for none
@@ -61,7 +70,9 @@ def test_equal_to_separate_forwards(names: list[str | None], count: int, trainin
         if name is not None:
             expected.square().sum().backward()
             for key, gradient in gradients_of(apart, name).items():
-                torch.testing.assert_close(gradients[name][key], gradient, rtol=100 * rounding, atol=100 * rounding)
+                torch.testing.assert_close(
+                    gradients[name][key], gradient, rtol=100 * rounding, atol=100 * rounding
+                )
             mine, theirs = (resadapt.adapter_state_dict(each, name) for each in (together, apart))
             for key, tensor in theirs.items():  # statistics move once, as in a forward of its own
                 torch.testing.assert_close(mine[key], tensor, rtol=rounding, atol=rounding)
@@ -73,10 +84,15 @@ def test_what_is_shared_is_computed_once() -> None:
         resadapt.inject_adapters(model, layer, name=name, head="fc")
     runs = counted(model.eval())
     resadapt.forward_all(model, images())
-    assert {key: runs[key] for key in ("conv1", "maxpool", "layer1.0.conv1", "layer2.0.conv1", "layer2.1.conv2")} == dict.fromkeys(
+    assert {
+        key: runs[key]
+        for key in ("conv1", "maxpool", "layer1.0.conv1", "layer2.0.conv1", "layer2.1.conv2")
+    } == dict.fromkeys(
         ("conv1", "maxpool", "layer1.0.conv1", "layer2.0.conv1", "layer2.1.conv2"), 1
     )
-    assert runs["layer3.0.conv1"] == runs["layer4.1.conv2"] == 2, "once behind the early adapter, once for all others"
+    assert runs["layer3.0.conv1"] == runs["layer4.1.conv2"] == 2, (
+        "once behind the early adapter, once for all others"
+    )
 
 
 def test_nothing_is_computed_with_what_a_model_changed_in_place() -> None:
@@ -111,11 +127,17 @@ def test_nothing_is_computed_with_what_a_model_changed_in_place() -> None:
             assert torch.equal(output, separately(model, images(), name)), (mode, name)
 
 
-@pytest.mark.parametrize("family", ["lora", "parallel", "conv", "ssf", "mona", "bottleneck", "series"])
+@pytest.mark.parametrize(
+    "family", ["lora", "parallel", "conv", "ssf", "mona", "bottleneck", "series"]
+)
 def test_every_family_at_places_inside_of_blocks(family: str) -> None:
     model = small_resnet().train()
     width = {} if family in ("parallel", "ssf", "series") else {"bottleneck": 4}
-    for name, layers in (("a", "layer3.0.conv2"), ("b", "layer3.1.conv1"), ("c", ("layer3.0.conv1", "layer4.0.conv1"))):
+    for name, layers in (
+        ("a", "layer3.0.conv2"),
+        ("b", "layer3.1.conv1"),
+        ("c", ("layer3.0.conv1", "layer4.0.conv1")),
+    ):
         resadapt.inject_adapters(model, layers, name=name, family=family, head="fc", **width)
     outputs = resadapt.forward_all(model, images(), ["b", None, "a", "c"])
     sum(output.sum() for name, output in outputs.items() if name).backward()
@@ -133,11 +155,15 @@ def test_other_models() -> None:
     torch.manual_seed(0)
     net: Any = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=3)
     for name in ("a", "b"):
-        resadapt.inject_adapters(net, "backbone.layer4", 4, name=name, init="identity" if name == "a" else "normal")
+        resadapt.inject_adapters(
+            net, "backbone.layer4", 4, name=name, init="identity" if name == "a" else "normal"
+        )
     outputs = resadapt.forward_all(net.eval(), images(1, 64))
     for name, output in outputs.items():
         assert torch.equal(output["out"], separately(net, images(1, 64), name)["out"])
-    efficient = resadapt.inject_adapters(efficientnet_b0(num_classes=3), "features.7", 4, name="a", head="classifier")
+    efficient = resadapt.inject_adapters(
+        efficientnet_b0(num_classes=3), "features.7", 4, name="a", head="classifier"
+    )
     resadapt.inject_adapters(efficient, "features.8", 4, name="b", head="classifier")
     for name, output in resadapt.forward_all(efficient.eval(), {"x": images()}).items():
         assert torch.equal(output, separately(efficient, images(), name))
@@ -160,7 +186,10 @@ def test_checkpointed_activations_are_refused_in_training(reentrant: bool) -> No
     layer4, x = model.layer4.forward, images(2).requires_grad_()
     model.layer4.forward = lambda x: checkpoint(layer4, x, use_reentrant=reentrant)
     before = ledger_of(model).active
-    with pytest.raises(resadapt.InjectionError, match=r"Module 'layer4.*runs in torch.utils.checkpoint.*each set on its own"):
+    with pytest.raises(
+        resadapt.InjectionError,
+        match=r"Module 'layer4.*runs in torch.utils.checkpoint.*the sets one by one",
+    ):
         resadapt.forward_all(model.train(), x)
     assert ledger_of(model).active == before
     with torch.no_grad():  # nothing is computed again
@@ -177,7 +206,10 @@ def test_bad_names() -> None:
         resadapt.forward_all(model, images(), ["a", "b"])
     with pytest.raises(resadapt.InjectionError, match="was not injected into"):
         resadapt.forward_all(small_net(), images())
-    with resadapt.adapters_for(model, ["a"]), pytest.raises(resadapt.InjectionError, match="Inside adapters_for"):
+    with (
+        resadapt.adapters_for(model, ["a"]),
+        pytest.raises(resadapt.InjectionError, match="Inside adapters_for"),
+    ):
         resadapt.forward_all(model, images())
     before = {key: "forward" in module.__dict__ for key, module in model.named_modules()}
     with pytest.raises(RuntimeError):

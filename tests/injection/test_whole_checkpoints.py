@@ -1,4 +1,4 @@
-"""A state_dict holds every set whole, and under the backbone's names the backbone, whichever set is active."""
+"""A state_dict holds every set and the plain backbone, whichever set is active."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ SETS: dict[str, dict[str, Any]] = {
     "pooled": {"layers": "layer4", "head": "fc"},
     "equal": {"layers": ("layer1.0.conv1", "fc"), "family": "lora", "bottleneck": 2},
     "wide": {"layers": (), "head": {"fc": nn.Linear(512, 10)}},
-    "other class": {"layers": "layer2", "head": {"fc": nn.Sequential(nn.Linear(512, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))}},
+    "other class": {
+        "layers": "layer2",
+        "head": {"fc": nn.Sequential(nn.Linear(512, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))},
+    },
     "affine": {"layers": (), "norm": "affine"},
     "stats": {"layers": "layer3", "family": "ssf", "norm": "stats", "head": "fc"},
     "affine_stats": {"layers": (), "norm": "affine+stats", "head": ["layer4.0", "fc"]},
@@ -38,11 +41,17 @@ def backbone() -> Any:
 
 
 def injected(seed: int) -> Any:
-    """A model with every kind of set, of which the numbers of all sets, not of the backbone, depend on the seed."""
+    """A model with every kind of set, of which the numbers of all sets, not of the backbone, depend
+    on the seed.
+    """
     model = backbone()
     for name, arguments in SETS.items():
-        model = resadapt.inject_adapters(model, name=name.replace(" ", "-"), **copy.deepcopy(arguments))
-    for number, module in enumerate(m for m in model.modules() if type(m).__name__ == "AdapterSlot"):
+        model = resadapt.inject_adapters(
+            model, name=name.replace(" ", "-"), **copy.deepcopy(arguments)
+        )
+    for number, module in enumerate(
+        m for m in model.modules() if type(m).__name__ == "AdapterSlot"
+    ):
         scramble(module, 1000 * seed + number)
     return model.eval()
 
@@ -77,7 +86,9 @@ def test_sets_give_what_they_give_alone(expected: dict[str | None, Tensor]) -> N
     assert torch.equal(expected[None], backbone().eval()(X))
 
 
-def test_loaded_with_every_combination_of_active_sets(source: Any, expected: dict[str | None, Tensor]) -> None:
+def test_loaded_with_every_combination_of_active_sets(
+    source: Any, expected: dict[str | None, Tensor]
+) -> None:
     target, fresh = injected(2), copy.deepcopy(injected(2).state_dict())
     for one, other in itertools.product(ACTIVE, ACTIVE):
         resadapt.set_active_adapters(source, one)
@@ -140,13 +151,18 @@ WAYS: list[Callable[[nn.Module, Path], nn.Module]] = [
 
 
 @pytest.mark.parametrize("active", ["wide", "affine_stats", None])
-@pytest.mark.parametrize("way", WAYS, ids=["torch.save", "dcp", "average", "torch.save whole", "deepcopy", "pickle"])
-def test_every_set_comes_back(source: Any, expected: Any, active: str | None, way: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "way", WAYS, ids=["torch.save", "dcp", "average", "torch.save whole", "deepcopy", "pickle"]
+)
+def test_every_set_comes_back(
+    source: Any, expected: Any, active: str | None, way: Any, tmp_path: Path
+) -> None:
     resadapt.set_active_adapters(source, active)
     other = way(source, tmp_path)
     if way is not by_averaging:
         assert_same(other, expected)
-    else:  # a float average of a number with itself is that number; the target's active set is its own
+    # a float average of a number with itself is that number; the target's active set is its own
+    else:
         for name, output in outputs(other).items():
             torch.testing.assert_close(output, expected[name], msg=str(name))
     resadapt.set_active_adapters(other, "wide")
@@ -174,7 +190,10 @@ def test_one_optimizer_for_all_sets_trains_the_active_one_and_resumes() -> None:
             total(model.train()(X)).backward()
             optimizer.step()
             for other, tensors in before.items():
-                same = all(torch.equal(t, tensors[key]) for key, t in resadapt.adapter_state_dict(model, other).items())
+                same = all(
+                    torch.equal(t, tensors[key])
+                    for key, t in resadapt.adapter_state_dict(model, other).items()
+                )
                 assert same is (other != name), (name, other)
 
     model, optimizer = built()
@@ -198,20 +217,26 @@ class Functional(nn.Module):
         self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = nn.functional.batch_norm(self.conv(x), self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
+        h = nn.functional.batch_norm(
+            self.conv(x), self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias
+        )
         return nn.functional.linear(h.mean((2, 3)), self.fc.weight, self.fc.bias)
 
 
 def test_a_head_whose_weight_is_read_elsewhere_is_named() -> None:
     model = resadapt.inject_adapters(Functional(), (), head="fc", norm="affine")
-    with pytest.warns(resadapt.AdapterWarning, match=r"head or norms 'fc', 'bn' of set 'default' did not run"):
+    with pytest.warns(
+        resadapt.AdapterWarning, match=r"head or norms 'fc', 'bn' of set 'default' did not run"
+    ):
         model(X)
     model = resadapt.inject_adapters(Functional(), "conv", 2).train()
     model(X)  # a set without a head has nothing to say about it
 
 
 def test_attention_layers_that_read_the_weights_of_their_norms_do_not(source: Any) -> None:
-    """In evaluation torch has one kernel for a whole encoder layer, which reads the weights of its modules."""
+    """In evaluation torch has one kernel for a whole encoder layer, which reads the weights of its
+    modules.
+    """
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = torch.randn(2, 5, 8)
     plain = layer(x)

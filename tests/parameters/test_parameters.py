@@ -22,29 +22,44 @@ def test_the_study_model() -> None:
     assert count.total == sum(p.numel() for p in model.parameters())
     assert count.frozen == sum(p.numel() for p in model.parameters() if not p.requires_grad)
     smaller = resadapt.inject_adapters(resnet18(), bottleneck=25)
-    assert resadapt.count_parameters(smaller).adapters == 49_060, "the figure in the study's own text"
+    assert resadapt.count_parameters(smaller).adapters == 49_060, (
+        "the figure in the study's own text"
+    )
 
 
 def test_trainable_parameters_are_the_sets_own() -> None:
     model = resadapt.inject_adapters(small_resnet(), head="fc")
     named = dict(resadapt.named_trainable_parameters(model))
     assert len(named) == 4 * 4 + 2
-    assert all(".resadapt.default." in name or name.startswith("fc.resadapt.default@fc.") for name in named)
+    assert all(
+        ".resadapt.default." in name or name.startswith("fc.resadapt.default@fc.") for name in named
+    )
     assert [id(p) for p in resadapt.trainable_parameters(model)] == [id(p) for p in named.values()]
     model.requires_grad_(True)
-    assert list(dict(resadapt.named_trainable_parameters(model))) == list(named), "never one of the backbone"
-    assert resadapt.count_parameters(model).trainable > 11_000_000, "and the count tells that it was unfrozen"
+    assert list(dict(resadapt.named_trainable_parameters(model))) == list(named), (
+        "never one of the backbone"
+    )
+    assert resadapt.count_parameters(model).trainable > 11_000_000, (
+        "and the count tells that it was unfrozen"
+    )
     model.layer1.requires_grad_(False)
     private(model, "fc").bias.requires_grad_(False)
     assert len(list(resadapt.trainable_parameters(model))) == 3 * 4 + 1
 
 
 @settings(max_examples=20, deadline=None)
-@given(head=st.booleans(), head_lr=st.sampled_from([None, 0.5]), decay=st.sampled_from([0.0, 0.1]), decay_bias=st.booleans())
+@given(
+    head=st.booleans(),
+    head_lr=st.sampled_from([None, 0.5]),
+    decay=st.sampled_from([0.0, 0.1]),
+    decay_bias=st.booleans(),
+)
 def test_groups(head: bool, head_lr: float | None, decay: float, decay_bias: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     resadapt.inject_adapters(model, ["0", "1"], 2, head="3" if head else ())
-    groups = resadapt.parameter_groups(model, 0.25, head_lr=head_lr, weight_decay=decay, decay_bias=decay_bias)
+    groups = resadapt.parameter_groups(
+        model, 0.25, head_lr=head_lr, weight_decay=decay, decay_bias=decay_bias
+    )
     seen = [id(p) for group in groups for p in group["params"]]
     assert len(seen) == len(set(seen))
     assert set(seen) == {id(p) for p in model.parameters() if p.requires_grad}
@@ -66,10 +81,15 @@ def test_groups_that_nothing_is_said_of() -> None:
         ("head", 0.25, 0.0),
     ]
     groups = resadapt.parameter_groups(model, 0.25, weight_decay=0.5)
-    assert [(group["name"], group["weight_decay"]) for group in groups] == [("adapters", 0.5), ("head", 0.5)], "biases too"
+    assert [(group["name"], group["weight_decay"]) for group in groups] == [
+        ("adapters", 0.5),
+        ("head", 0.5),
+    ], "biases too"
     groups = resadapt.parameter_groups(model, 0.25, weight_decay=0.5, decay_bias=False)
     names = ["adapters", "adapters, no decay", "head", "head, no decay"]
-    assert [(group["name"], group["weight_decay"]) for group in groups] == list(zip(names, [0.5, 0.0] * 2, strict=True))
+    assert [(group["name"], group["weight_decay"]) for group in groups] == list(
+        zip(names, [0.5, 0.0] * 2, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["lr", "head_lr", "weight_decay", "decay_bias"])
@@ -81,7 +101,7 @@ def test_bad_rates_are_named(name: str) -> None:
 
 def test_sizes_that_are_not_known_yet() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LazyLinear(2))
-    with pytest.raises(resadapt.AdapterError, match=r"Parameter '1\.weight' has no size yet"):
+    with pytest.raises(resadapt.AdapterError, match=r"Parameter '1\.weight' has no shape yet"):
         resadapt.count_parameters(model)
 
 
@@ -91,7 +111,7 @@ def test_nothing_to_train() -> None:
         assert list(resadapt.trainable_parameters(model)) == []
         assert resadapt.count_parameters(model).adapters == 0
         assert resadapt.summary(model).rows == ()
-        with pytest.raises(resadapt.AdapterKeyError, match="no parameter to train"):
+        with pytest.raises(resadapt.AdapterKeyError, match="no trainable parameters"):
             resadapt.parameter_groups(model, 0.1)
     assert resadapt.count_parameters(resnet18()).adapters == 0
 

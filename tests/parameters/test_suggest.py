@@ -26,7 +26,7 @@ def test_the_largest_widths_within_the_budget(budget: int, family: str) -> None:
     try:
         layers = resadapt.suggest_layers(MODEL, budget, family=family)
     except resadapt.AdapterError as error:
-        assert "Not even one adapter fits" in str(error)
+        assert "No adapter fits the budget" in str(error)
         return
     model = resadapt.inject_adapters(small_resnet(), layers, family=family)
     count = resadapt.count_parameters(model).adapters
@@ -43,8 +43,10 @@ def test_a_share_of_the_model_and_its_table() -> None:
     assert picture(MODEL) == before
     total = sum(p.numel() for p in MODEL.parameters())
     assert sum(layers.parameters.values()) <= 0.01 * total < 1.1 * sum(layers.parameters.values())
-    assert "0.99% of the model's. Widths are one fraction" in str(layers)
-    shares = [layers[name] / channels for name, channels in zip(layers, (64, 128, 256, 512), strict=True)]
+    assert "0.99% of the model's. Widths are the same fraction" in str(layers)
+    shares = [
+        layers[name] / channels for name, channels in zip(layers, (64, 128, 256, 512), strict=True)
+    ]
     assert max(shares) - min(shares) < 1 / 64
 
 
@@ -52,21 +54,31 @@ def test_families_without_a_width_get_the_last_sites() -> None:
     layers = resadapt.suggest_layers(MODEL, 3000, family="ssf", layers="layer*.*.bn2")
     assert list(layers) == ["layer3.0.bn2", "layer3.1.bn2", "layer4.0.bn2", "layer4.1.bn2"][1:]
     model = resadapt.inject_adapters(small_resnet(), layers, family="ssf")
-    assert resadapt.count_parameters(model).adapters == sum(layers.parameters.values()) == 2 * (256 + 512 + 512)
+    assert (
+        resadapt.count_parameters(model).adapters
+        == sum(layers.parameters.values())
+        == 2 * (256 + 512 + 512)
+    )
 
 
 def test_operations_are_counted_and_limited() -> None:
     x = images(1, 64)
     free = resadapt.suggest_layers(MODEL, 100_000, family="bottleneck", example_input=x)
     half = sum(free.flops.values()) // 2
-    layers = resadapt.suggest_layers(MODEL, 100_000, family="bottleneck", example_input=x, flops=half)
+    layers = resadapt.suggest_layers(
+        MODEL, 100_000, family="bottleneck", example_input=x, flops=half
+    )
     assert sum(layers.flops.values()) <= half
     assert sum(layers.parameters.values()) < sum(free.parameters.values())
     assert "FLOPs" in str(layers)
     model = resadapt.inject_adapters(small_resnet(), layers, family="bottleneck").eval()
     with FlopCounterMode(display=False) as adapted, torch.no_grad():
         model(x)
-    with FlopCounterMode(display=False) as plain, torch.no_grad(), resadapt.adapters_disabled(model):
+    with (
+        FlopCounterMode(display=False) as plain,
+        torch.no_grad(),
+        resadapt.adapters_disabled(model),
+    ):
         model(x)
     assert adapted.get_total_flops() - plain.get_total_flops() == sum(layers.flops.values())
 
@@ -74,11 +86,11 @@ def test_operations_are_counted_and_limited() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"budget": 0}, "budget=0: give a number"),
+        ({"budget": 0}, "budget=0: pass an int"),
         ({"budget": 1.5}, "budget=1.5"),
         ({"budget": True}, "budget=True"),
-        ({"budget": 10}, r"the one at 'layer4' has 1,537 parameters"),
-        ({"budget": 10_000, "flops": 1000}, "needs an example_input"),
+        ({"budget": 10}, r"the adapter at 'layer4' has 1,537 parameters"),
+        ({"budget": 10_000, "flops": 1000}, "requires example_input"),
         ({"budget": 10_000, "family": "x"}, "family='x' does not exist"),
         ({"budget": 10_000, "layers": "layer9"}, "matches no module"),
     ],
@@ -98,7 +110,9 @@ def test_families_are_listed_with_all_that_is_known_of_them() -> None:
     assert families["ssf"].foldable
 
 
-def test_a_family_that_does_not_take_every_width_is_asked_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_that_does_not_take_every_width_is_asked_for_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Once all widths below 64 times the channels were built, one by one: minutes."""
     built = []
     inside = resadapt.adapters.conv.ConvAdapter.__init__
@@ -111,7 +125,9 @@ def test_a_family_that_does_not_take_every_width_is_asked_for_few(monkeypatch: p
     monkeypatch.setattr(resadapt.adapters.conv.ConvAdapter, "__init__", counted)
     options = {"family": "conv", "layers": "layer*.*", "scheme": "residual-sequential"}
     layers = resadapt.suggest_layers(MODEL, 2_000_000, **options)
-    assert [layers[f"layer{n}.0"] for n in (1, 2, 3, 4)] == [64, 128, 256, 512], "as wide as the family allows"
+    assert [layers[f"layer{n}.0"] for n in (1, 2, 3, 4)] == [64, 128, 256, 512], (
+        "as wide as the family allows"
+    )
     assert len(built) < 500
     layers = resadapt.suggest_layers(MODEL, 110_000, **options)
     assert all(512 % width == 0 for width in layers.values())
@@ -120,16 +136,20 @@ def test_a_family_that_does_not_take_every_width_is_asked_for_few(monkeypatch: p
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"bottleneck": 3}, resadapt.InjectionError, "'bottleneck' is no option of a family"),
+        ({"bottleneck": 3}, resadapt.InjectionError, "'bottleneck' is not a family option"),
         ({"init": "bogus"}, resadapt.InjectionError, "init='bogus' is not known"),
-        ({"layers": {"layer1": 3}}, resadapt.AdapterError, "the widths are what is chosen"),
+        ({"layers": {"layer1": 3}}, resadapt.AdapterError, "suggest_layers chooses the widths"),
     ],
 )
-def test_what_would_be_ignored_is_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_what_would_be_ignored_is_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         resadapt.suggest_layers(resnet18(), 0.01, **arguments)
 
 
 def test_a_model_without_parameters() -> None:
-    chosen = resadapt.suggest_layers(nn.Sequential(nn.ReLU()), 500, layers="0", example_input=torch.randn(1, 3, 4, 4))
+    chosen = resadapt.suggest_layers(
+        nn.Sequential(nn.ReLU()), 500, layers="0", example_input=torch.randn(1, 3, 4, 4)
+    )
     assert sum(chosen.parameters.values()) <= 500

@@ -1,4 +1,4 @@
-"""Loading trusts nothing: wrong bytes, wrong backbone, wrong shapes; and the model is exactly as before."""
+"""Loading trusts nothing: wrong bytes, backbone or shapes; and the model is as before."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def tiny(classes: int = 2) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, classes)).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, classes)
+    ).eval()
 
 
 def trained_tiny() -> nn.Module:
@@ -51,12 +53,18 @@ def test_round_trip(path: Path) -> None:
     assert path.stat().st_size < 600_000
     fresh = resadapt.load_adapters(small_resnet(), path)
     assert torch.equal(fresh.eval()(X), model.eval()(X))
-    assert [p.requires_grad for p in fresh.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [p.requires_grad for p in fresh.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
     info = resadapt.read_adapter_info(path)
     assert info.metadata == {"f1": 0.5, "notes": ["a", None]}
     assert info.size == path.stat().st_size
-    assert info.set == replace(info.set, name="default", family="pooled", dropout=0.1, norm="frozen", head=("fc",))
-    assert [(s.name, s.channels, s.bottleneck) for s in info.set.sites] == [(f"layer{i}", 32 * 2**i, 64) for i in range(1, 5)]
+    assert info.set == replace(
+        info.set, name="default", family="pooled", dropout=0.1, norm="frozen", head=("fc",)
+    )
+    assert [(s.name, s.channels, s.bottleneck) for s in info.set.sites] == [
+        (f"layer{i}", 32 * 2**i, 64) for i in range(1, 5)
+    ]
     assert "fc.weight" not in info.backbone
     assert "bn1.running_mean" in info.backbone
     assert set(info.versions) == {"resadapt", "torch", "torchvision"}
@@ -86,7 +94,9 @@ def test_saving_does_not_disturb_the_training(path: Path) -> None:
         for _ in range(3):
             train(model, optimizer, steps=1)
             if saving:
-                resadapt.save_adapters(model, path, metric=lambda m: m(X + torch.rand(())).sum().item())
+                resadapt.save_adapters(
+                    model, path, metric=lambda m: m(X + torch.rand(())).sum().item()
+                )
                 assert model.training
         results.append(resadapt.adapter_state_dict(model))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
@@ -104,7 +114,11 @@ def test_every_bit_of_the_file_counts(path: Path) -> None:
                 decode(bytes(changed), path)
             changed[position] ^= 1 << bit
     for position in range(0, len(data), 37):
-        for changed in (data[:position], data[:position] + data[position + 1 :], data[:position] + b"\0" + data[position:]):
+        for changed in (
+            data[:position],
+            data[:position] + data[position + 1 :],
+            data[:position] + b"\0" + data[position:],
+        ):
             with pytest.raises(resadapt.AdapterFileError, match="damaged"):
                 decode(changed, path)
     with pytest.raises(resadapt.AdapterFileError):
@@ -183,7 +197,9 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], 
     path.write_bytes(encode(manifest, tensors, path.suffix[1:]))
 
 
-def _absurd(sizes: dict[str, int], family: str, **options: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+def _absurd(
+    sizes: dict[str, int], family: str, **options: Any
+) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
     def change(manifest: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
         manifest["set"]["sites"][0].update(sizes)
         manifest["set"].update(family=family, options=options)
@@ -200,49 +216,166 @@ def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> No
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m, t: m.update(format_version=4), resadapt.AdapterFileError, "written in format 4 by .* Install a newer resadapt"),
+        (
+            lambda m, t: m.update(format_version=4),
+            resadapt.AdapterFileError,
+            "written in format 4 by .* Install a newer resadapt",
+        ),
         (lambda m, t: m.pop("format_version"), resadapt.AdapterFileError, "format None"),
-        (lambda m, t: m.pop("backbone"), resadapt.AdapterFileError, "manifest is not one of format 3.*backbone"),
-        (lambda m, t: m["set"].pop("family"), resadapt.AdapterFileError, "expected exactly the fields"),
-        (lambda m, t: m["set"].update(extra=1), resadapt.AdapterFileError, "expected exactly the fields"),
-        (lambda m, t: m["set"].update(dropout="0.1"), resadapt.AdapterFileError, "set.dropout: expected float"),
-        (lambda m, t: m["set"]["sites"][0].update(channels=True), resadapt.AdapterFileError, "site.channels: expected int"),
-        (lambda m, t: m["set"]["sites"][0].update(bottleneck=-1), resadapt.AdapterFileError, "below 1"),
+        *(
+            (
+                lambda m, t, number=number: m.update(format_version=number),
+                resadapt.AdapterFileError,
+                f"written in format {number}. Formats before 3 were never released.* save the file",
+            )
+            for number in (2, 1, 0)
+        ),
+        (
+            lambda m, t: m["backbone"].update(modules=None),
+            resadapt.AdapterFileError,
+            "manifest is not valid for format 3",
+        ),
+        (
+            lambda m, t: m.pop("backbone"),
+            resadapt.AdapterFileError,
+            "manifest is not valid for format 3.*backbone",
+        ),
+        (
+            lambda m, t: m["set"].pop("family"),
+            resadapt.AdapterFileError,
+            "expected exactly the fields",
+        ),
+        (
+            lambda m, t: m["set"].update(extra=1),
+            resadapt.AdapterFileError,
+            "expected exactly the fields",
+        ),
+        (
+            lambda m, t: m["set"].update(dropout="0.1"),
+            resadapt.AdapterFileError,
+            "set.dropout: expected float",
+        ),
+        (
+            lambda m, t: m["set"]["sites"][0].update(channels=True),
+            resadapt.AdapterFileError,
+            "site.channels: expected int",
+        ),
+        (
+            lambda m, t: m["set"]["sites"][0].update(bottleneck=-1),
+            resadapt.AdapterFileError,
+            "below 1",
+        ),
         (lambda m, t: m["set"].update(head=[3]), resadapt.AdapterFileError, "lists of names"),
         (
             lambda m, t: m["set"].update(blueprints={"bn": {}}),
             resadapt.AdapterFileError,
-            "a blueprint of something that is no head",
+            "blueprints: expected names of head modules only",
         ),
         (_absurd({"bottleneck": 0}, "conv"), resadapt.AdapterFileError, "ZeroDivisionError"),
-        (_absurd({"spatial_dims": 8, "bottleneck": 1}, "conv"), resadapt.AdapterFileError, "Conv8d"),
+        (
+            _absurd({"spatial_dims": 8, "bottleneck": 1}, "conv"),
+            resadapt.AdapterFileError,
+            "Conv8d",
+        ),
         (_absurd({}, "lora", alpha=10**400), resadapt.AdapterFileError, "OverflowError"),
-        (lambda m, t: m["set"].update(family="lola"), resadapt.AdapterFileError, "family='lola' does not exist.*register"),
-        (lambda m, t: m["set"].update(norm="train"), resadapt.AdapterFileError, "norm='train' does not exist"),
+        (
+            lambda m, t: m["set"].update(family="lola"),
+            resadapt.AdapterFileError,
+            "family='lola' does not exist.*register",
+        ),
+        (
+            lambda m, t: m["set"].update(norm="train"),
+            resadapt.AdapterFileError,
+            "norm='train' does not exist",
+        ),
         (lambda m, t: m["set"].update(name="a.b"), resadapt.AdapterFileError, "cannot name a set"),
-        (lambda m, t: m["set"].update(options={"init": 3}), resadapt.AdapterFileError, "init=3 is not known"),
-        (lambda m, t: m["set"].update(options={"x": 3}), resadapt.AdapterFileError, "does not take these options"),
-        (lambda m, t: m["set"]["sites"][0].update(name="9", owner="9"), resadapt.AdapterFileError, "has no module '9'"),
-        (lambda m, t: m["set"]["sites"][0].update(owner="2"), resadapt.AdapterFileError, "cannot be injected"),
-        (lambda m, t: m["set"]["sites"][0].update(owner="1"), resadapt.AdapterFileError, "named more than once"),
+        (
+            lambda m, t: m["set"].update(options={"init": 3}),
+            resadapt.AdapterFileError,
+            "init=3 is not known",
+        ),
+        (
+            lambda m, t: m["set"].update(options={"x": 3}),
+            resadapt.AdapterFileError,
+            "does not take these options",
+        ),
+        (
+            lambda m, t: m["set"]["sites"][0].update(name="9", owner="9"),
+            resadapt.AdapterFileError,
+            "has no module '9'",
+        ),
+        (
+            lambda m, t: m["set"]["sites"][0].update(owner="2"),
+            resadapt.AdapterFileError,
+            "cannot be injected",
+        ),
+        (
+            lambda m, t: m["set"]["sites"][0].update(owner="1"),
+            resadapt.AdapterFileError,
+            "is named twice",
+        ),
         (lambda m, t: m["set"].update(sites=[]), resadapt.AdapterKeyError, "is unexpected"),
-        (lambda m, t: m["set"].update(sites=[], head=[], blueprints={}), resadapt.AdapterFileError, "there is nothing in it"),
-        (lambda m, t: m["set"].update(norms=["1"]), resadapt.AdapterFileError, "are not those of this model"),
-        (lambda m, t: m["set"].update(blueprints={"3": {"type": "Linear"}}), resadapt.AdapterFileError, "cannot be built as it is"),
-        (lambda m, t: m["set"].update(head=["3", "3"]), resadapt.AdapterFileError, "named more than once"),
-        (lambda m, t: t.update(strange=torch.zeros(1)), resadapt.AdapterFileError, "no known kind: 'strange'"),
-        (lambda m, t: _added(m, t, "adapters.9.up.bias"), resadapt.AdapterKeyError, "'adapters.9.up.bias' is unexpected"),
-        (lambda m, t: (m["tensors"].pop("probe.output"), t.pop("probe.output")), resadapt.AdapterFileError, "'output' are missing"),
+        (
+            lambda m, t: m["set"].update(sites=[], head=[], blueprints={}),
+            resadapt.AdapterFileError,
+            "the set is empty",
+        ),
+        (
+            lambda m, t: m["set"].update(norms=["1"]),
+            resadapt.AdapterFileError,
+            "are not those of this model",
+        ),
+        (
+            lambda m, t: m["set"].update(blueprints={"3": {"type": "Linear"}}),
+            resadapt.AdapterFileError,
+            "cannot be built from its description",
+        ),
+        (
+            lambda m, t: m["set"].update(head=["3", "3"]),
+            resadapt.AdapterFileError,
+            "is named twice",
+        ),
+        (
+            lambda m, t: t.update(strange=torch.zeros(1)),
+            resadapt.AdapterFileError,
+            "unknown kind: 'strange'",
+        ),
+        (
+            lambda m, t: _added(m, t, "adapters.9.up.bias"),
+            resadapt.AdapterKeyError,
+            "'adapters.9.up.bias' is unexpected",
+        ),
+        (
+            lambda m, t: (m["tensors"].pop("probe.output"), t.pop("probe.output")),
+            resadapt.AdapterFileError,
+            "'output' are missing",
+        ),
         (
             lambda m, t: m["backbone"]["tensors"]["1.running_mean"].__setitem__(0, "quint8"),
             resadapt.BackboneMismatchError,
             "is float32 where",
         ),
-        (lambda m, t: m["set"].update(head=["3", "9"]), resadapt.AdapterFileError, "cannot be injected"),
-        (lambda m, t: m["tensors"].pop("head.3.bias"), resadapt.AdapterFileError, "'head.3.bias' is new"),
+        (
+            lambda m, t: m["set"].update(head=["3", "9"]),
+            resadapt.AdapterFileError,
+            "cannot be injected",
+        ),
+        (
+            lambda m, t: m["tensors"].pop("head.3.bias"),
+            resadapt.AdapterFileError,
+            "'head.3.bias' is new",
+        ),
         (lambda m, t: t.pop("head.3.bias"), resadapt.AdapterFileError, "'head.3.bias' is missing"),
-        (lambda m, t: t["head.3.bias"].add_(1), resadapt.AdapterFileError, "'head.3.bias' has other values"),
-        (lambda m, t: m["tensors"]["head.3.bias"].__setitem__(0, "mess"), resadapt.AdapterFileError, "not one of format 3"),
+        (
+            lambda m, t: t["head.3.bias"].add_(1),
+            resadapt.AdapterFileError,
+            "'head.3.bias' has other values",
+        ),
+        (
+            lambda m, t: m["tensors"]["head.3.bias"].__setitem__(0, "mess"),
+            resadapt.AdapterFileError,
+            "not valid for format 3",
+        ),
         (
             lambda m, t: (m["tensors"].pop("head.3.bias"), t.pop("head.3.bias")),
             resadapt.AdapterKeyError,
@@ -253,16 +386,42 @@ def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> No
             resadapt.BackboneMismatchError,
             "'1.running_mean'",
         ),
-        (lambda m, t: m.update(probe={"source": "x"}), resadapt.AdapterFileError, "not one of format 3"),
-        (lambda m, t: m["probe"].update(outputs=[]), resadapt.AdapterFileError, "not one of format 3"),
-        (lambda m, t: m["probe"]["outputs"]["output"].pop("step"), resadapt.AdapterFileError, "no record of an output"),
+        (
+            lambda m, t: m.update(probe={"source": "x"}),
+            resadapt.AdapterFileError,
+            "not valid for format 3",
+        ),
+        (
+            lambda m, t: m["probe"].update(outputs=[]),
+            resadapt.AdapterFileError,
+            "not valid for format 3",
+        ),
+        (
+            lambda m, t: m["probe"]["outputs"]["output"].pop("step"),
+            resadapt.AdapterFileError,
+            "not an output record",
+        ),
         (lambda m, t: m.update(format_version=0), resadapt.AdapterFileError, "format 0"),
-        (lambda m, t: m["set"]["sites"][0].update(bottleneck=10**15), resadapt.AdapterFileError, "whose tensors it does not have"),
-        (lambda m, t: m["set"]["sites"][0].update(bottleneck=2**62), resadapt.AdapterFileError, "cannot be injected"),
-        (lambda m, t: m["set"]["sites"][0].update(spatial_dims=10**9), resadapt.AdapterFileError, "more than 8"),
+        (
+            lambda m, t: m["set"]["sites"][0].update(bottleneck=10**15),
+            resadapt.AdapterFileError,
+            "does not match the file's tensors",
+        ),
+        (
+            lambda m, t: m["set"]["sites"][0].update(bottleneck=2**62),
+            resadapt.AdapterFileError,
+            "cannot be injected",
+        ),
+        (
+            lambda m, t: m["set"]["sites"][0].update(spatial_dims=10**9),
+            resadapt.AdapterFileError,
+            "more than 8",
+        ),
     ],
 )
-def test_sealed_files_with_wrong_content(change: Any, error: type[Exception], message: str, path: Path) -> None:
+def test_sealed_files_with_wrong_content(
+    change: Any, error: type[Exception], message: str, path: Path
+) -> None:
     resadapt.save_adapters(trained_tiny(), path, probe=X)
     rewritten(path, change)
     for model in (tiny(), resadapt.inject_adapters(tiny(), "0", 2, name="other")):
@@ -283,7 +442,8 @@ def _drifted_norm(model: nn.Module) -> nn.Module:
         (lambda: small_resnet(1), r"'conv1\.weight' has other values"),
         (
             lambda: _drifted_norm(small_resnet()),
-            r"1 of its tensors and modules are not those of the file: 'bn1\.running_mean' has other values",
+            r"1 tensors and modules differ from the file: "
+            r"'bn1\.running_mean' has other values",
         ),
         (lambda: resnet50(num_classes=3), r"has shape \[64, 64, 1, 1\] where \[64, 64, 3, 3\]"),
         (lambda: small_resnet().half(), r"is float16 where float32 was recorded"),
@@ -313,7 +473,8 @@ def test_a_head_of_another_width_gives_way_to_that_of_the_file(path: Path) -> No
     assert picture(other.train(before[""]["training"])) == before
     rewritten(path, lambda m, t: m["set"].update(blueprints={}))
     with pytest.raises(
-        resadapt.AdapterKeyError, match=r"'head.3.weight' has shape \[2, 3600\] where the model has \[5, 3600\].*Give"
+        resadapt.AdapterKeyError,
+        match=r"'head.3.weight' has shape \[2, 3600\] where the model has \[5, 3600\].*Give",
     ):
         resadapt.load_adapters(other, path)
     assert picture(other) == before
@@ -325,7 +486,9 @@ def test_a_double_model_takes_a_float_file(path: Path) -> None:
     double = resadapt.load_adapters(tiny().double(), path)
     assert torch.allclose(double(X.double()), model(X).double(), atol=1e-4)
     state = {k: v + 1e-12 for k, v in resadapt.adapter_state_dict(double).items()}
-    with pytest.raises(resadapt.AdapterKeyError, match="is float64 and would lose precision in the model's float32"):
+    with pytest.raises(
+        resadapt.AdapterKeyError, match="is float64 and would lose precision in the model's float32"
+    ):
         resadapt.load_adapter_state_dict(model, state)
 
 
@@ -338,7 +501,10 @@ def test_state_dict_is_strict_and_all_or_nothing() -> None:
     for change, message in (
         (lambda s: s.pop("adapters.1.up.bias"), "'adapters.1.up.bias' is missing"),
         (lambda s: s.update(typo=torch.zeros(1)), "'typo' is unexpected"),
-        (lambda s: s.update({"head.3.bias": torch.zeros(3)}), r"'head.3.bias' has shape \[3\] where the model has \[2\]"),
+        (
+            lambda s: s.update({"head.3.bias": torch.zeros(3)}),
+            r"'head.3.bias' has shape \[3\] where the model has \[2\]",
+        ),
         (lambda s: s.update({"head.3.bias": [0, 0]}), "'head.3.bias' is list, not a tensor"),
         (lambda s: s.update({"head.3.bias": None}), "'head.3.bias' is NoneType, not a tensor"),
     ):
@@ -359,8 +525,17 @@ def test_loading_into_sets(path: Path) -> None:
     expected = model(X)
     resadapt.load_adapters(model, path, name="copy")
     first, second = resadapt.list_adapters(model)
-    assert (first.name, first.active, second.name, second.active) == ("default", False, "copy", True)
-    assert (first.norm, first.family, first.head) == (second.norm, second.family, second.head) == ("frozen", "pooled", ("3",))
+    assert (first.name, first.active, second.name, second.active) == (
+        "default",
+        False,
+        "copy",
+        True,
+    )
+    assert (
+        (first.norm, first.family, first.head)
+        == (second.norm, second.family, second.head)
+        == ("frozen", "pooled", ("3",))
+    )
     assert torch.equal(model(X), expected)
     state = resadapt.adapter_state_dict(model)
     resadapt.load_adapter_state_dict(model, {k: torch.zeros_like(v) for k, v in state.items()})
@@ -369,7 +544,9 @@ def test_loading_into_sets(path: Path) -> None:
     assert torch.equal(model(X), expected)
     resadapt.inject_adapters(model, "0", 3, name="else")
     before = picture(model)
-    with pytest.raises(resadapt.AdapterKeyError, match="set 'else' differs from the file's in 'sites', 'head'"):
+    with pytest.raises(
+        resadapt.AdapterKeyError, match="set 'else' differs from the file's in 'sites', 'head'"
+    ):
         resadapt.load_adapters(model, path, name="else")
     assert picture(model) == before
 
@@ -380,11 +557,16 @@ def test_a_set_that_is_not_active_is_saved_as_itself(path: Path) -> None:
     resadapt.inject_adapters(model, "1", 2, name="other", head="3")
     model(X)
     before = picture(model)
-    assert resadapt.save_adapters(model, path, name="default", metric=lambda m: m(X).sum().item()).ok
+    assert resadapt.save_adapters(
+        model, path, name="default", metric=lambda m: m(X).sum().item()
+    ).ok
     assert picture(model) == before
     assert torch.equal(resadapt.load_adapters(tiny(), path)(X), expected)
     resadapt.set_active_adapters(model, None)
-    assert resadapt.verify_adapters(model, path, metric=lambda m: m(X).sum().item())["metric"].outcome == "passed"
+    assert (
+        resadapt.verify_adapters(model, path, metric=lambda m: m(X).sum().item())["metric"].outcome
+        == "passed"
+    )
     assert [info.name for info in resadapt.list_adapters(model) if info.active] == []
 
 
@@ -399,7 +581,10 @@ def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     model = trained_tiny()
     resadapt.save_adapters(model, tmp_path / "with.safetensors")
     find, real = importlib.util.find_spec, builtins.__import__
-    monkeypatch.setattr("resadapt.files.container.find_spec", lambda name: None if name == "safetensors" else find(name))
+    monkeypatch.setattr(
+        "resadapt.files.container.find_spec",
+        lambda name: None if name == "safetensors" else find(name),
+    )
 
     def no_import(name: str, *args: Any) -> Any:
         if name.startswith("safetensors"):
@@ -461,8 +646,8 @@ def test_non_persistent_buffers_of_a_head_stay_at_home(path: Path) -> None:
     [
         ({"a": float("nan")}, "metadata is not JSON"),
         ({"a": torch.zeros(1)}, "metadata is not JSON"),
-        ({1: "a"}, "metadata would come back"),
-        ({"a": (1, 2)}, "metadata would come back"),
+        ({1: "a"}, "JSON would change metadata"),
+        ({"a": (1, 2)}, "JSON would change metadata"),
         ([1, 2], "metadata is list"),
         ("text", "metadata is str"),
     ],
@@ -480,7 +665,7 @@ def test_loading_a_state_dict_is_all_or_nothing_for_any_tensor() -> None:
     last = list(state)[-1]
     for wrong in (state[last].to("meta"), state[last].to_sparse()):
         changed = {key: value + 1 for key, value in state.items()} | {last: wrong}
-        with pytest.raises(resadapt.AdapterKeyError, match="sparse, quantized or without values"):
+        with pytest.raises(resadapt.AdapterKeyError, match="sparse, quantized or on the meta device"):
             resadapt.load_adapter_state_dict(model, changed)
         assert picture(model) == before
     with pytest.raises(resadapt.AdapterKeyError, match="state_dict is NoneType"):
@@ -488,7 +673,9 @@ def test_loading_a_state_dict_is_all_or_nothing_for_any_tensor() -> None:
 
 
 def test_loading_a_sets_own_tensors_in_another_order() -> None:
-    model = resadapt.inject_adapters(small_net(head=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), "c2", 2, head="head")
+    model = resadapt.inject_adapters(
+        small_net(head=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), "c2", 2, head="head"
+    )
     a, b = (layer.weight for layer in private(model, "head"))
     expected = b.detach().clone(), a.detach().clone()
     state = resadapt.adapter_state_dict(model) | {"head.head.0.weight": b, "head.head.1.weight": a}
@@ -509,14 +696,19 @@ def test_a_failed_load_keeps_gradients(path: Path) -> None:
 
 def test_how_adapters_start_and_drop_out_need_not_be_shared(path: Path) -> None:
     model = resadapt.inject_adapters(small_net(), "c2", 2, head="head", init="normal", dropout=0.5)
-    assert resadapt.list_adapters(model)[0].sites == resadapt.list_adapters(resadapt.inject_adapters(small_net(), "c2", 2))[0].sites
+    assert (
+        resadapt.list_adapters(model)[0].sites
+        == resadapt.list_adapters(resadapt.inject_adapters(small_net(), "c2", 2))[0].sites
+    )
     resadapt.save_adapters(model, path)
     assert resadapt.read_adapter_info(path).set.options == {}
     for options in ({}, {"init": "identity"}, {"dropout": 0.0}, {"init": "normal", "dropout": 0.9}):
         other = resadapt.inject_adapters(small_net(), "c2", 2, head="head", **options)
         resadapt.load_adapters(other, path)
         assert torch.equal(other.eval()(X), model.eval()(X))
-        assert other.c2.resadapt.default.dropout.p == options.get("dropout", 0.1), "the live set keeps its own"
+        assert other.c2.resadapt.default.dropout.p == options.get("dropout", 0.1), (
+            "the live set keeps its own"
+        )
         assert resadapt.verify_adapters(other, path, rebuild=small_net).ok
     assert resadapt.load_adapters(small_net(), path).c2.resadapt.default.dropout.p == 0.5
 
@@ -549,7 +741,9 @@ def test_loading_fails_before_gradients_are_gone(path: Path) -> None:
     plain = Fingerprint.of(dict(backbone.named_modules()), dict(backbone.state_dict()))
     data["backbone"] = plain.to_json()
     tensors["adapters.c2.up.weight"] += 1e-12
-    data["tensors"]["adapters.c2.up.weight"][2] = TensorRecord.of(tensors["adapters.c2.up.weight"]).sha256
+    data["tensors"]["adapters.c2.up.weight"][2] = TensorRecord.of(
+        tensors["adapters.c2.up.weight"]
+    ).sha256
     path.write_bytes(encode(data, tensors, "pt"))
     for model in (backbone, resadapt.inject_adapters(small_net(), "bn", 2, name="other")):
         model.eval()(X).sum().backward()

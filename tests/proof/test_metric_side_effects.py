@@ -1,4 +1,4 @@
-"""A metric may train, switch, freeze and fail: the model is afterwards what it was."""
+"""A metric may train, switch, freeze and fail: afterwards the model is what it was."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_verifying_changes_nothing_either(path: Path) -> None:
     model = two_sets()
     resadapt.save_adapters(model, path)
     before = picture(model)
-    with pytest.raises(resadapt.VerificationError, match=r"'new' is new.*is put back"):
+    with pytest.raises(resadapt.VerificationError, match=r"'new' was added.*is restored"):
         resadapt.verify_adapters(model, path, metric=_writes_everywhere)
     assert picture(model) == before
 

@@ -1,4 +1,4 @@
-"""The user's metric: taken of the live and of the reloaded model, compared, and found out when it changes what it measures."""
+"""The user's metric: of the live and the reloaded model; found out if it changes them."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_metric_that_changes_the_model_is_found_out(
 ) -> None:
     state = resadapt.adapter_state_dict(model)
     with pytest.raises(
-        resadapt.VerificationError, match=r"changed the live model.*is put back"
+        resadapt.VerificationError, match=r"changed the live model.*is restored"
     ) as caught:
         resadapt.save_adapters(model, path, metric=metric)
     assert not list(path.parent.iterdir())
@@ -125,7 +125,7 @@ def test_a_metric_that_moves_the_backbone_is_found_out(model: nn.Module, path: P
 
 def test_a_metric_that_prunes_is_found_out(model: nn.Module, path: Path) -> None:
     adapter = next(module for name, module in model.named_modules() if name.endswith("default.up"))
-    with pytest.raises(resadapt.VerificationError, match="cannot be put back"):
+    with pytest.raises(resadapt.VerificationError, match="cannot be restored"):
         resadapt.save_adapters(
             model,
             path,
@@ -152,7 +152,7 @@ def test_a_metric_that_changes_other_sets_is_found_out(path: Path, metric: Any) 
     model = two_sets()
     before = picture(model)
     with pytest.raises(
-        resadapt.VerificationError, match=r"changed the live model.*(is put back|is taken out)"
+        resadapt.VerificationError, match=r"changed the live model.*(is restored|is removed again)"
     ):
         resadapt.save_adapters(model, path, metric=metric)
     assert picture(model) == before

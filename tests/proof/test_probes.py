@@ -35,7 +35,7 @@ def test_probes_of_ones_own(model: nn.Module, path: Path) -> None:
     assert outcomes(resadapt.verify_adapters(model, path, probe=X))["recorded outputs"] == "passed"
     assert outcomes(resadapt.verify_adapters(model, path, probe={"x": X}))["outputs"] == "passed"
     report = resadapt.save_adapters(model, path, probe=X * float("nan"))
-    assert "NaN, which proves nothing" in report["outputs"].detail
+    assert "contain NaN" in report["outputs"].detail
     assert outcomes(report)["outputs"] == outcomes(report)["recorded outputs"] == "not checked"
     assert resadapt.read_adapter_info(path).probe is None
 
@@ -53,7 +53,7 @@ def test_outputs_that_are_never_the_same(path: Path) -> None:
 
     report = resadapt.save_adapters(resadapt.inject_adapters(Noisy(), "conv", 2), path)
     assert outcomes(report)["outputs"] == outcomes(report)["recorded outputs"] == "not checked"
-    assert "other outputs each time" in report["outputs"].detail
+    assert "outputs differ in each run" in report["outputs"].detail
 
 
 def record(outputs: dict[str, Tensor]) -> tuple[resadapt.types.ProbeRecord, dict[str, Tensor]]:
@@ -103,9 +103,8 @@ def test_recorded_outputs_of_other_kinds_than_floats() -> None:
     ):
         kept, stored = record({"output": one})
         assert compare_with_record(kept, stored, {"output": one})[1]
-        assert compare_with_record(kept, {"probe.output": one.resolve_conj()}, {"output": one})[
-            1
-        ], "as files of format 1 have it"
+        resolved = {"probe.output": one.resolve_conj()}
+        assert compare_with_record(kept, resolved, {"output": one})[1]
         assert not compare_with_record(kept, stored, {"output": other})[1]
     kept, stored = record({"output": torch.ones(3)})
     assert not compare_with_record(

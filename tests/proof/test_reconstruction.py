@@ -1,4 +1,4 @@
-"""What a proof stands on: a backbone built afresh, or a copy of the live model, and then what the copy may share is said."""
+"""What a proof stands on: a backbone built afresh, or a copy and what it may share."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def test_without_rebuild_the_report_says_that_a_copy_served(path: Path) -> None:
     assert report["reconstruction"] == resadapt.types.Check(
         "reconstruction",
         "not checked",
-        "a copy of the live model; pass rebuild= to prove that the backbone can be built without it",
+        "a copy of the live model; pass rebuild= to verify on a backbone built "
+        "without it",
     )
     assert report.ok
     assert outcomes(report)["outputs"] == "passed"
@@ -91,7 +92,9 @@ def test_a_rebuild_that_seeds_everything_disturbs_no_generator(path: Path) -> No
     expected = random.random(), np.random.rand()
     random.seed(5)
     np.random.seed(5)
-    resadapt.save_adapters(model, path, rebuild=rebuild, metric=lambda m: random.random() + np.random.rand())
+    resadapt.save_adapters(
+        model, path, rebuild=rebuild, metric=lambda m: random.random() + np.random.rand()
+    )
     assert (random.random(), np.random.rand()) == expected
 
 
@@ -151,9 +154,13 @@ def test_a_rebuilt_backbone_that_does_not_take_the_probe(path: Path) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("replace", [_by_closure, _by_partial, _by_autocast, _by_compile, _in_a_child, _by_method])
+@pytest.mark.parametrize(
+    "replace", [_by_closure, _by_partial, _by_autocast, _by_compile, _in_a_child, _by_method]
+)
 @pytest.mark.parametrize("early", [False, True])
-def test_a_forward_replaced_on_the_instance_proves_nothing(replace: Callable[[Any], None], early: bool, path: Path) -> None:
+def test_a_forward_replaced_on_the_instance_proves_nothing(
+    replace: Callable[[Any], None], early: bool, path: Path
+) -> None:
     model = small_net()
     if early:
         replace(model)
@@ -166,14 +173,17 @@ def test_a_forward_replaced_on_the_instance_proves_nothing(replace: Callable[[An
         assert "was replaced on the instance" in report[name].detail
     if replace is _by_autocast:
         with pytest.raises(
-            resadapt.VerificationError, match=r"outputs +failed +.* differ on the probe: the replaced forward of 'the model'"
+            resadapt.VerificationError,
+            match=r"outputs +failed +.* differ on the probe: was the forward of 'the model' changed",
         ):
             resadapt.save_adapters(model, path, probe=X, rebuild=small_net)
     assert "'c2'" in report["outputs"].detail or "'the model'" in report["outputs"].detail
     assert outcomes(report)["tensors"] == "passed"
 
 
-def test_a_replaced_forward_that_answers_differently_fails_on_a_rebuilt_backbone(path: Path) -> None:
+def test_a_replaced_forward_that_answers_differently_fails_on_a_rebuilt_backbone(
+    path: Path,
+) -> None:
     model = trained()
     forward = model.forward
     model.forward = lambda x: 2 * forward(x)
@@ -184,7 +194,10 @@ def test_a_replaced_forward_that_answers_differently_fails_on_a_rebuilt_backbone
     assert (report["outputs"].outcome, report["metric"].outcome) == ("failed", "failed")
     assert not path.exists()
     model.forward = lambda x: forward(x)
-    assert set(outcomes(resadapt.save_adapters(model, path, rebuild=small_net)).values()) == {"passed", "not checked"}
+    assert set(outcomes(resadapt.save_adapters(model, path, rebuild=small_net)).values()) == {
+        "passed",
+        "not checked",
+    }
     assert outcomes(resadapt.verify_adapters(model, path, rebuild=small_net))["outputs"] == "passed"
 
 
@@ -214,12 +227,18 @@ def _hook(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [_attribute, _hook])
-def test_state_that_only_the_live_model_has_is_found_on_a_rebuilt_backbone(change: Callable[[Any], None], path: Path) -> None:
+def test_state_that_only_the_live_model_has_is_found_on_a_rebuilt_backbone(
+    change: Callable[[Any], None], path: Path
+) -> None:
     model = resadapt.inject_adapters(scaled(), "conv", 2)
     change(model)
     copied = resadapt.save_adapters(model, path)
-    assert outcomes(copied)["reconstruction"] == "not checked", "a copy has that state too, and the report says that it is one"
-    with pytest.raises(resadapt.VerificationError, match=r"outputs +failed +live and reloaded model differ"):
+    assert outcomes(copied)["reconstruction"] == "not checked", (
+        "a copy has that state too, and the report says that it is one"
+    )
+    with pytest.raises(
+        resadapt.VerificationError, match=r"outputs +failed +live and reloaded model differ"
+    ):
         resadapt.save_adapters(model, path, rebuild=scaled)
     assert not resadapt.verify_adapters(model, path, rebuild=scaled).ok
 
@@ -227,11 +246,16 @@ def test_state_that_only_the_live_model_has_is_found_on_a_rebuilt_backbone(chang
 def test_a_hook_that_runs_a_part_of_the_live_model(path: Path) -> None:
     model = resadapt.inject_adapters(small_net(), "c2", 2)
     live = model.conv
-    model.bn.register_forward_hook(lambda _module, args, output: output + live(torch.ones(1, 3, 3, 3)).mean())
+    model.bn.register_forward_hook(
+        lambda _module, args, output: output + live(torch.ones(1, 3, 3, 3)).mean()
+    )
     report = resadapt.save_adapters(model, path, metric=lambda m: m(X).sum())
     for name in ("outputs", "recorded outputs", "metric"):
         assert outcomes(report)[name] == "not checked"
-        assert "modules of the live model ran while the reloaded model was run ('conv')" in report[name].detail
+        assert (
+            "modules of the live model ran while the reloaded model ran ('conv')"
+            in report[name].detail
+        )
     assert outcomes(resadapt.verify_adapters(small_net(), path))["recorded outputs"] == "failed", (
         "the plain one answers differently"
     )
@@ -247,10 +271,13 @@ def test_a_metric_that_knows_the_live_model_proves_nothing(path: Path) -> None:
     ):
         report = resadapt.save_adapters(model, path, metric=metric)
         assert outcomes(report)["metric"] == "not checked"
-        assert "ran when the metric was given the reloaded one" in report["metric"].detail
+        assert "ran while the metric ran on the reloaded model" in report["metric"].detail
         assert outcomes(report)["outputs"] == "passed"
     assert picture(model) == before
-    assert outcomes(resadapt.save_adapters(model, path, metric=lambda m: m(X).sum()))["metric"] == "passed"
+    assert (
+        outcomes(resadapt.save_adapters(model, path, metric=lambda m: m(X).sum()))["metric"]
+        == "passed"
+    )
 
 
 class Shared(nn.Sequential):
@@ -272,7 +299,10 @@ def test_a_backbone_that_deepcopy_shares_is_not_changed_by_saving(path: Path) ->
     resadapt.inject_adapters(model, "backbone", 2)
     model(X)
     injected = picture(model)
-    with pytest.raises(resadapt.VerificationError, match=r"copy.deepcopy of the live model shares 'backbone'.*: pass rebuild="):
+    with pytest.raises(
+        resadapt.VerificationError,
+        match=r"copy.deepcopy of the live model shares 'backbone'.*: pass rebuild=",
+    ):
         resadapt.save_adapters(model, path)
     assert not list(path.parent.iterdir())
     assert resadapt.save_adapters(model, path, rebuild=sharing).ok
@@ -299,11 +329,14 @@ def _with_memory(model: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("share", [lambda model: model, _with_parts, _with_memory])
-def test_a_rebuild_that_returns_parts_of_the_live_model(share: Callable[[Any], nn.Module], path: Path) -> None:
+def test_a_rebuild_that_returns_parts_of_the_live_model(
+    share: Callable[[Any], nn.Module], path: Path
+) -> None:
     model = trained()
     before = picture(model)
     with pytest.raises(
-        resadapt.AdapterError, match=r"rebuild\(\) returned a model that shares|rebuild returned a model with adapters"
+        resadapt.AdapterError,
+        match=r"rebuild\(\) returned a model that shares|rebuild returned a model with adapters",
     ):
         resadapt.save_adapters(model, path, rebuild=lambda: share(model))
     assert not list(path.parent.iterdir())
@@ -320,7 +353,9 @@ def test_a_rebuild_that_returns_parts_of_the_live_model(share: Callable[[Any], n
         (lambda: small_resnet(), resadapt.VerificationError, r"backbone +failed"),
     ],
 )
-def test_a_rebuild_that_builds_no_such_backbone(rebuild: Any, error: type[Exception], message: str, path: Path) -> None:
+def test_a_rebuild_that_builds_no_such_backbone(
+    rebuild: Any, error: type[Exception], message: str, path: Path
+) -> None:
     model = trained()
     before = picture(model)
     for call in (resadapt.save_adapters, resadapt.verify_adapters):
@@ -357,7 +392,9 @@ def _wrapped(model: Any) -> Any:
 
 @pytest.mark.parametrize("compile", [_compiled_in_place, _compiled_block, _wrapped_block, _wrapped])
 @pytest.mark.parametrize("early", [False, True])
-def test_compiled_models_are_proven_by_their_eager_forward(compile: Callable[[Any], Any], early: bool, path: Path) -> None:
+def test_compiled_models_are_proven_by_their_eager_forward(
+    compile: Callable[[Any], Any], early: bool, path: Path
+) -> None:
     torch._dynamo.reset()
     model = small_net()
     if early and compile is not _wrapped:
@@ -369,7 +406,9 @@ def test_compiled_models_are_proven_by_their_eager_forward(compile: Callable[[An
     seen: list[int] = []
     model.eval()
     expected = model(X)
-    report = resadapt.save_adapters(model, path, metric=lambda m: seen.append(1) or m(X).sum(), rebuild=small_net)
+    report = resadapt.save_adapters(
+        model, path, metric=lambda m: seen.append(1) or m(X).sum(), rebuild=small_net
+    )
     assert set(outcomes(report).values()) == {"passed"}
     assert len(seen) == 2
     assert resadapt.save_adapters(model, path)["outputs"].outcome == "passed", "on a copy too"
@@ -407,7 +446,11 @@ def test_saving_in_two_threads_leaves_compilation_as_it_was(tmp_path: Path) -> N
 
     models = [trained(), trained()]  # not in the threads, which share torch's random state
     saves = [
-        threading.Thread(target=resadapt.save_adapters, args=(model, tmp_path / f"{metric.__name__}.pt"), kwargs={"metric": metric})
+        threading.Thread(
+            target=resadapt.save_adapters,
+            args=(model, tmp_path / f"{metric.__name__}.pt"),
+            kwargs={"metric": metric},
+        )
         for model, metric in zip(models, (first, second), strict=True)
     ]
     saves[0].start()
@@ -454,7 +497,9 @@ def test_a_forward_that_moves_weights_is_found_out(path: Path) -> None:
 
 
 def test_what_is_done_to_the_copy_stays_with_it(path: Path) -> None:
-    """By a metric, and by a forward that moves weights, every other time or when a plain model is only looked at."""
+    """By a metric, and by a forward that moves weights, every other time or when a plain model is
+    only looked at.
+    """
     model = trained()
     before = picture(model)
 
@@ -495,7 +540,9 @@ class Fragile(nn.Conv2d):
 
 
 def test_a_copy_with_other_weights_is_compared(path: Path) -> None:
-    """Digests of the live model's weights are taken for those of the copy's only where both are the same memory."""
+    """Digests of the live model's weights are taken for those of the copy's only where both are the
+    same memory.
+    """
     model = small_net()
     model.c2 = Fragile(4, 4, 1)
     resadapt.inject_adapters(model, "conv", 2)
@@ -503,7 +550,9 @@ def test_a_copy_with_other_weights_is_compared(path: Path) -> None:
         resadapt.save_adapters(model, path)
 
 
-def test_a_failing_proof_stays_one_when_the_metric_leaves_something_on_the_reloaded_model(path: Path) -> None:
+def test_a_failing_proof_stays_one_when_the_metric_leaves_something_on_the_reloaded_model(
+    path: Path,
+) -> None:
     model = resadapt.inject_adapters(small_net(), "c2", 2)
     model.c2.register_forward_hook(lambda *args: args[2] + 1)  # the file does not carry it
 
@@ -532,7 +581,10 @@ def test_a_metric_that_changes_the_live_model_when_it_is_called_again(path: Path
         with pytest.raises(error):
             resadapt.save_adapters(model, path, rebuild=small_net, metric=metric)
         assert not list(path.parent.iterdir())
-        assert all(torch.equal(tensor, state[key]) for key, tensor in resadapt.adapter_state_dict(model).items())
+        assert all(
+            torch.equal(tensor, state[key])
+            for key, tensor in resadapt.adapter_state_dict(model).items()
+        )
 
 
 def test_a_parametrized_norm_stays_frozen_when_a_copy_is_made_plain(path: Path) -> None:

@@ -40,7 +40,7 @@ def test_what_was_not_checked_says_so(model: nn.Module, path: Path) -> None:
     assert set(outcomes(report).values()) == {"not checked"}
     assert not report.ok
     plain = resadapt.verify_adapters(net(), path)
-    with pytest.raises(resadapt.AdapterError, match="Load the file first, or leave out metric="):
+    with pytest.raises(resadapt.AdapterError, match="Load the file first, or remove metric="):
         resadapt.verify_adapters(net(), path, metric=lambda m: 1.0)
     assert outcomes(plain) == {
         "file": "passed",
@@ -65,14 +65,16 @@ def test_what_was_not_checked_says_so(model: nn.Module, path: Path) -> None:
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 30 * 30, 2)), "0", 2
     )
     report = resadapt.save_adapters(fixed, path)
-    assert "does not take the input" in report["outputs"].detail
+    assert "does not accept the generated input" in report["outputs"].detail
     assert outcomes(resadapt.save_adapters(fixed, path, probe=X))["outputs"] == "passed"
 
 
 def test_what_the_file_cannot_carry_is_found_out(
     model: nn.Module, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A family whose function depends on something that is not in the file: the old way to lose half an F1."""
+    """A family whose function depends on something that is not in the file: the old way to lose
+    half an F1.
+    """
     resadapt.save_adapters(model, path)
     saved = path.read_bytes()
     scale = [2.0]
