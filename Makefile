@@ -27,7 +27,7 @@ demo: $(STAMP)  ## the codec example from data to pictures, at most 10 minutes
 	rm -rf runs/demo
 	"$(BIN)/python" examples/codec/demo.py
 
-study: $(STAMP)  ## the whole codec study, into examples/codec/results: hours on two cores, resumable
+study: $(STAMP)  ## the whole codec study, into examples/codec/results: hours, resumable
 	"$(BIN)/python" examples/codec/study.py
 
 quick: static  ## formatting, lint, types, layering and the fast tests: under two minutes

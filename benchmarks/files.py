@@ -24,7 +24,10 @@ ROUNDS = 15
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Median seconds of each way; what is changed by one is made anew for it, outside of its time."""
+    """Median seconds of each way.
+
+    What a way changes is made anew for it, outside of its time.
+    """
     plain = resnet18(num_classes=CLASSES)
     adapted = inject_adapters(copy.deepcopy(plain), bottleneck=64, head="fc")
     save_adapters(adapted, folder / "set.pt")
@@ -35,10 +38,16 @@ def measure(folder: Path) -> dict[str, float]:
 
     return timed(
         {
-            "torch.save of the whole model": lambda: torch.save(plain.state_dict(), folder / "whole.pt"),
-            "inject": partial(on_a_fresh_one, lambda model: inject_adapters(model, bottleneck=64, head="fc")),
+            "torch.save of the whole model": lambda: torch.save(
+                plain.state_dict(), folder / "whole.pt"
+            ),
+            "inject": partial(
+                on_a_fresh_one, lambda model: inject_adapters(model, bottleneck=64, head="fc")
+            ),
             "save and prove": lambda: save_adapters(adapted, folder / "proven.pt"),
-            "save, not proven": lambda: save_adapters(adapted, folder / "unproven.pt", verify=False),
+            "save, not proven": lambda: save_adapters(
+                adapted, folder / "unproven.pt", verify=False
+            ),
             "load": partial(on_a_fresh_one, lambda model: load_adapters(model, folder / "set.pt")),
         },
         ROUNDS,
@@ -48,8 +57,13 @@ def measure(folder: Path) -> dict[str, float]:
 def table(result: dict[str, Any]) -> str:
     """The figures in Markdown."""
     whole = result["seconds"]["torch.save of the whole model"]
-    rows = ([name, f"{1000 * seconds:.0f} ms", f"{seconds / whole:.1f}"] for name, seconds in result["seconds"].items())
-    return f"{result['what']}. {result['machine']}\n\n{markdown(('', 'time', 'of torch.save'), rows)}"
+    rows = (
+        [name, f"{1000 * seconds:.0f} ms", f"{seconds / whole:.1f}"]
+        for name, seconds in result["seconds"].items()
+    )
+    return (
+        f"{result['what']}. {result['machine']}\n\n{markdown(('', 'time', 'of torch.save'), rows)}"
+    )
 
 
 def main() -> None:
@@ -58,7 +72,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds = measure(Path(folder))
     result = {
-        "what": "ResNet-18, pooled adapters with a bottleneck of 64 after the four stages, and a head",
+        "what": "ResNet-18, pooled adapters with a bottleneck of 64 after the four stages, "
+        "and a head",
         "machine": machine(torch.get_num_threads(), ROUNDS),
         "seconds": seconds,
     }

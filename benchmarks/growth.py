@@ -33,7 +33,10 @@ def resnet(depth: int) -> nn.Module:
 
 def saved(depth: int, images: Tensor) -> dict[str, float]:
     """Bytes that a forward pass keeps for the backward pass."""
-    return {way: bytes_saved(WAYS[way](resnet(depth)).train(), images)[0] for way in (FULL, PLAIN, OPTIMIZED)}
+    return {
+        way: bytes_saved(WAYS[way](resnet(depth)).train(), images)[0]
+        for way in (FULL, PLAIN, OPTIMIZED)
+    }
 
 
 def with_depth(depths: Iterable[int], size: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -61,7 +64,10 @@ def with_batch(batches: Iterable[int], size: int) -> dict[str, dict[str, float]]
 
 
 def with_sets(counts: Sequence[int], size: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of a forward pass, a switch, one more injection and a save, and the bytes of all parameters."""
+    """Seconds of a forward pass, a switch, one more injection and a save.
+
+    With them come the bytes of all parameters.
+    """
     model, images = resnet(18), torch.randn(1, 3, size, size)
     found: dict[str, dict[str, float]] = {}
     for number in range(max(counts)):
@@ -75,7 +81,11 @@ def with_sets(counts: Sequence[int], size: int, rounds: int) -> dict[str, dict[s
             "forward": partial(forward, model.eval(), images),
         }
         with tempfile.TemporaryDirectory() as folder:
-            seconds = timed(switches | {"save": partial(save_adapters, model, Path(folder) / "set.pt", name="set0")}, rounds)
+            seconds = timed(
+                switches
+                | {"save": partial(save_adapters, model, Path(folder) / "set.pt", name="set0")},
+                rounds,
+            )
         found[str(count)] = seconds | {"bytes": sum(p.nbytes for p in model.parameters())}
     return found
 
@@ -91,15 +101,28 @@ def table(result: dict[str, Any]) -> str:
 
     ways = (FULL, PLAIN, OPTIMIZED)
     depth = markdown(
-        ("depth", *(f"saved, {way}" for way in ways), "inject", "save and prove", "torch.save of the whole model"),
-        ([name, *mib(row, *ways), *milliseconds(row, "inject", "save", "whole")] for name, row in result["depth"].items()),
+        (
+            "depth",
+            *(f"saved, {way}" for way in ways),
+            "inject",
+            "save and prove",
+            "torch.save of the whole model",
+        ),
+        (
+            [name, *mib(row, *ways), *milliseconds(row, "inject", "save", "whole")]
+            for name, row in result["depth"].items()
+        ),
     )
     batch = markdown(
-        ("batch", *(f"saved, {way}" for way in ways)), ([name, *mib(row, *ways)] for name, row in result["batch"].items())
+        ("batch", *(f"saved, {way}" for way in ways)),
+        ([name, *mib(row, *ways)] for name, row in result["batch"].items()),
     )
     sets = markdown(
         ("sets", "switch", "forward", "save and prove one", "model in memory"),
-        ([name, *milliseconds(row, "switch", "forward", "save"), *mib(row, "bytes")] for name, row in result["sets"].items()),
+        (
+            [name, *milliseconds(row, "switch", "forward", "save"), *mib(row, "bytes")]
+            for name, row in result["sets"].items()
+        ),
     )
     return "\n".join([f"{result['what']}. {result['machine']}\n", depth, batch, sets])
 
@@ -109,8 +132,8 @@ def main() -> None:
     options = command_line(__doc__, 5).parse_args()
     result = {
         "what": (
-            f"ResNets, pooled adapters with a bottleneck of 64 after the four stages and a head, pictures of {SIZE} pixels. "
-            "By depth with 2 pictures; by batch and sets ResNet-18"
+            "ResNets, pooled adapters with a bottleneck of 64 after the four stages and a head, "
+            f"pictures of {SIZE} pixels. By depth with 2 pictures; by batch and sets ResNet-18"
         ),
         "machine": machine(1, options.rounds),
         "depth": with_depth(DEPTHS, SIZE, options.rounds),

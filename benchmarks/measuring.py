@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resadapt.base.nested import named_in
+from resadapt.base.inputs import named_in
 from resadapt.base.overlay import FOLDED
 
 Key = TypeVar("Key")
@@ -40,7 +40,10 @@ def timed(ways: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, float
 
 
 def step(forward: Callable[[Any], Tensor], inputs: Any, labels: Tensor) -> None:
-    """Forward and backward; the optimizer's time is left out, which only full fine-tuning would notice."""
+    """Forward and backward.
+
+    The optimizer's time is left out, which only full fine-tuning would notice.
+    """
     torch.autograd.backward(F.cross_entropy(forward(inputs), labels))
 
 
@@ -51,7 +54,10 @@ def forward(model: nn.Module, images: Tensor) -> None:
 
 
 def bytes_saved(model: nn.Module, images: Tensor) -> tuple[int, Any]:
-    """Bytes that the forward pass keeps for the backward pass, besides the input and the constants of the model; and its output."""
+    """Bytes that the forward pass keeps for the backward pass, and its output.
+
+    The input and the constants of the model do not count.
+    """
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -62,7 +68,9 @@ def bytes_saved(model: nn.Module, images: Tensor) -> tuple[int, Any]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(images)
     for node in _graph_of(output):
-        for value in getattr(node, "__dict__", {}).values():  # where a function of one's own keeps what hooks do not see
+        for value in getattr(
+            node, "__dict__", {}
+        ).values():  # where a function of one's own keeps what hooks do not see
             if isinstance(value, Tensor):
                 pack(value)
     for tensor in (images, *model.parameters(), *model.buffers(), *_folded(model)):
@@ -80,7 +88,9 @@ def _graph_of(output: Any) -> set[Any]:
     waiting = [tensor.grad_fn for _, tensor in named_in(output) if tensor.grad_fn is not None]
     seen = set(waiting)
     while waiting:
-        fresh = {following for following, _ in waiting.pop().next_functions if following is not None} - seen
+        fresh = {
+            following for following, _ in waiting.pop().next_functions if following is not None
+        } - seen
         seen |= fresh
         waiting += fresh
     return seen
@@ -110,7 +120,9 @@ def alone(function: Callable[..., Any], *args: Any) -> Any:
 def markdown(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table."""
     cells = list(heading)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (cells, ["---"] * len(cells), *rows)) + "\n"
+    return (
+        "\n".join(f"| {' | '.join(row)} |" for row in (cells, ["---"] * len(cells), *rows)) + "\n"
+    )
 
 
 def machine(cores: int, rounds: int) -> str:

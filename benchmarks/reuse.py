@@ -1,4 +1,6 @@
-"""What is computed once: features before a late first adapter, for all epochs; and what several sets share.
+"""What is computed once: features before a late first adapter, and what several sets share.
+
+The features serve all epochs.
 
 $ .venv/bin/python benchmarks/reuse.py
 """
@@ -16,7 +18,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 from ways import CLASSES
 
-from resadapt import cache_prefix, forward_all, inject_adapters, optimize_backbone, set_active_adapters
+from resadapt import (
+    cache_prefix,
+    forward_all,
+    inject_adapters,
+    optimize_backbone,
+    set_active_adapters,
+)
 
 BATCH, SIZE = 8, 224
 SETS = (1, 4, 16, 64)
@@ -29,9 +37,17 @@ def last_stage() -> nn.Module:
 
 
 def steps(batch: int, size: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a training step with adapters after the last stage, in several ways; and of keeping the features."""
+    """Median seconds of a training step with adapters after the last stage, in several ways.
+
+    And of keeping the features.
+    """
     images, labels = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
-    full, plain, optimized, cached = resnet18(num_classes=CLASSES).train(), last_stage(), last_stage(), last_stage()
+    full, plain, optimized, cached = (
+        resnet18(num_classes=CLASSES).train(),
+        last_stage(),
+        last_stage(),
+        last_stage(),
+    )
     optimize_backbone(optimized)
     data = TensorDataset(images, labels)
     cache = cache_prefix(cached, data, batch_size=batch)
@@ -50,7 +66,10 @@ def steps(batch: int, size: int, rounds: int) -> dict[str, float]:
 
 @torch.no_grad()
 def sets(batch: int, size: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of the outputs of several sets with adapters after the last stage, together and one after another."""
+    """Median seconds of the outputs of several sets, together and one after another.
+
+    Their adapters are after the last stage.
+    """
     images = torch.randn(batch, 3, size, size)
     model = resnet18(num_classes=CLASSES).eval()
     found: dict[str, dict[str, float]] = {}
@@ -77,13 +96,24 @@ def table(result: dict[str, Any]) -> str:
     full = result["steps"]["full fine-tuning"]
     steps = markdown(
         ("training", "step", "full fine-tuning takes"),
-        ([name, f"{1000 * s:.1f} ms", f"{full / s:.1f} times as long"] for name, s in result["steps"].items()),
+        (
+            [name, f"{1000 * s:.1f} ms", f"{full / s:.1f} times as long"]
+            for name, s in result["steps"].items()
+        ),
     )
-    taken = ((count, row["one after another"], row["forward_all"]) for count, row in result["sets"].items())
+    taken = (
+        (count, row["one after another"], row["forward_all"])
+        for count, row in result["sets"].items()
+    )
     sets = markdown(
         ("sets", "one after another", "`forward_all`", ""),
         (
-            [count, f"{1000 * apart:.0f} ms", f"{1000 * together:.0f} ms", f"{together / apart:.2f}"]
+            [
+                count,
+                f"{1000 * apart:.0f} ms",
+                f"{1000 * together:.0f} ms",
+                f"{together / apart:.2f}",
+            ]
             for count, apart, together in taken
         ),
     )
@@ -94,7 +124,8 @@ def main() -> None:
     """Measure, and write JSON and a table."""
     options = command_line(__doc__, 7).parse_args()
     result = {
-        "what": f"ResNet-18, adapters after the last stage and a head, {BATCH} pictures of {SIZE} pixels, float32",
+        "what": f"ResNet-18, adapters after the last stage and a head, {BATCH} pictures of {SIZE} "
+        "pixels, float32",
         "machine": machine(1, options.rounds),
         "steps": steps(BATCH, SIZE, options.rounds),
         "sets": sets(BATCH, SIZE, min(options.rounds, 3)),

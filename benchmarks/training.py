@@ -2,8 +2,8 @@
 
 $ .venv/bin/python benchmarks/training.py
 
-All ways take turns, so that what else the machine does falls on all of them; figures are medians of the rounds. The peak is that of
-a process which does nothing else.
+All ways take turns, so that what else the machine does falls on all of them; figures are medians of
+the rounds. The peak is that of a process which does nothing else.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Setting:
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Pictures and labels."""
-        return torch.randn(self.batch, self.channels, self.size, self.size), torch.randint(CLASSES, (self.batch,))
+        return torch.randn(self.batch, self.channels, self.size, self.size), torch.randint(
+            CLASSES, (self.batch,)
+        )
 
 
 SETTINGS = (
@@ -79,7 +81,10 @@ class Convolutions(TorchDispatchMode):
 
 
 def bound(backbone: nn.Module, images: Tensor) -> Callable[[], object]:
-    """The least that a step could take: the folded forward, and gradients of the inputs of convolutions behind the first site."""
+    """The least that a step could take.
+
+    The folded forward, and gradients of the inputs of convolutions behind the first site.
+    """
     model, record = optimized(backbone).eval(), Convolutions()
     with torch.no_grad(), record:
         model(images)
@@ -89,9 +94,30 @@ def bound(backbone: nn.Module, images: Tensor) -> Callable[[], object]:
 
     def run() -> None:
         forward(model, images)
-        for output, x, weight, _bias, stride, padding, dilation, _transposed, _output_padding, groups in behind:
+        for (
+            output,
+            x,
+            weight,
+            _bias,
+            stride,
+            padding,
+            dilation,
+            _transposed,
+            _output_padding,
+            groups,
+        ) in behind:
             torch.ops.aten.convolution_backward(
-                output, x, weight, None, stride, padding, dilation, False, [0, 0], groups, (True, False, False)
+                output,
+                x,
+                weight,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0, 0],
+                groups,
+                (True, False, False),
             )
 
     return run
@@ -117,7 +143,9 @@ def measure(setting: Setting, rounds: int, peaks: bool = True) -> dict[str, dict
     )
     saved = {way: bytes_saved(model, images)[0] for way, model in models.items()}
     evaluated = {"plain": BACKBONES[setting.backbone](), **models}
-    forwards = timed({way: partial(forward, model.eval(), images) for way, model in evaluated.items()}, rounds)
+    forwards = timed(
+        {way: partial(forward, model.eval(), images) for way, model in evaluated.items()}, rounds
+    )
     return {
         way: {
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -170,7 +198,9 @@ def main() -> None:
     options = command_line(__doc__, 7).parse_args()
     result = {
         "machine": machine(1, options.rounds),
-        "settings": [{"setting": asdict(each), "ways": measure(each, options.rounds)} for each in SETTINGS],
+        "settings": [
+            {"setting": asdict(each), "ways": measure(each, options.rounds)} for each in SETTINGS
+        ],
     }
     report("training", result, table(result))
 

@@ -1,4 +1,6 @@
-"""A training step with adapters at other sites, and of each family at one percent of the parameters, plain and optimized.
+"""A training step with adapters at other sites, and one of each family, plain and optimized.
+
+Each family gets one percent of the parameters.
 
 $ .venv/bin/python benchmarks/variants.py
 """
@@ -16,11 +18,21 @@ from measuring import MIB, bytes_saved, command_line, machine, markdown, report,
 from torch import nn
 from ways import BACKBONES, CLASSES, FULL, STAGES
 
-from resadapt import count_parameters, inject_adapters, optimize_backbone, save_adapters, suggest_layers
+from resadapt import (
+    count_parameters,
+    inject_adapters,
+    optimize_backbone,
+    save_adapters,
+    suggest_layers,
+)
 
 BATCH, SIZE, SHARE = 8, 224, 0.01
 CONVOLUTIONS, BLOCKS = "layer*.*.conv*", "layer*.*"
-SITES: dict[str, tuple[str, ...]] = {"all four stages": STAGES, "last two": STAGES[2:], "last one": STAGES[3:]}
+SITES: dict[str, tuple[str, ...]] = {
+    "all four stages": STAGES,
+    "last two": STAGES[2:],
+    "last one": STAGES[3:],
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "pooled": ("layer*", {}),
     "series": ("layer[12].*.conv*", {}),
@@ -33,33 +45,52 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ssf": ("layer*.*.bn*", {}),
     "mona": (BLOCKS, {}),
 }
-"""Sites of each, of which those are taken that fit the share, with the widths that do; those without a width have sites that do."""
+"""Sites of each, of which those are taken that fit the share, with the widths that do.
+
+Those without a width have sites that do.
+"""
 
 
 def models() -> dict[tuple[str, str], nn.Module]:
     """What is measured, by table and row."""
     new = BACKBONES["ResNet-18"]
-    found = {("sites", name): inject_adapters(new(), layers, bottleneck=64, head="fc") for name, layers in SITES.items()}
+    found = {
+        ("sites", name): inject_adapters(new(), layers, bottleneck=64, head="fc")
+        for name, layers in SITES.items()
+    }
     for name, (layers, options) in FAMILIES.items():
         family, backbone = name.split(",", maxsplit=1)[0], new()
         chosen = suggest_layers(backbone, SHARE, family=family, layers=layers, **options)
-        found["families", name] = inject_adapters(backbone, chosen, family=family, head="fc", **options)
+        found["families", name] = inject_adapters(
+            backbone, chosen, family=family, head="fc", **options
+        )
     return found
 
 
 def measure(rounds: int, batch: int = BATCH, size: int = SIZE) -> dict[str, Any]:
     """The figures of each, plain and optimized, all in one run."""
     images, labels = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
-    full, plain, lean = BACKBONES["ResNet-18"](), models(), {key: optimize_backbone(model) for key, model in models().items()}
+    full, plain, lean = (
+        BACKBONES["ResNet-18"](),
+        models(),
+        {key: optimize_backbone(model) for key, model in models().items()},
+    )
 
     def run(model: nn.Module) -> Callable[[], object]:
         return partial(step, model.train(), images, labels)
 
     seconds = timed(
-        {(FULL,): run(full)} | {(*key, way): run(ways[key]) for key in plain for way, ways in (("plain", plain), ("lean", lean))},
+        {(FULL,): run(full)}
+        | {
+            (*key, way): run(ways[key])
+            for key in plain
+            for way, ways in (("plain", plain), ("lean", lean))
+        },
         rounds,
     )
-    found: dict[str, Any] = {"full": {"step_s": seconds[FULL,], "bytes_saved": bytes_saved(full, images)[0]}}
+    found: dict[str, Any] = {
+        "full": {"step_s": seconds[FULL,], "bytes_saved": bytes_saved(full, images)[0]}
+    }
     for (part, name), model in plain.items():
         found.setdefault(part, {})[name] = {
             "adapters": count_parameters(model).adapters,
@@ -87,14 +118,22 @@ def table(result: dict[str, Any]) -> str:
     def cells(name: str, row: dict[str, float]) -> Iterable[str]:
         yield from (name, f"{row['adapters']:,}")
         yield from (f"{row[key] / full['step_s']:.2f}" for key in ("step_s", "optimized_step_s"))
-        yield from (f"{row[key] / full['bytes_saved']:.3f}" for key in ("bytes_saved", "optimized_bytes_saved"))
+        yield from (
+            f"{row[key] / full['bytes_saved']:.3f}"
+            for key in ("bytes_saved", "optimized_bytes_saved")
+        )
         yield f"{row['file_bytes'] / MIB:.2f} MiB"
 
     tables = [
-        markdown((part, *heading), (cells(name, row) for name, row in result["figures"][part].items()))
+        markdown(
+            (part, *heading), (cells(name, row) for name, row in result["figures"][part].items())
+        )
         for part in ("sites", "families")
     ]
-    about = f"Full fine-tuning: {1000 * full['step_s']:.0f} ms a step, {full['bytes_saved'] / MIB:.1f} MiB saved for backward."
+    about = (
+        f"Full fine-tuning: {1000 * full['step_s']:.0f} ms a step, "
+        f"{full['bytes_saved'] / MIB:.1f} MiB saved for backward."
+    )
     return "\n".join([f"{result['what']}. {result['machine']} {about}\n", *tables])
 
 

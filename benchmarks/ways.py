@@ -8,7 +8,9 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -38,17 +40,26 @@ def full(backbone: nn.Module) -> nn.Module:
 
 
 def by_hand(backbone: nn.Module) -> nn.Module:
-    """As the study wrote it: gradients switched off, pooled adapters called after the stages, norms left in training."""
+    """As the study wrote it.
+
+    Gradients switched off, pooled adapters called after the stages, norms left in training.
+    """
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name.startswith("fc."))
     adapters = nn.ModuleDict()
     for name in STAGES:
         stage = backbone.get_submodule(name)
-        channels = [module.num_features for module in stage.modules() if isinstance(module, nn.BatchNorm2d)][-1]
-        adapter = nn.Sequential(nn.Linear(channels, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, channels))
+        channels = [
+            module.num_features for module in stage.modules() if isinstance(module, nn.BatchNorm2d)
+        ][-1]
+        adapter = nn.Sequential(
+            nn.Linear(channels, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, channels)
+        )
         adapters[name] = adapter
 
-        def add(_module: nn.Module, _args: object, output: Tensor, adapter: nn.Module = adapter) -> Tensor:
+        def add(
+            _module: nn.Module, _args: object, output: Tensor, adapter: nn.Module = adapter
+        ) -> Tensor:
             change: Tensor = adapter(output.mean((2, 3)))
             return output + change[:, :, None, None]
 
@@ -65,7 +76,9 @@ def hooks(backbone: nn.Module) -> nn.Module:
 def checkpointed(backbone: nn.Module) -> nn.Module:
     """The same, with the activations of every block computed anew in the backward pass."""
     model = hooks(backbone)
-    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, BasicBlock | Bottleneck))
+    apply_activation_checkpointing(
+        model, check_fn=lambda module: isinstance(module, BasicBlock | Bottleneck)
+    )
     return model
 
 
@@ -83,14 +96,21 @@ def peft_lora(backbone: nn.Module) -> nn.Module:
     """PEFT: LoRA r=8 on the 3x3 convolutions and a head."""
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - an optional extra
 
-    names = [n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    names = [
+        n
+        for n, m in backbone.named_modules()
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+    ]
     config = LoraConfig(r=8, lora_alpha=8, target_modules=names, modules_to_save=["fc"])
     model: nn.Module = get_peft_model(backbone, config)
     return model
 
 
 def memsave(backbone: nn.Module) -> nn.Module:
-    """Pooled adapters by hand on memsave_torch's layers, with norms in evaluation: its own setting for frozen backbones."""
+    """Pooled adapters by hand on memsave_torch's layers, with norms in evaluation.
+
+    Its own setting for frozen backbones.
+    """
     model: nn.Module = import_module("memsave_torch.nn").convert_to_memory_saving(by_hand(backbone))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -103,7 +123,10 @@ def _in_evaluation(module: nn.Module, args: object) -> None:
 
 
 def compiled(way: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
-    """A way, under torch.compile; in channels_last, or the compiler keeps copies of all weights that are."""
+    """A way, under torch.compile.
+
+    In channels_last, or the compiler keeps copies of all weights that are.
+    """
 
     def build(backbone: nn.Module) -> nn.Module:
         model = way(backbone).to(memory_format=torch.channels_last)
@@ -113,7 +136,13 @@ def compiled(way: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.
     return build
 
 
-FULL, PLAIN, OPTIMIZED, PEFT, MEMSAVE = "full fine-tuning", "resadapt", "optimized", "PEFT LoRA r=8", "memsave_torch, by hand"
+FULL, PLAIN, OPTIMIZED, PEFT, MEMSAVE = (
+    "full fine-tuning",
+    "resadapt",
+    "optimized",
+    "PEFT LoRA r=8",
+    "memsave_torch, by hand",
+)
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     FULL: full,
     PEFT: peft_lora,

@@ -45,7 +45,8 @@ os.chdir(home)
 scratch.cleanup()
 """
 
-# Names of Python and torch are not linked, because looking them up needs the network; type variables have no page.
+# Names of Python and torch are not linked, because looking them up needs the network; type
+# variables have no page.
 nitpick_ignore_regex = [
     (r"py:class", r"(collections|os|pathlib|torch|typing)\..*"),
     (r"py:class", r"resadapt\.[\w.]+\.(Adapter|Model)T"),

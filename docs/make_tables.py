@@ -1,4 +1,6 @@
-"""Writes the tables of families into the pages, between comment marks; with --check, only reports the pages that differ.
+"""Writes the tables of families into the pages, between comment marks.
+
+With --check, it only reports the pages that differ.
 
 $ .venv/bin/python docs/make_tables.py
 """
@@ -14,7 +16,12 @@ from torchvision.models import ResNet, resnet18, resnet50
 from resadapt import adapter_state_dict, count_parameters, inject_adapters, list_families
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES, BLOCKS, CONVOLUTIONS, NORMS = "the four stages", "every block", "every 3x3 convolution", "every norm"
+STAGES, BLOCKS, CONVOLUTIONS, NORMS = (
+    "the four stages",
+    "every block",
+    "every 3x3 convolution",
+    "every norm",
+)
 USUAL: dict[str, tuple[str, int | None]] = {
     "pooled": (STAGES, 64),
     "bottleneck": (BLOCKS, 64),
@@ -49,11 +56,16 @@ def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
 
 
 def bullets(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    """Returns the lines of a Markdown list, for rows too long for a table: a title, and the entries under it."""
+    """Returns the lines of a Markdown list, for rows too long for a table.
+
+    A title, and the entries under it.
+    """
     for title, *entries in rows:
         # Spaces inside an entry are protected, so that wrapping keeps each entry whole.
         text = f"- {title}: {', '.join(entry.replace(' ', chr(0)) for entry in entries)}"
-        wrapped = textwrap.wrap(text, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        wrapped = textwrap.wrap(
+            text, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
         yield from (line.replace(chr(0), " ") for line in wrapped)
 
 
@@ -62,7 +74,9 @@ def linked(source: str) -> str:
     words = (word.rstrip(";,") for word in source.split())
     for word in set(words):
         if word.startswith("arXiv:"):
-            source = source.replace(word, f"[{word}](https://arxiv.org/abs/{word.removeprefix('arXiv:')})")
+            source = source.replace(
+                word, f"[{word}](https://arxiv.org/abs/{word.removeprefix('arXiv:')})"
+            )
     return source
 
 
@@ -74,7 +88,7 @@ def formulas() -> Iterator[tuple[str, ...]]:
 
 
 def sources() -> Iterator[tuple[str, ...]]:
-    """Walks the rows of the table of what families read, whether they are foldable, and their papers."""
+    """Walks the rows of the table of what families read, if they are foldable, and their papers."""
     yield "family", "reads", "foldable", "source"
     for info in FAMILIES:
         yield f"`{info.name}`", info.reads, "yes" if info.foldable else "no", linked(info.source)
@@ -95,7 +109,9 @@ def counts() -> Iterator[tuple[str, ...]]:
         place, width = USUAL[info.name]
         counted = []
         for model in models:
-            inject_adapters(model, sites(model, place), width or 64, family=info.name, name=info.name)
+            inject_adapters(
+                model, sites(model, place), width or 64, family=info.name, name=info.name
+            )
             counted.append(f"{count_parameters(model).adapters:,}")
         yield f"`{info.name}`", place, f"{width or ''}", *counted
 
@@ -112,10 +128,18 @@ def tensors() -> Iterator[tuple[str, ...]]:
     cases: list[tuple[str, dict[str, bool]]] = [(name, {}) for name in USUAL]
     for name, options in (*cases, ("series", {"batch_norm": True}), ("lora", {"dora": True})):
         layers = ["0"] if USUAL[name][1] is None else {"0": 2}
-        net = inject_adapters(nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU()), layers, family=name, **options)
+        net = inject_adapters(
+            nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU()), layers, family=name, **options
+        )
         title = ", ".join([f"`{name}`", *(f"`{key}={value}`" for key, value in options.items())])
         state = adapter_state_dict(net)
-        yield title, *(f"`{key.removeprefix('adapters.0.')}` {list(tensor.shape)}" for key, tensor in state.items())
+        yield (
+            title,
+            *(
+                f"`{key.removeprefix('adapters.0.')}` {list(tensor.shape)}"
+                for key, tensor in state.items()
+            ),
+        )
 
 
 Layout = Callable[[Iterable[tuple[str, ...]]], Iterator[str]]
@@ -138,7 +162,10 @@ def main(check: bool) -> bool:
     for page, tables in PAGES.items():
         before = text = (ROOT / page).read_text()
         for name, (layout, rows) in tables.items():
-            start, end = f"<!-- table {name}, by docs/make_tables.py -->", f"<!-- end of table {name} -->"
+            start, end = (
+                f"<!-- table {name}, by docs/make_tables.py -->",
+                f"<!-- end of table {name} -->",
+            )
             head, rest = text.split(start)
             text = "\n".join([head + start, "", *layout(rows()), "", end]) + rest.split(end)[1]
         if text != before:

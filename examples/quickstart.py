@@ -1,4 +1,7 @@
-"""Adapters in torchvision's ResNet-18, from injection to a file that gives the same model again. Offline, in seconds."""
+"""Adapters in torchvision's ResNet-18, from injection to a file that gives the same model again.
+
+Offline, in seconds.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ CLASSES = 3
 def main() -> None:
     """Inject, train, save, reload, verify."""
     torch.manual_seed(0)
-    # Random weights, so that nothing is downloaded. For ImageNet's: backbone = resnet18(weights="DEFAULT"), and then
-    # backbone.fc = torch.nn.Linear(512, CLASSES).
+    # Random weights, so that nothing is downloaded. For ImageNet's: backbone =
+    # resnet18(weights="DEFAULT"), and then backbone.fc = torch.nn.Linear(512, CLASSES).
     backbone = resnet18(weights=None, num_classes=CLASSES)
     fresh = copy.deepcopy(backbone)  # stands for building the same backbone again, somewhere else
     images, labels = torch.randn(16, 3, 64, 64), torch.randint(CLASSES, (16,))
@@ -51,7 +54,10 @@ def main() -> None:
         print(save_adapters(model, path, metadata={"steps": 5}), end="\n\n")
 
         info = read_adapter_info(path)
-        print(f"{info.size:,} bytes, sites {[site.name for site in info.set.sites]}, metadata {info.metadata}")
+        print(
+            f"{info.size:,} bytes, sites {[site.name for site in info.set.sites]}, metadata "
+            f"{info.metadata}"
+        )
 
         reloaded = load_adapters(fresh, path)
         assert verify_adapters(reloaded, path).ok

@@ -310,7 +310,7 @@ def test_any_state_dict(state: Any) -> None:
             r"The model is compiled TorchScript",
         ),
         (lambda m, p: resadapt.summary("m"), r"model is str, not a torch.nn.Module"),
-        (lambda m, p: resadapt.parameter_groups(injected(m), "0.1"), r"lr='0.1': give a number"),
+        (lambda m, p: resadapt.parameter_groups(injected(m), "0.1"), r"lr='0.1': pass a number >= 0"),
     ],
 )
 def test_what_the_error_says(call: Any, message: str, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -85,6 +86,7 @@ def place(name: str) -> tuple[str, str]:
     return room, module
 
 
+@functools.cache
 def module_files() -> dict[str, Path]:
     """Every module of the package by its dotted name below the package, the root's being empty;
     rooms without code left out.

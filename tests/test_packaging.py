@@ -163,6 +163,8 @@ def test_the_sdist_holds_all_that_its_tests_need(sdist: Path) -> None:
         "README.md",
         "CHANGELOG.md",
         "CONTRIBUTING.md",
+        "SECURITY.md",
+        "tools/trace_readme.py",
         "LICENSE",
     ):
         assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()

@@ -1,4 +1,7 @@
-"""Compare the variants of Stage 2: train what is not trained yet, choose on validation, decide on the test pictures."""
+"""Compare the variants of Stage 2.
+
+Train what is not trained yet, choose on validation, decide on the test pictures.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,10 @@ class Job:
         return self.runs / self.variant.stage1 / "stage1.pt"
 
     def parts(self) -> list[tuple[Path, list[str]]]:
-        """The folder of each of its training runs, and the flags that it has alone. Trees, which take seconds, have none."""
+        """The folder of each of its training runs, and the flags that it has alone.
+
+        Trees, which take seconds, have none.
+        """
         if self.variant.trees:
             return []
         if not self.variant.quantizers:
@@ -83,13 +89,34 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     names = [variant.name for variant in VARIANTS]
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs/study"), help="with the Stage 1 runs (default: %(default)s)")
-    parser.add_argument("--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts")
-    parser.add_argument("--device", type=accept.device, default=accept.default_device(), help="default: %(default)s")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", default=names, help=f"of {', '.join(names)}")
-    parser.add_argument("--seeds", type=accept.seed, nargs="+", default=[0], help="of all variants (default: 0)")
     parser.add_argument(
-        "--final", action="store_true", help=f"then the chosen ones and their rivals with seeds {FINAL_SEEDS}, on the test pictures"
+        "--runs-dir",
+        type=Path,
+        default=Path("runs/study"),
+        help="with the Stage 1 runs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts"
+    )
+    parser.add_argument(
+        "--device", type=accept.device, default=accept.default_device(), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        default=names,
+        help=f"of {', '.join(names)}",
+    )
+    parser.add_argument(
+        "--seeds", type=accept.seed, nargs="+", default=[0], help="of all variants (default: 0)"
+    )
+    parser.add_argument(
+        "--final",
+        action="store_true",
+        help=f"then the chosen ones and their rivals with seeds {FINAL_SEEDS}, "
+        "on the test pictures",
     )
     add_engine_options(parser)
     return parser.parse_args(argv)
@@ -102,15 +129,23 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="where the runs go: one after another, or through submitit (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--jobs", type=accept.whole, default=1, help="with --engine here, runs at once, of one thread each (default: 1)"
+        "--jobs",
+        type=accept.whole,
+        default=1,
+        help="with --engine here, runs at once, of one thread each (default: 1)",
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, compare what has been trained so far, and write ``ablation.json``, a table and a picture."""
+    """Train, compare all that is trained, and write ``ablation.json``, a table and a picture."""
     options = parse_options(argv)
     common = (options.runs_dir, options.dataset_dir, str(options.device))
-    jobs = [Job(variant, seed, *common) for variant in VARIANTS if variant.name in options.only for seed in options.seeds]
+    jobs = [
+        Job(variant, seed, *common)
+        for variant in VARIANTS
+        if variant.name in options.only
+        for seed in options.seeds
+    ]
     _scored(common)  # What was scored earlier is checked before anything is trained.
     work_all(jobs, "val", options)
     result: dict[str, Any] = {"validation": {}, "test": {}, "differences": {}, "verdicts": []}
@@ -120,11 +155,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = {group: choose(result["validation"], group) for group in RIVALS}
         names = dict.fromkeys([*chosen.values(), *RIVALS.values()])
         finalists = {
-            name: [Job(variant, seed, *common) for seed in FINAL_SEEDS] for variant in VARIANTS if (name := variant.name) in names
+            name: [Job(variant, seed, *common) for seed in FINAL_SEEDS]
+            for variant in VARIANTS
+            if (name := variant.name) in names
         }
         work_all([job for jobs in finalists.values() for job in jobs], "test", options)
         result["test"] = {
-            name: summary(jobs[0].variant.described, [scores(job, "test") for job in jobs]) for name, jobs in finalists.items()
+            name: summary(jobs[0].variant.described, [scores(job, "test") for job in jobs])
+            for name, jobs in finalists.items()
         }
         result["differences"], result["verdicts"] = decide(result["test"], chosen)
     folder: Path = options.runs_dir / "ablation"
@@ -140,8 +178,17 @@ def train(job: Job) -> None:
         if (folder / "metrics.json").exists():
             continue
         log.info("%s, seed %d: %s", job.variant.name, job.seed, folder)
-        where = ["--dataset-dir", str(job.dataset), "--stage1-model", str(job.stage1), "--output-dir", str(folder)]
-        train_stage2.main([*where, "--device", job.device, "--seed", str(job.seed), *job.variant.arguments, *own])
+        where = [
+            "--dataset-dir",
+            str(job.dataset),
+            "--stage1-model",
+            str(job.stage1),
+            "--output-dir",
+            str(folder),
+        ]
+        train_stage2.main(
+            [*where, "--device", job.device, "--seed", str(job.seed), *job.variant.arguments, *own]
+        )
 
 
 def scores(job: Job, split: str) -> dict[str, Any]:
@@ -163,13 +210,20 @@ def scores(job: Job, split: str) -> dict[str, Any]:
         for asked, answer in _answerers(job, blocks):
             answers[asked] = answer(blocks.take(asked).inputs())
         result = classification_metrics(answers.log(), blocks.labels(STAGE2), STAGE2.classes)
-        about = {"parameters": _parameters(job), "reload_difference": _reload_difference(job), "made_of": made_of}
+        about = {
+            "parameters": _parameters(job),
+            "reload_difference": _reload_difference(job),
+            "made_of": made_of,
+        }
         write_json(path, {**result, **about})
     content: dict[str, Any] = json.loads(path.read_text())
     # Scores of before this was written down do not say it.
-    if other := [key for key, value in content.get("made_of", made_of).items() if value != made_of[key]]:
+    if other := [
+        key for key, value in content.get("made_of", made_of).items() if value != made_of[key]
+    ]:
         raise TrainingStateError(
-            f"{path}: was made with other {', '.join(other)}; delete {job.folder}, or choose another --runs-dir"
+            f"{path}: was made with other {', '.join(other)}; delete {job.folder}, or choose "
+            "another --runs-dir"
         )
     return content
 
@@ -193,7 +247,9 @@ def work_all(jobs: list[Job], split: str, options: argparse.Namespace) -> None:
         for job in jobs:
             work(job, split)
     else:
-        with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(
+            options.jobs, get_context("spawn"), initializer=_start_worker
+        ) as pool:
             futures = [pool.submit(work, job, split) for job in jobs]
             try:
                 for one in tqdm(as_completed(futures), total=len(jobs), unit=" runs", disable=None):
@@ -205,7 +261,10 @@ def work_all(jobs: list[Job], split: str, options: argparse.Namespace) -> None:
 
 
 def _start_worker() -> None:
-    """One thread, ended by Ctrl-C and by the end of its parent: a worker left alone would meet those of the next start."""
+    """One thread, ended by Ctrl-C and by the end of its parent.
+
+    A worker left alone would meet those of the next start.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -230,7 +289,10 @@ def _scored(common: tuple[Path, Path, str]) -> list[tuple[Variant, list[dict[str
 @cache
 def _digest(path: Path) -> str:
     """SHA-256 of a file; of a data folder, of what says which blocks are in it."""
-    tables = [path / name for name in ("MANIFEST.json", "nodes.csv.gz", *(f"{split}.pt" for split in SPLITS))]
+    tables = [
+        path / name
+        for name in ("MANIFEST.json", "nodes.csv.gz", *(f"{split}.pt" for split in SPLITS))
+    ]
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else [file for file in tables if file.exists()]:
         digest.update(file.read_bytes())
@@ -242,7 +304,9 @@ def _answerers(job: Job, blocks: BlockSet) -> Iterator[tuple[Tensor, Callable[[T
     device, variant = torch.device(job.device), job.variant
     if variant.trees:
         quantizer = "--quantizer" in variant.arguments
-        trees = fit_trees(load_dataset(job.dataset, ["train"])[0].data(STAGE2), quantizer=quantizer, seed=job.seed)
+        trees = fit_trees(
+            load_dataset(job.dataset, ["train"])[0].data(STAGE2), quantizer=quantizer, seed=job.seed
+        )
         yield blocks.qps >= 0, partial(tree_probabilities, trees, quantizer=quantizer)
         return
     for (folder, _), base_q_idx in zip(job.parts(), variant.quantizers or (None,), strict=True):
@@ -257,15 +321,23 @@ def _softmax(model: nn.Module, device: torch.device, inputs: Tensor) -> Tensor:
 
 def _parameters(job: Job) -> int:
     """How many are trained, over all runs of the job; 0 for trees."""
-    return sum(json.loads((folder / "metrics.json").read_text())["parameters"]["trainable"] for folder, _ in job.parts())
+    return sum(
+        json.loads((folder / "metrics.json").read_text())["parameters"]["trainable"]
+        for folder, _ in job.parts()
+    )
 
 
 def _reload_difference(job: Job) -> float | None:
-    """The largest difference of macro-F1 between live and reloaded model that a kept epoch's proof found; None: no proofs."""
+    """The largest difference of macro-F1 between live and reloaded model in a kept epoch's proof.
+
+    None: there are no proofs.
+    """
     differences: list[float] = []
     for folder, _ in job.parts():
         history = json.loads((folder / "history.json").read_text())
-        differences += [record["proof"]["macro_f1_difference"] for record in history if "proof" in record]
+        differences += [
+            record["proof"]["macro_f1_difference"] for record in history if "proof" in record
+        ]
     return max(differences, default=None)
 
 

@@ -1,4 +1,7 @@
-"""What trees see that a network lost: the same two learners on hand-made numbers and on what each part of a backbone makes."""
+"""What trees see that a network lost.
+
+The same two learners on hand-made numbers and on what each part of a backbone makes.
+"""
 
 from __future__ import annotations
 
@@ -55,15 +58,30 @@ class Tap(nn.Module):
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each, and write ``diagnosis.json`` and a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stage1-models", type=Path, nargs="+", required=True, help="Stage 1 files, each in a folder of its name")
-    parser.add_argument("--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/diagnosis"), help="default: %(default)s")
-    parser.add_argument("--blocks", type=accept.whole, help="most blocks to train on (default: all)")
+    parser.add_argument(
+        "--stage1-models",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="Stage 1 files, each in a folder of its name",
+    )
+    parser.add_argument(
+        "--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts"
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("runs/diagnosis"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--blocks", type=accept.whole, help="most blocks to train on (default: all)"
+    )
     parser.add_argument("--seed", type=accept.seed, default=0, help="default: %(default)s")
     options = parser.parse_args(argv)
     backbones = {path.parent.name: load_stage1(path).backbone for path in options.stage1_models}
     if len(backbones) < len(options.stage1_models):
-        parser.error("--stage1-models: two files in folders of one name, which could not be told apart in the table")
+        parser.error(
+            "--stage1-models: two files in folders of one name, which could not be told apart in "
+            "the table"
+        )
     blocks, val_blocks = load_dataset(options.dataset_dir)
     blocks.check(STAGE2, every_class=True)
     train = blocks.of(STAGE2).part(options.blocks, options.seed).data(STAGE2, every_class=True)
@@ -74,21 +92,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         "blocks": {"train": len(train), "val": len(val)},
         "seed": options.seed,
         "data": digest_of_data(train, val),
-        "stage1_models": {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in options.stage1_models},
+        "stage1_models": {
+            path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in options.stage1_models
+        },
         "rows": [],
     }
     result["rows"] = rows = _measured(file, result)
-    with tqdm(total=1 + sum(len(_taps(each)) for each in backbones.values()), unit=" rows", disable=None) as progress:
+    with tqdm(
+        total=1 + sum(len(_taps(each)) for each in backbones.values()), unit=" rows", disable=None
+    ) as progress:
         for name, see in _features(backbones, (train, val)):
             if name in (row["seen"] for row in rows):
                 progress.update()
                 continue
             seen, scores = see(), {}
             for quantizer in (False, True):
-                sets = [_with_code(x, data, quantizer) for x, data in zip(seen, (train, val), strict=True)]
+                sets = [
+                    _with_code(x, data, quantizer)
+                    for x, data in zip(seen, (train, val), strict=True)
+                ]
                 for learner in LEARNERS:
-                    answers = (_trees if learner == "trees" else _network)(sets[0], sets[1], options.seed)
-                    scores[f"{learner}{'-q' if quantizer else ''}"] = macro_f1(answers, val.tensors[1])
+                    answers = (_trees if learner == "trees" else _network)(
+                        sets[0], sets[1], options.seed
+                    )
+                    scores[f"{learner}{'-q' if quantizer else ''}"] = macro_f1(
+                        answers, val.tensors[1]
+                    )
             rows.append({"seen": name, "numbers": seen[0].shape[1], **scores})
             progress.update()
             # Written row by row: a run that is stopped goes on behind what it measured.
@@ -105,10 +135,13 @@ def _measured(file: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
         before = json.loads(file.read_text(encoding="utf-8"))
         rows: list[dict[str, Any]] = before.pop("rows")
     except (ValueError, KeyError, AttributeError) as error:
-        raise TrainingStateError(f"{file}: is no diagnosis ({type(error).__name__}); delete it to start over") from error
+        raise TrainingStateError(
+            f"{file}: is no diagnosis ({type(error).__name__}); delete it to start over"
+        ) from error
     if before != {key: value for key, value in result.items() if key != "rows"}:
         raise TrainingStateError(
-            f"{file}: is of other data, Stage 1 files or another seed; delete it, or choose another --output-dir"
+            f"{file}: is of other data, Stage 1 files or another seed; delete it, or choose "
+            "another --output-dir"
         )
     return rows
 
@@ -117,8 +150,15 @@ def _taps(backbone: nn.Module) -> list[str]:
     return ["maxpool", *(name for name in parts(backbone) if name.startswith("layer"))]
 
 
-def _features(backbones: dict[str, nn.Module], data: Sequence[TensorDataset]) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
-    yield "hand-made numbers", lambda: [torch.from_numpy(block_numbers(each.tensors[0], quantizer=False)) for each in data]
+def _features(
+    backbones: dict[str, nn.Module], data: Sequence[TensorDataset]
+) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
+    yield (
+        "hand-made numbers",
+        lambda: [
+            torch.from_numpy(block_numbers(each.tensors[0], quantizer=False)) for each in data
+        ],
+    )
     for name, backbone in backbones.items():
         for end in _taps(backbone):
             tap = Tap(backbone, end)
@@ -136,25 +176,42 @@ def _with_code(seen: Tensor, data: TensorDataset, quantizer: bool) -> TensorData
 
 
 def _trees(train: TensorDataset, val: TensorDataset, seed: int) -> Tensor:
-    # Trees see ranks only. What has 256 values at most spares scikit-learn its own search for bins, which is very slow where
-    # blocks have weights and numbers are hundreds.
+    # Trees see ranks only. What has 256 values at most spares scikit-learn its own search for bins,
+    # which is very slow where blocks have weights and numbers are hundreds.
     edges = np.quantile(train.tensors[0].numpy(), np.linspace(0, 1, 255), axis=0)
     known, asked = (
-        np.stack([np.searchsorted(edges[:, k], column) for k, column in enumerate(data.tensors[0].numpy().T)], axis=1)
+        np.stack(
+            [
+                np.searchsorted(edges[:, k], column)
+                for k, column in enumerate(data.tensors[0].numpy().T)
+            ],
+            axis=1,
+        )
         for data in (train, val)
     )
-    return torch.from_numpy(new_trees(seed).fit(known, train.tensors[1].numpy()).predict_proba(asked))
+    return torch.from_numpy(
+        new_trees(seed).fit(known, train.tensors[1].numpy()).predict_proba(asked)
+    )
 
 
 def _network(train: TensorDataset, val: TensorDataset, seed: int) -> Tensor:
-    """A hidden layer on standardised numbers, as the heads that see the quantizer have; the last epoch's answers."""
+    """A hidden layer on standardised numbers, as the heads that see the quantizer have.
+
+    The last epoch's answers.
+    """
     torch.manual_seed(seed)
     size, classes = train.tensors[0].shape[1], len(STAGE2.classes)
     model = nn.Sequential(
-        nn.BatchNorm1d(size, affine=False), nn.Linear(size, HIDDEN), nn.ReLU(), nn.Dropout(0.3), nn.Linear(HIDDEN, classes)
+        nn.BatchNorm1d(size, affine=False),
+        nn.Linear(size, HIDDEN),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(HIDDEN, classes),
     )
     # Cross-entropy in which all classes weigh the same, as they do for the trees.
-    loss = ClassBalancedFocalLoss(train.tensors[1].bincount(minlength=classes), beta=1 - 1e-6, gamma=0)
+    loss = ClassBalancedFocalLoss(
+        train.tensors[1].bincount(minlength=classes), beta=1 - 1e-6, gamma=0
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     sampler = BatchSampler(RandomSampler(train), 256, drop_last=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)
@@ -172,11 +229,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "Stage 2 on the validation blocks, macro-F1",
         "",
-        "| what is seen | numbers | trees | network | trees with the quantizer | network with the quantizer |",
+        "| what is seen | numbers | trees | network | trees with the quantizer | network with the "
+        "quantizer |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        scores = " | ".join(f"{row[f'{learner}{q}']:.4f}" for q in ("", "-q") for learner in LEARNERS)
+        scores = " | ".join(
+            f"{row[f'{learner}{q}']:.4f}" for q in ("", "-q") for learner in LEARNERS
+        )
         lines.append(f"| {row['seen']} | {row['numbers']} | {scores} |")
     return "\n".join(lines)
 

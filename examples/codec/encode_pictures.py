@@ -1,4 +1,6 @@
-"""Make a data folder from pictures: code each with libaom at each quantizer, and read back how it divided every 16x16 node.
+"""Make a data folder from pictures: code each with libaom, and read back how it was divided.
+
+Each picture is coded at each quantizer, and the data are how libaom divided every 16x16 node.
 
 Needs two programs of libaom, aomenc and inspect; without them the error says how to get them.
 """
@@ -29,31 +31,66 @@ logger = logging.getLogger(__name__)
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pictures", type=Path, nargs="+", help="picture files, or folders of them")
-    parser.add_argument("--output-dir", type=Path, required=True, help="new data folder, for --dataset-dir")
-    parser.add_argument("--aomenc", default="aomenc", help="libaom's encoder (default: %(default)s, on the PATH)")
-    parser.add_argument("--inspect", default="inspect", help="libaom's example program (default: %(default)s, on the PATH)")
     parser.add_argument(
-        "--cq-level", type=int, nargs="+", default=[20, 32, 43, 55], metavar="CQ", help="0..63 (default: 20 32 43 55)"
+        "--output-dir", type=Path, required=True, help="new data folder, for --dataset-dir"
     )
     parser.add_argument(
-        "--downscale", type=accept.whole, default=1, metavar="N", help="by this factor; 2 or more for pictures from lossy files"
+        "--aomenc", default="aomenc", help="libaom's encoder (default: %(default)s, on the PATH)"
+    )
+    parser.add_argument(
+        "--inspect",
+        default="inspect",
+        help="libaom's example program (default: %(default)s, on the PATH)",
+    )
+    parser.add_argument(
+        "--cq-level",
+        type=int,
+        nargs="+",
+        default=[20, 32, 43, 55],
+        metavar="CQ",
+        help="0..63 (default: 20 32 43 55)",
+    )
+    parser.add_argument(
+        "--downscale",
+        type=accept.whole,
+        default=1,
+        metavar="N",
+        help="by this factor; 2 or more for pictures from lossy files",
     )
     split = "a share of the pictures, or names or patterns of pictures"
-    parser.add_argument("--val", nargs="+", default=["0.15"], metavar="SHARE|NAME", help=f"{split} (default: 0.15)")
-    parser.add_argument("--test", nargs="+", default=["0.15"], metavar="SHARE|NAME", help=f"{split} (default: 0.15)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of the shares (default: 0)")
     parser.add_argument(
-        "--jobs", type=accept.whole, default=os.cpu_count() or 1, help="encoders at a time (default: one per processor)"
+        "--val", nargs="+", default=["0.15"], metavar="SHARE|NAME", help=f"{split} (default: 0.15)"
     )
     parser.add_argument(
-        "--work-dir", type=Path, help="keeps the coded streams, to go on after an interruption (default: OUTPUT_DIR.work)"
+        "--test", nargs="+", default=["0.15"], metavar="SHARE|NAME", help=f"{split} (default: 0.15)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the choice of the shares (default: 0)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=accept.whole,
+        default=os.cpu_count() or 1,
+        help="encoders at a time (default: one per processor)",
+    )
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        help="keeps the coded streams, to go on after an interruption (default: OUTPUT_DIR.work)",
     )
     options = parser.parse_args(argv)
     if wrong := [cq for cq in options.cq_level if not 0 <= cq <= HIGHEST_CQ_LEVEL]:
-        parser.error(f"--cq-level is {wrong[0]}, expected 0..{HIGHEST_CQ_LEVEL}; it is libaom's cq level, not base_q_idx")
-    options.work_dir = options.work_dir or options.output_dir.with_name(options.output_dir.name + ".work")
+        parser.error(
+            f"--cq-level is {wrong[0]}, expected 0..{HIGHEST_CQ_LEVEL}; it is libaom's cq level, "
+            "not base_q_idx"
+        )
+    options.work_dir = options.work_dir or options.output_dir.with_name(
+        options.output_dir.name + ".work"
+    )
     return options
 
 
@@ -69,10 +106,14 @@ def code(libaom: Libaom, name: str, path: Path, crop: Crop, cq_level: int, work_
         sizes, base_q_idx = libaom.block_sizes(stream)
         width, height = crop.size_wh
         if sizes.shape != (height // 4, width // 4, 2):
-            raise DatasetError(f"it is of {4 * sizes.shape[1]}x{4 * sizes.shape[0]}, expected {width}x{height}")
+            raise DatasetError(
+                f"it is of {4 * sizes.shape[1]}x{4 * sizes.shape[0]}, expected {width}x{height}"
+            )
         nodes = labels_of_nodes(sizes)
     except DatasetError as error:
-        raise DatasetError(f"{stream}: cannot be used, delete it and give the command again ({error})") from error
+        raise DatasetError(
+            f"{stream}: cannot be used, delete it and give the command again ({error})"
+        ) from error
     return Coded(name, cq_level, base_q_idx, nodes)
 
 
@@ -81,26 +122,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     check_free(options.output_dir)
     pictures = find_pictures(options.pictures)
-    splits = split_by_name_or_share(list(pictures), options.val, options.test, options.seed, "picture")
-    crops = {name: crop_of(path, options.downscale) for name, path in tqdm(pictures.items(), desc="checking", unit="picture")}
+    splits = split_by_name_or_share(
+        list(pictures), options.val, options.test, options.seed, "picture"
+    )
+    crops = {
+        name: crop_of(path, options.downscale)
+        for name, path in tqdm(pictures.items(), desc="checking", unit="picture")
+    }
     libaom = find_libaom(options.aomenc, options.inspect)
     options.work_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(name, cq) for name in pictures for cq in sorted(set(options.cq_level))]
     # Threads do: each waits for an encoder, which is a process of its own.
     with ThreadPoolExecutor(options.jobs) as pool:
-        futures = [pool.submit(code, libaom, name, pictures[name], crops[name], cq, options.work_dir) for name, cq in jobs]
+        futures = [
+            pool.submit(code, libaom, name, pictures[name], crops[name], cq, options.work_dir)
+            for name, cq in jobs
+        ]
         try:
-            coded = [each.result() for each in tqdm(as_completed(futures), desc="encoding", unit="stream", total=len(futures))]
+            coded = [
+                each.result()
+                for each in tqdm(
+                    as_completed(futures), desc="encoding", unit="stream", total=len(futures)
+                )
+            ]
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if not any(each.nodes for each in coded):
         raise DatasetError(
-            "no picture has a 16x16 node, all blocks are larger; pass lower --cq-level, or pictures with more in them"
+            "no picture has a 16x16 node, all blocks are larger; pass lower --cq-level, or "
+            "pictures with more in them"
         )
     about = {
         "description": "AV1 16x16 intra partition decisions of libaom",
-        "encoder": {"version": libaom.version, "command_line": f"aomenc {' '.join(FLAGS)} --cq-level=CQ -q -o FRAME.ivf FRAME.y4m"},
+        "encoder": {
+            "version": libaom.version,
+            "command_line": f"aomenc {' '.join(FLAGS)} --cq-level=CQ -q -o FRAME.ivf FRAME.y4m",
+        },
         "luma": LUMA,
         "downscale": options.downscale,
     }
@@ -109,7 +167,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_frame_folder(folder, lumas, crops, splits, coded, about)
         for split, blocks in cut_blocks(folder).items():
             logger.info("%s: %d nodes of %d pictures", split, len(blocks), len(splits[split]))
-    logger.info("%s is ready; %s holds the coded streams and may be deleted", options.output_dir, options.work_dir)
+    logger.info(
+        "%s is ready; %s holds the coded streams and may be deleted",
+        options.output_dir,
+        options.work_dir,
+    )
 
 
 if __name__ == "__main__":

@@ -21,12 +21,18 @@ from av1partition.training.loop import predict_logits
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the scores, and write ``evaluation.json`` and a picture into the run's folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stage1-model", type=Path, required=True, help="the Stage 1 file of the runs")
+    parser.add_argument(
+        "--stage1-model", type=Path, required=True, help="the Stage 1 file of the runs"
+    )
     parser.add_argument("--output-dir", type=Path, required=True, help="the folder of the run")
     parser.add_argument("--baseline-dir", type=Path, help="the folder of the frozen baseline's run")
-    parser.add_argument("--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts")
+    parser.add_argument(
+        "--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts"
+    )
     parser.add_argument("--split", choices=SPLITS, default="val", help="default: %(default)s")
-    parser.add_argument("--device", type=accept.device, default=accept.default_device(), help="default: %(default)s")
+    parser.add_argument(
+        "--device", type=accept.device, default=accept.default_device(), help="default: %(default)s"
+    )
     options = parser.parse_args(argv)
     task = task_of(options.output_dir)
     runs = {"run": options.output_dir}
@@ -38,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     samples, labels = blocks.data(task).tensors
     result: dict[str, Any] = {"split": options.split, "task": task.key}
     for name, folder in runs.items():
-        logits = predict_logits(reload_specialist(options.stage1_model, task, folder).to(options.device), samples, options.device)
+        logits = predict_logits(
+            reload_specialist(options.stage1_model, task, folder).to(options.device),
+            samples,
+            options.device,
+        )
         predicted = classes_of(logits).bincount(minlength=len(task.classes))
         result[name] = {
             **classification_metrics(logits, labels, task.classes),
@@ -65,7 +75,9 @@ def _table(result: dict[str, Any], task: Task) -> str:
         ]
         for label, each in scores["per_class"].items():
             figures = " | ".join(f"{each[key]:.4f}" for key in ("precision", "recall", "f1"))
-            lines.append(f"| {label} | {figures} | {each['support']} | {scores['predicted'][label]} |")
+            lines.append(
+                f"| {label} | {figures} | {each['support']} | {scores['predicted'][label]} |"
+            )
         if scores["collapse"]:
             lines.append(scores["collapse"])
     if "baseline" in result:

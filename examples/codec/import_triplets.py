@@ -1,4 +1,7 @@
-"""Turn the study tool's raw files (samples, labels and quantizers of each sequence) into train.pt, val.pt and test.pt."""
+"""Turn the study tool's raw files into train.pt, val.pt and test.pt.
+
+The raw files hold the samples, labels and quantizers of each sequence.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,29 @@ logger = logging.getLogger(__name__)
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input-dir", type=Path, required=True, help="folder with intra_raw_blocks/, labels/ and qps/")
-    parser.add_argument("--output-dir", type=Path, required=True, help="new folder in the study's layout, for --dataset-dir")
+    parser.add_argument(
+        "--input-dir",
+        type=Path,
+        required=True,
+        help="folder with intra_raw_blocks/, labels/ and qps/",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        required=True,
+        help="new folder in the study's layout, for --dataset-dir",
+    )
     names = "sequences, by name or pattern, as 'crowd_*'"
-    parser.add_argument("--val", nargs="+", required=True, metavar="SEQ", help=f"validation {names}")
-    parser.add_argument("--test", nargs="+", default=[], metavar="SEQ", help=f"test {names} (default: none); the rest is train")
+    parser.add_argument(
+        "--val", nargs="+", required=True, metavar="SEQ", help=f"validation {names}"
+    )
+    parser.add_argument(
+        "--test",
+        nargs="+",
+        default=[],
+        metavar="SEQ",
+        help=f"test {names} (default: none); the rest is train",
+    )
     return parser.parse_args(argv)
 
 
@@ -36,15 +57,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = sequence_names(options.input_dir)
     splits = split_by_name(names, options.val, options.test, "sequence")
     check_not_empty(splits, "sequence")
-    triplets = {name: open_triplet(options.input_dir, name) for name in tqdm(names, desc="checking", unit="sequence")}
+    triplets = {
+        name: open_triplet(options.input_dir, name)
+        for name in tqdm(names, desc="checking", unit="sequence")
+    }
     with new_folder(options.output_dir) as folder:
         for split, members in splits.items():
             if members:
                 blocks = join([triplets[name] for name in members])
                 write_study_file(blocks, folder / f"{split}.pt")
                 counts = blocks.labels_stage0.bincount(minlength=len(PARTITIONS)).tolist()
-                kinds = ", ".join(f"{name} {count}" for name, count in zip(PARTITIONS, counts, strict=True))
-                logger.info("%s: %d blocks of %s (%s)", split, len(blocks), ", ".join(members), kinds)
+                kinds = ", ".join(
+                    f"{name} {count}" for name, count in zip(PARTITIONS, counts, strict=True)
+                )
+                logger.info(
+                    "%s: %d blocks of %s (%s)", split, len(blocks), ", ".join(members), kinds
+                )
 
 
 if __name__ == "__main__":

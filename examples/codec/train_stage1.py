@@ -34,18 +34,42 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
-    parser.add_argument("--seed", type=accept.seed, default=0, help="same seed, same files (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=accept.seed, default=0, help="same seed, same files (default: %(default)s)"
+    )
     parser.add_argument("--epochs", type=accept.whole, default=30, help="default: %(default)s")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/stage1"), help="default: %(default)s")
-    parser.add_argument("--lr", type=accept.rate, default=1e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--weight-decay", type=accept.rate, default=1e-4, help="default: %(default)s")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("runs/stage1"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--lr", type=accept.rate, default=1e-3, help="learning rate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--weight-decay", type=accept.rate, default=1e-4, help="default: %(default)s"
+    )
     backbone = parser.add_mutually_exclusive_group()
-    backbone.add_argument("--attention", action="store_true", help="the attention backbone instead of the plain one")
-    backbone.add_argument("--fine", action="store_true", help="a 3x3 stem of stride 1 instead of the plain one's 7x7 of stride 2")
-    parser.add_argument("--imagenet", action="store_true", help="start from ImageNet weights (downloads them)")
-    parser.add_argument("--all-kinds", action="store_true", help="learn all ten kinds; PARTITION is then any but NONE")
+    backbone.add_argument(
+        "--attention", action="store_true", help="the attention backbone instead of the plain one"
+    )
+    backbone.add_argument(
+        "--fine",
+        action="store_true",
+        help="a 3x3 stem of stride 1 instead of the plain one's 7x7 of stride 2",
+    )
+    parser.add_argument(
+        "--imagenet", action="store_true", help="start from ImageNet weights (downloads them)"
+    )
+    parser.add_argument(
+        "--all-kinds",
+        action="store_true",
+        help="learn all ten kinds; PARTITION is then any but NONE",
+    )
     parser.add_argument("--quantizer", action="store_true", help="the head sees the quantizer")
-    parser.add_argument("--augment", action="store_true", help="turn each training block by one of the eight symmetries at random")
+    parser.add_argument(
+        "--augment",
+        action="store_true",
+        help="turn each training block by one of the eight symmetries at random",
+    )
     options = parser.parse_args(argv)
     if options.fine and options.imagenet:
         parser.error("--imagenet has no weights for --fine")
@@ -65,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     weights = ResNet18_Weights.IMAGENET1K_V1 if options.imagenet else None
     kind: BackboneKind = "attention" if options.attention else "fine" if options.fine else "plain"
-    model = Stage1Model(build_backbone(kind, weights), kinds=options.all_kinds, quantizer=options.quantizer)
+    model = Stage1Model(
+        build_backbone(kind, weights), kinds=options.all_kinds, quantizer=options.quantizer
+    )
     # Convolutions on small maps with many channels are faster with the channels last.
     model = model.to(memory_format=torch.channels_last).to(options.device)
     divided = (train.tensors[1] > 0).sum()
@@ -74,9 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         if options.all_kinds:
             return F.cross_entropy(logits, labels)
-        # Twice as many blocks are divided as not; weighing them down makes 0 the right threshold for macro-F1.
+        # Twice as many blocks are divided as not; weighing them down makes 0 the right threshold
+        # for macro-F1.
         weight = positive_weight.to(logits.device)
-        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), pos_weight=weight)
+        return F.binary_cross_entropy_with_logits(
+            logits[:, 0], labels.to(logits.dtype), pos_weight=weight
+        )
 
     def keep_best(_: dict[str, Any], __: Tensor) -> None:
         save_stage1(model, output / STAGE1_FILE)
@@ -85,12 +114,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         UncalibratedAnswers(model),
         loss,
         AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True),
-        capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()},
+        capture=lambda: {
+            name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()
+        },
         restore=model.load_state_dict,
         keep_best=keep_best,
     )
     augment = turn_at_random(task) if options.augment else None
-    schedule = Schedule(options.epochs, options.batch_size, options.seed, options.device, options.num_workers, augment)
+    schedule = Schedule(
+        options.epochs,
+        options.batch_size,
+        options.seed,
+        options.device,
+        options.num_workers,
+        augment,
+    )
     config: Config = {
         "epochs": options.epochs,
         "batch_size": options.batch_size,
@@ -105,22 +143,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         "augment": options.augment,
         "data": digest_of_data(train, val),
     }
-    history = fit(trainee, train, val, schedule, state_file=output / "training_state.pt", config=config)
+    history = fit(
+        trainee, train, val, schedule, state_file=output / "training_state.pt", config=config
+    )
     metrics = _calibrate(output / STAGE1_FILE, blocks[1].data(STAGE1), options.device)
     best = best_record(history)
     write_json(output / "history.json", history)
     write_json(output / "metrics.json", {"best_epoch": best["epoch"], **metrics})
     draw_learning_curves(history, output / "learning_curves.png", "Stage 1: NONE or PARTITION")
-    draw_confusion_matrix(metrics, output / "confusion_matrix.png", f"Stage 1\nmacro-F1 {metrics['macro_f1']:.4f}")
-    print(f"Stage 1: macro-F1 {metrics['macro_f1']:.4f} at epoch {best['epoch']}, written to {output / STAGE1_FILE}")
+    draw_confusion_matrix(
+        metrics, output / "confusion_matrix.png", f"Stage 1\nmacro-F1 {metrics['macro_f1']:.4f}"
+    )
+    print(
+        f"Stage 1: macro-F1 {metrics['macro_f1']:.4f} at epoch {best['epoch']}, written to "
+        f"{output / STAGE1_FILE}"
+    )
 
 
 def _calibrate(path: Path, val: TensorDataset, device: torch.device) -> dict[str, Any]:
-    """Give the best epoch's file a temperature and a threshold, both chosen on the validation blocks."""
+    """Give the best epoch's file a temperature and a threshold, chosen on the validation blocks."""
     samples, labels = val.tensors
     model = load_stage1(path)
     model.temperature.fill_(1)
-    model.temperature.fill_(fit_temperature(predict_logits(model.to(device), samples, device), labels))
+    model.temperature.fill_(
+        fit_temperature(predict_logits(model.to(device), samples, device), labels)
+    )
     logits = predict_logits(model, samples, device)
     model.threshold = choose_threshold(logits[:, 0].sigmoid(), labels)
     save_stage1(model, path)
@@ -129,7 +176,9 @@ def _calibrate(path: Path, val: TensorDataset, device: torch.device) -> dict[str
         **classification_metrics(answers, labels, STAGE1.classes),
         "temperature": float(model.temperature),
         "threshold": model.threshold,
-        "negative_log_likelihood": float(F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())),
+        "negative_log_likelihood": float(
+            F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
+        ),
     }
 
 

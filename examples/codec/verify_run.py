@@ -1,4 +1,7 @@
-"""Check a finished run of a specialist in a fresh process: do its files alone give the logits the live model gave?"""
+"""Check a finished run of a specialist in a fresh process.
+
+Do its files alone give the logits the live model gave?
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the differences as JSON, and fail where there are any."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
-    parser.add_argument("--stage1-model", type=Path, required=True, help="the Stage 1 file of the run")
+    parser.add_argument(
+        "--stage1-model", type=Path, required=True, help="the Stage 1 file of the run"
+    )
     parser.add_argument("--output-dir", type=Path, required=True, help="the folder of the run")
     options = parser.parse_args(argv)
     task = task_of(options.output_dir)
@@ -28,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     samples, labels = val.data(task).tensors
     live = read_tensors(options.output_dir / LOGITS_FILE)
     if len(live) != len(labels):
-        raise DatasetError(f"{options.dataset_dir}: {len(labels)} validation blocks, the run had {len(live)}; pass the run's data")
+        raise DatasetError(
+            f"{options.dataset_dir}: {len(labels)} validation blocks, the run had {len(live)}; "
+            "pass the run's data"
+        )
     model = reload_specialist(options.stage1_model, task, options.output_dir).to(options.device)
     reloaded = predict_logits(model, samples, options.device)
     differences = {
@@ -38,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(differences))
     # Written so that NaN fails too.
     if not all(difference == 0 for difference in differences.values()):
-        raise SystemExit(f"{options.output_dir}: the files do not give the live model's outputs: {differences}")
+        raise SystemExit(
+            f"{options.output_dir}: the files do not give the live model's outputs: {differences}"
+        )
 
 
 if __name__ == "__main__":

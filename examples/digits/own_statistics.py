@@ -1,4 +1,6 @@
-"""Why own statistics of norms do harm to the digits: a set that has them, and the same by hand, with statistics of three kinds.
+"""Why own statistics of norms do harm to the digits.
+
+It trains a set that has them, and does the same by hand with statistics of three kinds.
 
 $ .venv/bin/python examples/digits/own_statistics.py
 """
@@ -31,7 +33,9 @@ def by_set(seed: int) -> tuple[nn.Module, list[Tensor]]:
     model = backbone()
     torch.manual_seed(seed)
     inject_adapters(model, (), norm="stats", head="classifier")
-    return model, [parameter for group in parameter_groups(model, RATE) for parameter in group["params"]]
+    return model, [
+        parameter for group in parameter_groups(model, RATE) for parameter in group["params"]
+    ]
 
 
 def estimate_anew(model: nn.Module, pictures: Tensor) -> nn.Module:
@@ -65,7 +69,11 @@ def main() -> None:
         model, trained = make(0)
         train(model, [{"params": trained, "lr": RATE}], *data["train"], EPOCHS)
         anew = estimate_anew(model, data["train"][0])
-        scores = (accuracy(model, *data["test"]), accuracy(anew, *data["test"]), with_batches(model, *data["test"]))
+        scores = (
+            accuracy(model, *data["test"]),
+            accuracy(anew, *data["test"]),
+            with_batches(model, *data["test"]),
+        )
         lines.append(f"| {name} | {' | '.join(f'{score:.4f}' for score in scores)} |")
     table = "\n".join(lines) + "\n"
     (Path(__file__).parent / "results" / "own_statistics.md").write_text(table)

@@ -1,6 +1,6 @@
-"""Small trainable residual adapters for any torchvision ResNet, in adapter files that are verified when they are saved."""
+"""Trainable adapters for frozen ConvNets, in adapter files that are verified when saved."""
 
-import resadapt.types  # noqa: F401 - resadapt.types is there once resadapt is imported
+import resadapt.types  # noqa: F401 - makes resadapt.types importable as an attribute
 from resadapt.adapters import Adapter, Site, list_families, register_family
 from resadapt.base.errors import (
     AdapterError,

@@ -1,7 +1,4 @@
-"""The types of what the functions of `resadapt` return.
-
-Reports, descriptions, counts and estimates.
-"""
+"""The return types of `resadapt`: reports, descriptions, counts and estimates."""
 
 from resadapt.adapters import FamilyInfo
 from resadapt.base.fingerprint import Fingerprint, TensorRecord

@@ -100,13 +100,13 @@ class ReadsWeight(Own):
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        (KeepsModule, {}, "keeps a module or tensor of its site"),
-        (KeepsParameter, {}, "keeps a module or tensor of its site"),
-        (KeepsBuffer, {}, "keeps a module or tensor of its site"),
+        (KeepsModule, {}, "stores a module or tensor of its site"),
+        (KeepsParameter, {}, "stores a module or tensor of its site"),
+        (KeepsBuffer, {}, "stores a module or tensor of its site"),
         (Fails, {}, "cannot build an adapter for site 'layer4.1': KeyError: 'a'"),
         (Forgets, {}, r"Forgets does not call super\(\).__init__\(\)"),
         (ReadsAll, {}, "reads='everything'"),
-        (ReadsWeight, {}, "reads a weight and a bias, and BasicBlock has none"),
+        (ReadsWeight, {}, "reads a weight and a bias, but BasicBlock has none"),
         (Weighted, {"weights": torch.ones(2)}, r"weights=tensor\(\[1., 1.\]\) is not a JSON value"),
         (Weighted, {"weights": [float("nan")]}, r"weights=\[nan\] is not a JSON value"),
     ],
@@ -151,7 +151,7 @@ def test_state_besides_tensors_is_not_left_out_of_a_file(tmp_path: Path) -> None
     resadapt.register_family("own")(Counts)
     model = resadapt.inject_adapters(small_resnet(), "layer4", family="own")
     with pytest.raises(
-        resadapt.AdapterFileError, match=r"adapter at 'layer4' .*keeps '_extra_state'"
+        resadapt.AdapterFileError, match=r"adapter at 'layer4' .*has '_extra_state'"
     ):
         resadapt.save_adapters(model, tmp_path / "own")
     assert not (tmp_path / "own").exists()

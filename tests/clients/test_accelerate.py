@@ -59,7 +59,8 @@ def test_mixed_precision_that_is_left_on_is_named_in_the_report(path: Path) -> N
     accelerator, model, optimizer, data = prepared("bf16")
     epoch(accelerator, model, optimizer, data)
     with pytest.raises(
-        resadapt.VerificationError, match=r"outputs +failed .* was the forward of 'the model' changed"
+        resadapt.VerificationError,
+        match=r"outputs +failed .* was the forward of 'the model' changed",
     ):
         resadapt.save_adapters(accelerator.unwrap_model(model), path, rebuild=small_backbone)
 

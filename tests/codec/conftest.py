@@ -39,14 +39,26 @@ def tiny_frames(tmp_path: Path) -> Path:
     frames, lines = [], []
     for split in ("train", "val", "test"):
         name = f"{split}-0"
-        Image.fromarray(rng.integers(0, 256, (32, 48), dtype=np.uint8)).save(tmp_path / "frames" / f"{name}.png")
+        Image.fromarray(rng.integers(0, 256, (32, 48), dtype=np.uint8)).save(
+            tmp_path / "frames" / f"{name}.png"
+        )
         file = f"frames/{name}.png"
-        frames.append({"name": name, "file": file, "picture": split, "split": split, "size_wh": [48, 32]})
-        lines += [[name, 20, 80, row, col, rng.integers(0, 10)] for row in (0, 16) for col in (0, 16, 32)]
-    manifest = {"frames": frames, "nodes": len(lines), "split_by_picture": {s: [s] for s in ("train", "val", "test")}}
+        frames.append(
+            {"name": name, "file": file, "picture": split, "split": split, "size_wh": [48, 32]}
+        )
+        lines += [
+            [name, 20, 80, row, col, rng.integers(0, 10)] for row in (0, 16) for col in (0, 16, 32)
+        ]
+    manifest = {
+        "frames": frames,
+        "nodes": len(lines),
+        "split_by_picture": {s: [s] for s in ("train", "val", "test")},
+    }
     (tmp_path / "MANIFEST.json").write_text(json.dumps(manifest))
     with gzip.open(tmp_path / "nodes.csv.gz", "wt", newline="") as file:
-        csv.writer(file).writerows([["frame", "cq_level", "base_q_idx", "row", "col", "label"], *lines])
+        csv.writer(file).writerows(
+            [["frame", "cq_level", "base_q_idx", "row", "col", "label"], *lines]
+        )
     return tmp_path
 
 
@@ -57,7 +69,10 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory, all_blocks: dict[str,
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 400), ("val", 200)):
         blocks = all_blocks[split]
-        write_study_file(blocks.take(torch.randperm(len(blocks), generator=generator)[:count]), folder / f"{split}.pt")
+        write_study_file(
+            blocks.take(torch.randperm(len(blocks), generator=generator)[:count]),
+            folder / f"{split}.pt",
+        )
     return folder
 
 
@@ -73,7 +88,9 @@ def stage1_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[BackboneK
         path = folder / f"{kind}.pt"
         if not path.exists():
             torch.manual_seed(0)
-            model = Stage1Model(build_backbone(kind), kinds=kind == "fine", quantizer=kind == "fine")
+            model = Stage1Model(
+                build_backbone(kind), kinds=kind == "fine", quantizer=kind == "fine"
+            )
             for module in model.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     nn.init.normal_(module.running_mean, std=0.1)

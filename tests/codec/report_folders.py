@@ -23,7 +23,9 @@ def dump(content: object, path: Path) -> None:
     path.write_text(json.dumps(content))
 
 
-def training(folder: Path, task: Task = STAGE2, trained: str | None = "adapters", epochs: int = 3) -> None:
+def training(
+    folder: Path, task: Task = STAGE2, trained: str | None = "adapters", epochs: int = 3
+) -> None:
     """Of Stage 1 where nothing is said to be trained; the best epoch is the second."""
     history: list[dict[str, Any]] = [
         {
@@ -60,10 +62,16 @@ def pipeline(folder: Path, blocks: BlockSet, split: str) -> None:
     """Random answers, with the files that ``run_pipeline.py`` writes."""
     generator = torch.Generator().manual_seed(0)
     count = len(blocks)
-    specialists = {task.key: torch.rand(count, len(task.classes), generator=generator) for task in SPECIALISTS}
+    specialists = {
+        task.key: torch.rand(count, len(task.classes), generator=generator) for task in SPECIALISTS
+    }
     divided = torch.rand(count, generator=generator) > 0.3
     answers = specialists[STAGE2.key].argmax(dim=1)
-    reached = {STAGE2.key: divided, RECT.key: divided & (answers == 1), AB.key: divided & (answers == 2)}
+    reached = {
+        STAGE2.key: divided,
+        RECT.key: divided & (answers == 1),
+        AB.key: divided & (answers == 2),
+    }
     kinds = torch.where(divided, torch.tensor(3), torch.tensor(0))
     kinds[reached[RECT.key]] = 1 + specialists[RECT.key].argmax(dim=1)[reached[RECT.key]]
     kinds[reached[AB.key]] = 4 + specialists[AB.key].argmax(dim=1)[reached[AB.key]]
@@ -72,7 +80,11 @@ def pipeline(folder: Path, blocks: BlockSet, split: str) -> None:
     rates = {"one_pass": 2345.6, "one_by_one": 1234.5}
     content = {"split": split, "threshold": 0.44, "files": files, "blocks_a_second": rates}
     dump(content | analyse(blocks, predictions), folder / "pipeline.json")
-    arrays = {"index": np.arange(count), "true_kind": blocks.labels_stage0.numpy(), "final_kind": kinds.numpy()}
+    arrays = {
+        "index": np.arange(count),
+        "true_kind": blocks.labels_stage0.numpy(),
+        "final_kind": kinds.numpy(),
+    }
     np.savez_compressed(folder / "predictions.npz", **arrays)  # type: ignore[arg-type]
 
 
@@ -82,7 +94,14 @@ def ablation(folder: Path, name: str = "v1", about: str = "layer1-4, b=64") -> N
     def variant(what: str, base: float, seeds: int) -> dict[str, Any]:
         scores = {"macro_f1": over_seeds([base + seed / 500 for seed in range(seeds)])}
         classes = dict.fromkeys(STAGE2.classes, base)
-        return {"about": what, "group": "study", "flags": "--use-adapters", "parameters": 125635, **scores, "per_class": classes}
+        return {
+            "about": what,
+            "group": "study",
+            "flags": "--use-adapters",
+            "parameters": 125635,
+            **scores,
+            "per_class": classes,
+        }
 
     test = {name: variant(about, 0.5, 5), "frozen": variant("frozen head", 0.48, 5)}
     ours, theirs = (test[each]["macro_f1"]["values"] for each in (name, "frozen"))
@@ -102,7 +121,13 @@ def ablation(folder: Path, name: str = "v1", about: str = "layer1-4, b=64") -> N
 
 def mystery(folder: Path) -> None:
     curve = [{"epoch": epoch, "live": 0.4 + epoch / 100, "reloaded": 0.2} for epoch in (1, 2)]
-    case = {"what": "the norms move", "live": 0.42, "reloaded": 0.2, "passes_the_studys_check": True, "resadapt": "cannot happen"}
+    case = {
+        "what": "the norms move",
+        "live": 0.42,
+        "reloaded": 0.2,
+        "passes_the_studys_check": True,
+        "resadapt": "cannot happen",
+    }
     content = {
         "blocks": {"train": 300, "val": 200},
         "seed": 0,
@@ -124,6 +149,13 @@ def results(folder: Path, blocks: dict[str, BlockSet]) -> None:
     ablation(folder / "ablation")
     mystery(folder / "mystery")
     (folder / "notes").mkdir()
-    commands = {name: f"python {name}.py --epochs 1" for name in ("stage1_study", "mystery", "ablation", "stage2", "pipeline_val")}
-    made = {"made_with": {"python": "3.11.7", "torch": "2.14.1", "cores": 2}, "commands": commands, "seconds": {"stage2": 1234}}
+    commands = {
+        name: f"python {name}.py --epochs 1"
+        for name in ("stage1_study", "mystery", "ablation", "stage2", "pipeline_val")
+    }
+    made = {
+        "made_with": {"python": "3.11.7", "torch": "2.14.1", "cores": 2},
+        "commands": commands,
+        "seconds": {"stage2": 1234},
+    }
     dump(made, folder / "study.json")

@@ -56,7 +56,10 @@ class Page(HTMLParser):
             for key, value in attributes.items():
                 assert not key.startswith("on")
                 if key in {"src", "href", "xlink:href", "srcset", "action"}:
-                    assert value.startswith("data:") or (value[0] == "#" and value[1:] in ids), (tag, value[:80])
+                    assert value.startswith("data:") or (value[0] == "#" and value[1:] in ids), (
+                        tag,
+                        value[:80],
+                    )
                 for reference in re.findall(r"url\(([^)]*)\)", value):
                     assert reference[1:] in ids
         assert "url(" not in self.source[: self.source.index("</style>")]

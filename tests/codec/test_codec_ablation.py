@@ -45,7 +45,9 @@ def test_block_numbers_by_hand() -> None:
             mean = sum(flat) / len(flat)
             expected += [mean, (sum((value - mean) ** 2 for value in flat) / len(flat)) ** 0.5]
             down = [abs(part[i + 1][j] - part[i][j]) for i in range(size - 1) for j in range(size)]
-            across = [abs(part[i][j + 1] - part[i][j]) for i in range(size) for j in range(size - 1)]
+            across = [
+                abs(part[i][j + 1] - part[i][j]) for i in range(size) for j in range(size - 1)
+            ]
             expected += [sum(down) / len(down), sum(across) / len(across)]
         expected += [sum(abs(block[8][j] - block[7][j]) for j in range(16)) / 16]
         expected += [sum(abs(block[i][8] - block[i][7]) for i in range(16)) / 16]
@@ -57,7 +59,10 @@ def test_block_numbers_by_hand() -> None:
 def test_trees_are_the_same_for_the_same_seed(all_blocks: dict[str, BlockSet]) -> None:
     data = all_blocks["val"].take(torch.arange(4000)).data(STAGE2)
     several = [
-        tree_probabilities(fit_trees(data, quantizer=True, seed=seed), data.tensors[0][:50], quantizer=True) for seed in (0, 0, 1)
+        tree_probabilities(
+            fit_trees(data, quantizer=True, seed=seed), data.tensors[0][:50], quantizer=True
+        )
+        for seed in (0, 0, 1)
     ]
     assert torch.equal(several[0], several[1])
     torch.testing.assert_close(several[0].sum(dim=1), torch.ones(50))
@@ -67,7 +72,10 @@ def test_seeds_of_trees_differ_with_few_blocks_too(all_blocks: dict[str, BlockSe
     few = all_blocks["train"].of(STAGE2)
     few = few.take(torch.randperm(len(few), generator=torch.Generator().manual_seed(0))[:400])
     one, two = (
-        tree_probabilities(fit_trees(few.data(STAGE2), quantizer=True, seed=s), few.inputs(), quantizer=True) for s in (0, 1)
+        tree_probabilities(
+            fit_trees(few.data(STAGE2), quantizer=True, seed=s), few.inputs(), quantizer=True
+        )
+        for s in (0, 1)
     )
     assert not torch.equal(one, two)
 
@@ -87,7 +95,9 @@ def test_one_quantizer(all_blocks: dict[str, BlockSet]) -> None:
     val = all_blocks["val"]
     assert set(val.coded_at(128).qps.tolist()) == {128}
     assert val.coded_at(None) is val
-    with pytest.raises(DatasetError, match=r"no block was coded at base_q_idx 90; there are \[80, 128, 172, 220\]"):
+    with pytest.raises(
+        DatasetError, match=r"no block was coded at base_q_idx 90; there are \[80, 128, 172, 220\]"
+    ):
         val.coded_at(90)
 
 
@@ -110,7 +120,9 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def study(
-    tmp_path_factory: pytest.TempPathFactory, all_blocks: dict[str, BlockSet], stage1_file: Callable[[BackboneKind], Path]
+    tmp_path_factory: pytest.TempPathFactory,
+    all_blocks: dict[str, BlockSet],
+    stage1_file: Callable[[BackboneKind], Path],
 ) -> Path:
     """A folder with a small data set of two quantizers, and with Stage 1 runs."""
     folder = tmp_path_factory.mktemp("study")
@@ -118,7 +130,8 @@ def study(
     for split, blocks in all_blocks.items():
         two = blocks.take((blocks.qps == 80) | (blocks.qps == 220))
         write_study_file(
-            two.take(torch.randperm(len(two), generator=torch.Generator().manual_seed(0))[:300]), folder / "dataset" / f"{split}.pt"
+            two.take(torch.randperm(len(two), generator=torch.Generator().manual_seed(0))[:300]),
+            folder / "dataset" / f"{split}.pt",
         )
     for name, kind in (("stage1_study", "plain"), ("stage1_kinds", "fine")):
         (folder / name).mkdir()
@@ -127,10 +140,20 @@ def study(
 
 
 def arguments(study: Path, *more: str) -> list[str]:
-    return ["--runs-dir", str(study), "--dataset-dir", str(study / "dataset"), "--device", "cpu", *more]
+    return [
+        "--runs-dir",
+        str(study),
+        "--dataset-dir",
+        str(study / "dataset"),
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
-def test_the_whole_comparison(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_comparison(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(ablation, "VARIANTS", SHORT)
     monkeypatch.setattr(ablation, "FINAL_SEEDS", (0, 1))
     names = [variant.name for variant in SHORT]
@@ -141,7 +164,9 @@ def test_the_whole_comparison(study: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert not list((study / "ablation").glob("**/test.json"))
     stamps = {path: path.stat().st_mtime_ns for path in study.glob("ablation/**/metrics.json")}
     ablation.main(arguments(study, "--final"))
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "what is finished is not trained again"
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, (
+        "what is finished is not trained again"
+    )
     result = json.loads((study / "ablation" / "ablation.json").read_text())
     assert set(result["test"]) == {"frozen", "v1", "trees-q", "kinds-v1"}
     assert all(len(each["macro_f1"]["values"]) == 2 for each in result["test"].values())
@@ -178,8 +203,14 @@ def test_families_at_the_best_of_three_rates(
     assert set(found["all"]) == {"frozen", "fine-tuning", best}
     for part, rows in (("", result), ("all", found["all"])):
         for name, row in rows.items():
-            assert row["rates"][row["rate"]] == max(row["rates"].values()) == row["val"]["values"][0]
-            made = json.loads((study / "families" / part / name / row["rate"] / "seed1" / "metrics.json").read_text())
+            assert (
+                row["rates"][row["rate"]] == max(row["rates"].values()) == row["val"]["values"][0]
+            )
+            made = json.loads(
+                (
+                    study / "families" / part / name / row["rate"] / "seed1" / "metrics.json"
+                ).read_text()
+            )
             assert made["macro_f1"] == row["val"]["values"][1]
             assert made["parameters"]["trainable"] == row["parameters"]
     assert "--blocks" in every["dora-4"].flags
@@ -191,26 +222,44 @@ def test_families_at_the_best_of_three_rates(
     ratio = result["dora-4"]["test"]["mean"] / result["fine-tuning"]["test"]["mean"]
     line = next(line for line in table.splitlines() if line.startswith("| dora"))
     assert line.endswith(f"| {ratio:.1%} |")
-    stamps = {path: path.stat().st_mtime_ns for path in study.glob("families/**/*.json") if path.parent.name != "families"}
+    stamps = {
+        path: path.stat().st_mtime_ns
+        for path in study.glob("families/**/*.json")
+        if path.parent.name != "families"
+    }
     families.main(arguments(study))
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "what is finished is not done again"
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, (
+        "what is finished is not done again"
+    )
 
 
-def test_two_processes_train_what_one_does(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_train_what_one_does(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ablation, "VARIANTS", SHORT[:2])
     for jobs in (1, 2):
         runs = tmp_path / str(jobs)
         runs.mkdir()
         (runs / "stage1_study").symlink_to(study / "stage1_study")
-        ablation.main(["--runs-dir", str(runs), *arguments(study, "--seeds", "5", "6", "--jobs", str(jobs))[2:]])
-    one, two = (json.loads((tmp_path / name / "ablation" / "ablation.json").read_text()) for name in "12")
+        ablation.main(
+            [
+                "--runs-dir",
+                str(runs),
+                *arguments(study, "--seeds", "5", "6", "--jobs", str(jobs))[2:],
+            ]
+        )
+    one, two = (
+        json.loads((tmp_path / name / "ablation" / "ablation.json").read_text()) for name in "12"
+    )
     assert one == two
     assert len(one["validation"]["v1"]["macro_f1"]["values"]) == 2
     with pytest.raises(SystemExit):
         ablation.parse_options(["--jobs", "0"])
 
 
-def test_scores_of_other_data_are_refused(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_other_data_are_refused(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ablation, "VARIANTS", SHORT[3:4])
     ablation.main(["--runs-dir", str(tmp_path), *arguments(study)[2:]])
     other = tmp_path / "dataset"
@@ -220,14 +269,17 @@ def test_scores_of_other_data_are_refused(study: Path, tmp_path: Path, monkeypat
         write_study_file(blocks.take(torch.arange(200)), other / f"{split}.pt")
     before = (tmp_path / "ablation" / "ablation.json").read_bytes()
     with pytest.raises(
-        TrainingStateError, match=r"val\.json: was made with other data; delete .*seed0, or choose another --runs-dir"
+        TrainingStateError,
+        match=r"val\.json: was made with other data; delete .*seed0, or choose another --runs-dir",
     ):
         ablation.main(["--runs-dir", str(tmp_path), "--dataset-dir", str(other), "--seeds", "1"])
     assert (tmp_path / "ablation" / "ablation.json").read_bytes() == before
     assert not (tmp_path / "ablation" / "trees-q" / "seed1").exists()
 
 
-def test_an_error_does_not_wait_for_all_that_is_left(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_does_not_wait_for_all_that_is_left(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[int] = []
 
     def work(job: ablation.Job, split: str) -> None:
@@ -237,7 +289,9 @@ def test_an_error_does_not_wait_for_all_that_is_left(study: Path, tmp_path: Path
         done.append(job.seed)
 
     monkeypatch.setattr(ablation, "work", work)
-    monkeypatch.setattr(ablation, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(
+        ablation, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs)
+    )
     where = ["--runs-dir", str(tmp_path), *arguments(study)[2:]]
     with pytest.raises(DatasetError, match="no"):
         ablation.main([*where, "--jobs", "2", "--only", "trees", "--seeds", *map(str, range(30))])
@@ -246,13 +300,18 @@ def test_an_error_does_not_wait_for_all_that_is_left(study: Path, tmp_path: Path
 
 def test_no_worker_outlives_its_parent() -> None:
     script = (
-        "import ablation, time; from concurrent.futures import ProcessPoolExecutor; from multiprocessing import get_context\n"
-        "pool = ProcessPoolExecutor(1, get_context('spawn'), initializer=ablation._start_worker)\n"
-        "pool.submit(time.sleep, 0).result(); pool.submit(time.sleep, 600); print('works', flush=True); time.sleep(600)"
+        "import ablation, time; from concurrent.futures import ProcessPoolExecutor; from "
+        "multiprocessing import get_context\npool = ProcessPoolExecutor(1, get_context('spawn'), "
+        "initializer=ablation._start_worker)\npool.submit(time.sleep, 0).result(); "
+        "pool.submit(time.sleep, 600); print('works', flush=True); time.sleep(600)"
     )
     folder = str(Path(ablation.__file__).parent)
     path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": path},
+    ) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"works\n"
         parent.kill()
@@ -263,17 +322,31 @@ def test_no_worker_outlives_its_parent() -> None:
 
 def scored(f1: float, per_class: float, reload_difference: float | None) -> dict[str, object]:
     classes = {name: {"f1": per_class} for name in STAGE2.classes}
-    return {"macro_f1": f1, "per_class": classes, "parameters": 5, "reload_difference": reload_difference}
+    return {
+        "macro_f1": f1,
+        "per_class": classes,
+        "parameters": 5,
+        "reload_difference": reload_difference,
+    }
 
 
 def test_verdicts_follow_the_figures() -> None:
     def test_of(ours: float, weakest: float, reload: float) -> dict[str, object]:
-        networks = {name: summary({}, [scored(ours + s, weakest, reload) for s in (0, 0.002)]) for name in ("v1", "k")}
-        rivals = {name: summary({}, [scored(0.5 + s, 0.5, None) for s in (0, 0.001)]) for name in ("frozen", "trees-q")}
+        networks = {
+            name: summary({}, [scored(ours + s, weakest, reload) for s in (0, 0.002)])
+            for name in ("v1", "k")
+        }
+        rivals = {
+            name: summary({}, [scored(0.5 + s, 0.5, None) for s in (0, 0.001)])
+            for name in ("frozen", "trees-q")
+        }
         return networks | rivals
 
     chosen = {"study": "v1", "beyond": "k"}
-    holds = [[each["holds"] for each in decide(test_of(*figures), chosen)[1]] for figures in ((0.53, 0.5, 0), (0.516, 0.4, 0.02))]
+    holds = [
+        [each["holds"] for each in decide(test_of(*figures), chosen)[1]]
+        for figures in ((0.53, 0.5, 0), (0.516, 0.4, 0.02))
+    ]
     assert holds == [[True, True, True, True], [True, False, False, False]]
     differences, verdicts = decide(test_of(0.53, 0.5, 0), chosen)
     assert differences["study"] == {

@@ -105,7 +105,9 @@ def test_labels_of_every_stage(number: int) -> None:
 
 
 def test_tiny_folder_is_valid(tiny_frames: Path) -> None:
-    assert {split: len(blocks) for split, blocks in cut_blocks(tiny_frames).items()} == dict.fromkeys(("train", "val", "test"), 6)
+    assert {
+        split: len(blocks) for split, blocks in cut_blocks(tiny_frames).items()
+    } == dict.fromkeys(("train", "val", "test"), 6)
 
 
 def edit_manifest(folder: Path, change: Callable[[Any], None]) -> None:
@@ -141,22 +143,53 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "cannot read the node table",
     ),
     "columns": (lambda d: edit_nodes(d, "label", "class"), "columns are"),
-    "node lost": (lambda d: edit_manifest(d, lambda m: m.update(nodes=19)), "18 nodes, the manifest says 19"),
-    "unknown frame": (lambda d: edit_nodes(d, "train-0", "other-0"), "frame 'other-0' is not in the manifest"),
+    "node lost": (
+        lambda d: edit_manifest(d, lambda m: m.update(nodes=19)),
+        "18 nodes, the manifest says 19",
+    ),
+    "unknown frame": (
+        lambda d: edit_nodes(d, "train-0", "other-0"),
+        "frame 'other-0' is not in the manifest",
+    ),
     "not a number": (lambda d: edit_nodes(d, "20,80", "20,x"), "not a name and five integers"),
-    "quantizer": (lambda d: edit_nodes(d, "20,80", "20,256"), "line 2: base_q_idx is 256, expected 0..255"),
-    "label": (lambda d: edit_nodes(d, "80,0,0,", "80,0,0,1"), "line 2: label is 1[0-9], expected 0..9"),
-    "off the grid": (lambda d: edit_nodes(d, "80,0,16", "80,0,8"), "node at row 0, col 8 is not on the 16x16 grid"),
-    "outside": (lambda d: edit_nodes(d, "80,16,0", "80,32,0"), "node at row 32, col 0 is not on the 16x16 grid"),
-    "negative": (lambda d: edit_nodes(d, "80,16,0", "80,-16,0"), "node at row -16, col 0 is not on the 16x16 grid"),
-    "no frame": (lambda d: (d / "frames" / "val-0.png").unlink(), "val-0.png: cannot read the frame"),
-    "damaged frame": (lambda d: (d / "frames" / "val-0.png").write_bytes(b"no"), "val-0.png: cannot read the frame"),
+    "quantizer": (
+        lambda d: edit_nodes(d, "20,80", "20,256"),
+        "line 2: base_q_idx is 256, expected 0..255",
+    ),
+    "label": (
+        lambda d: edit_nodes(d, "80,0,0,", "80,0,0,1"),
+        "line 2: label is 1[0-9], expected 0..9",
+    ),
+    "off the grid": (
+        lambda d: edit_nodes(d, "80,0,16", "80,0,8"),
+        "node at row 0, col 8 is not on the 16x16 grid",
+    ),
+    "outside": (
+        lambda d: edit_nodes(d, "80,16,0", "80,32,0"),
+        "node at row 32, col 0 is not on the 16x16 grid",
+    ),
+    "negative": (
+        lambda d: edit_nodes(d, "80,16,0", "80,-16,0"),
+        "node at row -16, col 0 is not on the 16x16 grid",
+    ),
+    "no frame": (
+        lambda d: (d / "frames" / "val-0.png").unlink(),
+        "val-0.png: cannot read the frame",
+    ),
+    "damaged frame": (
+        lambda d: (d / "frames" / "val-0.png").write_bytes(b"no"),
+        "val-0.png: cannot read the frame",
+    ),
     "colour frame": (
-        lambda d: Image.fromarray(np.zeros((32, 48, 3), dtype=np.uint8)).save(d / "frames" / "val-0.png"),
+        lambda d: Image.fromarray(np.zeros((32, 48, 3), dtype=np.uint8)).save(
+            d / "frames" / "val-0.png"
+        ),
         r"val-0.png: RGB \(48, 32\), expected 8-bit luma of \(48, 32\)",
     ),
     "frame size": (
-        lambda d: Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(d / "frames" / "val-0.png"),
+        lambda d: Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(
+            d / "frames" / "val-0.png"
+        ),
         r"val-0.png: L \(32, 32\), expected 8-bit luma of \(48, 32\)",
     ),
 }

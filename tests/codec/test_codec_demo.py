@@ -19,8 +19,15 @@ from av1partition.evaluation.spread import over_seeds
     ],
 )
 def test_adapters_against_the_frozen_head_in_words(adapters: tuple[float, ...], said: str) -> None:
-    scores = {demo.FROZEN: (0.40, 0.40, 0.40), demo.ADAPTERS: adapters, "trees-q": (0.5, 0.52, 0.54)}
-    validation = {name: {"about": f"about {name}", "macro_f1": over_seeds(values)} for name, values in scores.items()}
+    scores = {
+        demo.FROZEN: (0.40, 0.40, 0.40),
+        demo.ADAPTERS: adapters,
+        "trees-q": (0.5, 0.52, 0.54),
+    }
+    validation = {
+        name: {"about": f"about {name}", "macro_f1": over_seeds(values)}
+        for name, values in scores.items()
+    }
     text = demo.said_of(validation)
     assert re.search(said, text), text
     assert "Best of these: about trees-q, 0.5200." in text

@@ -22,22 +22,31 @@ def test_a_tap_has_the_quarters_of_the_map(stage1_file: Callable[[BackboneKind],
     with torch.no_grad():
         h = backbone.get_submodule("maxpool")(backbone.relu(backbone.bn1(backbone.conv1(x[:, :1]))))
         quarters = [h[:, :, i : i + 2, j : j + 2].mean((2, 3)) for i in (0, 2) for j in (0, 2)]
-        torch.testing.assert_close(diagnosis.Tap(backbone, "maxpool")(x), torch.stack(quarters, dim=2).flatten(1))
+        torch.testing.assert_close(
+            diagnosis.Tap(backbone, "maxpool")(x), torch.stack(quarters, dim=2).flatten(1)
+        )
         # Behind layer4 a single position is left, which is what the heads see.
         torch.testing.assert_close(diagnosis.Tap(backbone, "layer4")(x), backbone(x[:, :1]))
 
 
 def test_the_quantizer_is_behind_the_numbers_where_it_is_asked_for() -> None:
-    data = TensorDataset(with_quantizer(torch.rand(2, 1, 16, 16), torch.tensor([40, 64])), torch.tensor([0, 1]))
+    data = TensorDataset(
+        with_quantizer(torch.rand(2, 1, 16, 16), torch.tensor([40, 64])), torch.tensor([0, 1])
+    )
     seen = torch.rand(2, 22)
-    without, beside = (diagnosis._with_code(seen, data, quantizer).tensors for quantizer in (False, True))
+    without, beside = (
+        diagnosis._with_code(seen, data, quantizer).tensors for quantizer in (False, True)
+    )
     assert without[0] is seen
     assert torch.equal(beside[0], torch.cat([seen, quantizer_code(data.tensors[0])], dim=1))
     assert without[1] is beside[1] is data.tensors[1]
 
 
 def test_every_part_and_both_learners_are_measured(
-    tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_dataset: Path,
+    stage1_file: Callable[[BackboneKind], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(diagnosis, "EPOCHS", 2)
     new_trees = diagnosis.new_trees
@@ -57,14 +66,23 @@ def test_every_part_and_both_learners_are_measured(
     ]  # fmt: skip
     for row in result["rows"]:
         assert all(0 <= row[key] <= 1 for key in ("trees", "network", "trees-q", "network-q"))
-        assert len({row["trees"], row["trees-q"]}) + len({row["network"], row["network-q"]}) > 2, "the quantizer is seen"
+        assert len({row["trees"], row["trees-q"]}) + len({row["network"], row["network-q"]}) > 2, (
+            "the quantizer is seen"
+        )
     first = (output / "diagnosis.json").read_bytes()
     (output / "diagnosis.json").write_text(json.dumps({**result, "rows": result["rows"][:4]}))
     measured = []
-    monkeypatch.setattr(diagnosis, "_seen_by", lambda tap, data, see=diagnosis._seen_by: measured.append(tap.end) or see(tap, data))
+    monkeypatch.setattr(
+        diagnosis,
+        "_seen_by",
+        lambda tap, data, see=diagnosis._seen_by: measured.append(tap.end) or see(tap, data),
+    )
     diagnosis.main([*where, "--stage1-models", str(model)])
     assert measured == ["layer3", "layer4"], "an interrupted run goes on"
     assert (output / "diagnosis.json").read_bytes() == first
-    with pytest.raises(TrainingStateError, match=r"diagnosis\.json: is of other data, Stage 1 files or another seed"):
+    with pytest.raises(
+        TrainingStateError,
+        match=r"diagnosis\.json: is of other data, Stage 1 files or another seed",
+    ):
         diagnosis.main([*where, "--stage1-models", str(model), "--seed", "1"])
     assert (output / "diagnosis.md").read_text() == diagnosis.table(result["rows"]) + "\n"

@@ -21,12 +21,25 @@ EXAMPLE = json.loads((DATA_DIR / "MANIFEST.json").read_text())
 
 
 def save(path: Path, width: int, height: int) -> Path:
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
+    ).save(path)
     return path
 
 
 def run(folder: Path, *options: str) -> Path:
-    main([str(folder), "--output-dir", str(folder.parent / "out"), "--val", "0", "--test", "0", *options])
+    main(
+        [
+            str(folder),
+            "--output-dir",
+            str(folder.parent / "out"),
+            "--val",
+            "0",
+            "--test",
+            "0",
+            *options,
+        ]
+    )
     return folder.parent / "out"
 
 
@@ -39,7 +52,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_flags_and_luma_are_those_of_the_examples_own_data() -> None:
-    assert EXAMPLE["encoder"]["command_line"] == f"aomenc {' '.join(FLAGS)} --cq-level=CQ -q -o FRAME_cqCQ.ivf FRAME.y4m"
+    assert (
+        EXAMPLE["encoder"]["command_line"]
+        == f"aomenc {' '.join(FLAGS)} --cq-level=CQ -q -o FRAME_cqCQ.ivf FRAME.y4m"
+    )
     assert EXAMPLE["luma"] == LUMA
 
 
@@ -49,7 +65,11 @@ def test_flags_and_luma_are_those_of_the_examples_own_data() -> None:
 def test_shares_do_not_depend_on_the_order() -> None:
     names = [f"p{k}" for k in range(20)]
     splits = split_by_name_or_share(names, ["0.15"], ["0.1"], 0, "picture")
-    assert {split: len(members) for split, members in splits.items()} == {"train": 15, "val": 3, "test": 2}
+    assert {split: len(members) for split, members in splits.items()} == {
+        "train": 15,
+        "val": 3,
+        "test": 2,
+    }
     assert sorted(name for members in splits.values() for name in members) == sorted(names)
     assert splits == split_by_name_or_share(names[::-1], ["0.15"], ["0.1"], 0, "picture")
     assert splits != split_by_name_or_share(names, ["0.15"], ["0.1"], 1, "picture")
@@ -62,11 +82,18 @@ def test_a_share_is_drawn_beside_names() -> None:
 
 
 def test_everything_may_be_test_by_name() -> None:
-    assert split_by_name_or_share(["a"], ["0"], ["*"], 0, "picture") == {"train": [], "val": [], "test": ["a"]}
+    assert split_by_name_or_share(["a"], ["0"], ["*"], 0, "picture") == {
+        "train": [],
+        "val": [],
+        "test": ["a"],
+    }
 
 
 def test_shares_leave_something_to_train() -> None:
-    with pytest.raises(DatasetError, match=r"a share of 0\.15 for val leaves none of 2 pictures for train; pass more pictures"):
+    with pytest.raises(
+        DatasetError,
+        match=r"a share of 0\.15 for val leaves none of 2 pictures for train; pass more pictures",
+    ):
         split_by_name_or_share(["a", "b"], ["0.15"], ["0.15"], 0, "picture")
 
 
@@ -78,16 +105,28 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     lumas = {name: rng.integers(0, 256, (64, 128), dtype=np.uint8) for name in ("a, b", "c")}
     crops = {name: Crop((130, 70), (1, 3, 128, 64), (128, 64)) for name in lumas}
     nodes = [(48, 112, 9), (0, 16, 4)]
-    coded = [Coded("c", 20, 80, nodes[:1]), Coded("a, b", 32, 128, nodes), Coded("a, b", 20, 80, [])]
+    coded = [
+        Coded("c", 20, 80, nodes[:1]),
+        Coded("a, b", 32, 128, nodes),
+        Coded("a, b", 20, 80, []),
+    ]
     splits: dict[str, list[str]] = {"train": ["a, b"], "val": ["c"], "test": []}
     write_frame_folder(tmp_path, iter(lumas.items()), crops, splits, coded, {"downscale": 1})
     blocks = cut_blocks(tmp_path)
     assert blocks["train"].labels_stage0.tolist() == [4, 9]
     assert blocks["train"].qps.tolist() == [128, 128]
     assert (blocks["train"].samples[1, 0].numpy() * 255 == lumas["a, b"][48:, 112:]).all()
-    assert (blocks["val"].labels_stage0.tolist(), blocks["val"].qps.tolist(), len(blocks["test"])) == ([9], [80], 0)
+    assert (
+        blocks["val"].labels_stage0.tolist(),
+        blocks["val"].qps.tolist(),
+        len(blocks["test"]),
+    ) == ([9], [80], 0)
     manifest = json.loads((tmp_path / "MANIFEST.json").read_text(encoding="utf-8"))
-    assert manifest["class_counts_per_split"]["train"] == {**dict.fromkeys(manifest["class_counts"], 0), "HORZ_A": 1, "VERT_4": 1}
+    assert manifest["class_counts_per_split"]["train"] == {
+        **dict.fromkeys(manifest["class_counts"], 0),
+        "HORZ_A": 1,
+        "VERT_4": 1,
+    }
     assert manifest["base_q_idx_of_cq_level"] == {"20": [80], "32": [128]}
     assert manifest["frames"][0]["nodes_per_cq_level"] == {"20": 0, "32": 2}
 
@@ -156,20 +195,37 @@ def test_refused_before_any_work(folder: Path, how: str) -> None:
     extra = [each for each in options if each.endswith(".png")]
     options = options if "--inspect" in options else [*options, "--inspect", sys.executable]
     with pytest.raises(DatasetError, match=REFUSALS[how]):
-        main([*extra, str(folder), "--output-dir", str(folder.parent / "out"), "--val", "0", "--test", "0", *options[len(extra) :]])
+        main(
+            [
+                *extra,
+                str(folder),
+                "--output-dir",
+                str(folder.parent / "out"),
+                "--val",
+                "0",
+                "--test",
+                "0",
+                *options[len(extra) :],
+            ]
+        )
     assert [path.name for path in folder.parent.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--cq-level", "20", "64"], r"--cq-level is 64, expected 0\.\.63; it is libaom's cq level, not base_q_idx"),
+        (
+            ["--cq-level", "20", "64"],
+            r"--cq-level is 64, expected 0\.\.63; it is libaom's cq level, not base_q_idx",
+        ),
         (["--cq-level=-1"], "--cq-level is -1, expected 0..63"),
         (["--downscale", "0"], "argument --downscale: is 0, expected 1 or more"),
         (["--jobs", "0"], "argument --jobs: is 0, expected 1 or more"),
     ],
 )
-def test_wrong_options(folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options(
+    folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         run(folder, *options)
     assert re.search(message, capsys.readouterr().err)
@@ -178,5 +234,7 @@ def test_wrong_options(folder: Path, options: list[str], message: str, capsys: p
 def test_an_older_folder_is_kept(folder: Path) -> None:
     (folder.parent / "out").mkdir()
     (folder.parent / "out" / "train.pt").write_bytes(b"")
-    with pytest.raises(FileExistsError, match="out: is there already; delete it, or choose another --output-dir"):
+    with pytest.raises(
+        FileExistsError, match="out: is there already; delete it, or choose another --output-dir"
+    ):
         run(folder)

@@ -17,7 +17,9 @@ def slow_weights(counts: list[int], beta: float) -> list[float]:
     return [len(counts) * weight / sum(raw) for weight in raw]
 
 
-def slow_loss(logits: torch.Tensor, target: torch.Tensor, counts: list[int], beta: float, gamma: float) -> float:
+def slow_loss(
+    logits: torch.Tensor, target: torch.Tensor, counts: list[int], beta: float, gamma: float
+) -> float:
     weights, total = slow_weights(counts, beta), 0.0
     for row, y in zip(logits.tolist(), target.tolist(), strict=True):
         p = math.exp(row[y]) / sum(math.exp(value) for value in row)

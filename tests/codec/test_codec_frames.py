@@ -36,8 +36,13 @@ def test_the_lines_of_each_partition(kind: int) -> None:
     assert sorted(partition_lines(kind)) == sorted(LINES[PARTITIONS[kind]])
 
 
-def test_positions_are_those_of_the_blocks(tiny_frames: Path, all_blocks: dict[str, BlockSet]) -> None:
-    for blocks, positions in ((cut_blocks(tiny_frames), block_positions(tiny_frames)), (all_blocks, block_positions())):
+def test_positions_are_those_of_the_blocks(
+    tiny_frames: Path, all_blocks: dict[str, BlockSet]
+) -> None:
+    for blocks, positions in (
+        (cut_blocks(tiny_frames), block_positions(tiny_frames)),
+        (all_blocks, block_positions()),
+    ):
         for split in SPLITS:
             where = positions[split]
             assert len(where) == len(blocks[split])
@@ -64,7 +69,10 @@ def test_drawing(tmp_path: Path) -> None:
     figure = draw_partitions(luma, nodes, kinds, np.array([False, True]), path=path, scale=4)
     (lines,) = (each for each in figure.axes[0].collections if isinstance(each, LineCollection))
     # HORZ_A at row 0, col 16: across, and down in the upper half.
-    assert [[tuple(point) for point in segment] for segment in lines.get_segments()] == [[(16, 8), (32, 8)], [(24, 0), (24, 8)]]
+    assert [[tuple(point) for point in segment] for segment in lines.get_segments()] == [
+        [(16, 8), (32, 8)],
+        [(24, 0), (24, 8)],
+    ]
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"), dtype=int)
     assert pixels.shape == (128, 192, 3)  # tight: the frame and nothing round it
@@ -81,7 +89,9 @@ def test_as_many_kinds_as_blocks() -> None:
     with pytest.raises(ValueError, match="2 blocks, 1 kinds, no marks; expected as many of each"):
         draw_partitions(np.zeros((16, 32), np.uint8), np.zeros((2, 2), int), np.zeros(1, int))
     with pytest.raises(ValueError, match="1 blocks, 1 kinds, 2 marks; expected as many of each"):
-        draw_partitions(np.zeros((16, 32), np.uint8), np.zeros((1, 2), int), np.zeros(1, int), np.zeros(2, bool))
+        draw_partitions(
+            np.zeros((16, 32), np.uint8), np.zeros((1, 2), int), np.zeros(1, int), np.zeros(2, bool)
+        )
 
 
 def test_frames_are_chosen_by_their_blocks() -> None:

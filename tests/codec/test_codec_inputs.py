@@ -26,6 +26,7 @@ def test_inputs_of_blocks(all_blocks: dict[str, BlockSet]) -> None:
 
 def test_luma_alone_is_refused_where_the_quantizer_is_wanted() -> None:
     with pytest.raises(
-        ValueError, match="the inputs have 1 planes, and the quantizer is in the second; make them by with_quantizer"
+        ValueError,
+        match="the inputs have 1 planes, and the quantizer is in the second; make them by with_quantizer",
     ):
         quantizer_code(torch.rand(2, 1, 16, 16))

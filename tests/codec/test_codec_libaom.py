@@ -1,6 +1,7 @@
 """From pictures to data with libaom's programs, where they are given.
 
-RESADAPT_AOMENC=aomenc RESADAPT_INSPECT=inspect-build/examples/inspect python -m pytest tests/codec/test_codec_libaom.py
+RESADAPT_AOMENC=aomenc RESADAPT_INSPECT=inspect-build/examples/inspect python -m pytest
+tests/codec/test_codec_libaom.py
 """
 
 from __future__ import annotations
@@ -24,23 +25,35 @@ from PIL import Image
 
 NAMES = ("RESADAPT_AOMENC", "RESADAPT_INSPECT")
 AOMENC, INSPECT = (os.environ.get(name, "") for name in NAMES)
-pytestmark = pytest.mark.skipif(not (AOMENC and INSPECT), reason=f"{' and '.join(NAMES)} do not say where libaom's programs are")
+pytestmark = pytest.mark.skipif(
+    not (AOMENC and INSPECT), reason=f"{' and '.join(NAMES)} do not say where libaom's programs are"
+)
 RECORDED = Path(__file__).parent / "inspect_camera_cq32.json.gz"
 Node = tuple[int, int, int]
 
 
 @pytest.fixture
 def grey(tmp_path: Path) -> Path:
-    """A piece of a grey frame of the example and the whole of another, in full range: they become the same luma again."""
+    """A piece of a grey frame of the example and the whole of another, in full range.
+
+    They become the same luma again.
+    """
     (tmp_path / "in").mkdir()
-    for name, box in (("skimage-camera-0", (128, 256, 256, 320)), ("skimage-grass-0", (0, 0, 256, 256))):
+    for name, box in (
+        ("skimage-camera-0", (128, 256, 256, 320)),
+        ("skimage-grass-0", (0, 0, 256, 256)),
+    ):
         with Image.open(DATA_DIR / "frames" / f"{name}.png") as image:
             luma = np.asarray(image.crop(box), dtype=np.float64)
-        Image.fromarray(np.round((luma - 16) * 255 / 219).astype(np.uint8)).save(tmp_path / "in" / f"{name}.png")
+        Image.fromarray(np.round((luma - 16) * 255 / 219).astype(np.uint8)).save(
+            tmp_path / "in" / f"{name}.png"
+        )
     return tmp_path / "in"
 
 
-def run(folder: Path, *options: str, inspect: str = INSPECT, cq_levels: Sequence[str] = ("55", "32")) -> Path:
+def run(
+    folder: Path, *options: str, inspect: str = INSPECT, cq_levels: Sequence[str] = ("55", "32")
+) -> Path:
     output = folder.parent / "out"
     main([str(folder), "--output-dir", str(output), "--aomenc", AOMENC, "--inspect", inspect, "--val", "*camera*", "--test", "0",
           "--cq-level", *cq_levels, *options])  # fmt: skip
@@ -48,7 +61,11 @@ def run(folder: Path, *options: str, inspect: str = INSPECT, cq_levels: Sequence
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def nodes_in(folder: Path, frame: str, cq_level: int) -> set[Node]:
@@ -60,8 +77,13 @@ def nodes_in(folder: Path, frame: str, cq_level: int) -> set[Node]:
 def test_labels_are_those_of_the_examples_data(grey: Path) -> None:
     output = run(grey)
     version = json.loads((output / "MANIFEST.json").read_text())["encoder"]["version"]
-    if version != (expected := json.loads((DATA_DIR / "MANIFEST.json").read_text())["encoder"]["version"]):
-        pytest.skip(f"another encoder may decide otherwise: this is {version}, the example's data are of {expected}")
+    if version != (
+        expected := json.loads((DATA_DIR / "MANIFEST.json").read_text())["encoder"]["version"]
+    ):
+        pytest.skip(
+            f"another encoder may decide otherwise: this is {version}, the example's data are of "
+            f"{expected}"
+        )
     for cq_level in (32, 55):
         nodes = nodes_in(output, "skimage-grass-0", cq_level)
         assert len(nodes) > 100
@@ -106,7 +128,9 @@ def test_a_damaged_stream_leaves_no_folder(grey: Path) -> None:
     shutil.rmtree(run(grey, cq_levels=["55"]))
     (stream,) = (grey.parent / "out.work").glob("*camera*.ivf")
     stream.write_bytes(stream.read_bytes()[:60])
-    with pytest.raises(DatasetError, match=f"{stream.name}: cannot be used, delete it and give the command again"):
+    with pytest.raises(
+        DatasetError, match=f"{stream.name}: cannot be used, delete it and give the command again"
+    ):
         run(grey, cq_levels=["55"])
     assert sorted(path.name for path in grey.parent.iterdir()) == ["in", "out.work"]
 
@@ -114,12 +138,17 @@ def test_a_damaged_stream_leaves_no_folder(grey: Path) -> None:
 def test_pictures_without_nodes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Image.fromarray(np.full((64, 64), 128, dtype=np.uint8)).save(tmp_path / "in" / "camera.png")
-    with pytest.raises(DatasetError, match=r"no picture has a 16x16 node, .*; pass lower --cq-level"):
+    with pytest.raises(
+        DatasetError, match=r"no picture has a 16x16 node, .*; pass lower --cq-level"
+    ):
         run(tmp_path / "in")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_inspect_that_cannot_read_is_found_before_any_work(grey: Path) -> None:
-    with pytest.raises(DatasetError, match=r"--inspect .*: cannot read a stream of this aomenc(?s:.*)-DCONFIG_INSPECTION=1"):
+    with pytest.raises(
+        DatasetError,
+        match=r"--inspect .*: cannot read a stream of this aomenc(?s:.*)-DCONFIG_INSPECTION=1",
+    ):
         run(grey, inspect=AOMENC)
     assert [path.name for path in grey.parent.iterdir()] == ["in"]

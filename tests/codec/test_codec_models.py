@@ -1,4 +1,7 @@
-"""The study's models: what they compute, what they are called, how large they are, and their strict Stage 1 files."""
+"""The study's models.
+
+What they compute, what they are called, how large they are, and their strict Stage 1 files.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,13 @@ from torchvision.models import ResNet18_Weights, resnet18
 from resadapt import count_parameters, list_adapters, remove_adapters, set_active_adapters
 
 KINDS: tuple[BackboneKind, ...] = ("plain", "attention")
-HEAD_NAMES = {"head.head.0.weight", "head.head.0.bias", "head.head.3.weight", "head.head.3.bias", "temperature"}
+HEAD_NAMES = {
+    "head.head.0.weight",
+    "head.head.0.bias",
+    "head.head.3.weight",
+    "head.head.3.bias",
+    "temperature",
+}
 ATTENTION_SHAPES = {
     f"backbone.se{n}.excitation.{i}.weight": [c // 16, c] if i == 0 else [c, c // 16]
     for n, c in enumerate((64, 128, 256, 512), start=1)
@@ -51,19 +60,25 @@ def test_stem_is_the_mean_over_rgb() -> None:
     stem = gray_stem(colour)
     assert stem.weight.shape == (64, 1, 7, 7)
     for channel in range(64):
-        expected = (colour.weight[channel, 0] + colour.weight[channel, 1] + colour.weight[channel, 2]) / 3
+        expected = (
+            colour.weight[channel, 0] + colour.weight[channel, 1] + colour.weight[channel, 2]
+        ) / 3
         torch.testing.assert_close(stem.weight[channel, 0], expected)
     x = torch.rand(2, 1, 16, 16)
     torch.testing.assert_close(stem(x), colour(x.expand(-1, 3, -1, -1)) / 3)
 
 
 @pytest.mark.parametrize("build", [gray_resnet18, AttentionResNet18])
-def test_imagenet_weights_are_loaded(hub: Path, build: Callable[[ResNet18_Weights], nn.Module]) -> None:
+def test_imagenet_weights_are_loaded(
+    hub: Path, build: Callable[[ResNet18_Weights], nn.Module]
+) -> None:
     weights = ResNet18_Weights.IMAGENET1K_V1
     imagenet = resnet18().state_dict()
     torch.save(imagenet, hub / weights.url.rsplit("/", 1)[1])
     loaded = build(weights).state_dict()
-    torch.testing.assert_close(loaded["conv1.weight"], imagenet["conv1.weight"].mean(1, keepdim=True))
+    torch.testing.assert_close(
+        loaded["conv1.weight"], imagenet["conv1.weight"].mean(1, keepdim=True)
+    )
     for name, tensor in imagenet.items():
         if not name.startswith(("conv1", "fc")):
             assert torch.equal(loaded[name], tensor)
@@ -90,15 +105,21 @@ def test_attention_backbone_by_hand() -> None:
         pooled = h.flatten(2).mean(2)
         h = h * torch.sigmoid(torch.relu(pooled @ down.T) @ up.T).view(*pooled.shape, 1, 1)
     evidence = torch.stack([h.mean(1), h.max(1).values], dim=1)
-    h = h * torch.sigmoid(nn.functional.conv2d(evidence, model.state_dict()["spatial_attn.conv.weight"], padding=3))
+    h = h * torch.sigmoid(
+        nn.functional.conv2d(evidence, model.state_dict()["spatial_attn.conv.weight"], padding=3)
+    )
     torch.testing.assert_close(model(x), h.mean((2, 3)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_study_names_and_shapes(kind: BackboneKind) -> None:
     state = Stage1Model(build_backbone(kind)).state_dict()
-    torchvisions = {f"backbone.{name}" for name in resnet18().state_dict() if not name.startswith("fc.")}
-    expected = torchvisions | HEAD_NAMES | (ATTENTION_SHAPES.keys() if kind == "attention" else set())
+    torchvisions = {
+        f"backbone.{name}" for name in resnet18().state_dict() if not name.startswith("fc.")
+    }
+    expected = (
+        torchvisions | HEAD_NAMES | (ATTENTION_SHAPES.keys() if kind == "attention" else set())
+    )
     assert state.keys() == expected
     assert state["head.head.0.weight"].shape == (256, 512)
     assert state["head.head.3.weight"].shape == (1, 256)
@@ -147,7 +168,9 @@ def test_specialists_are_sets_in_one_model(kind: BackboneKind) -> None:
         assert torch.equal(Answers(model, task)(x), outputs[task.key])
     set_active_adapters(model, None)
     assert torch.equal(Answers(model, STAGE1)(x), alone)
-    assert all(not model(x)[task.key].any() for task in SPECIALISTS), "heads that no set has brought"
+    assert all(not model(x)[task.key].any() for task in SPECIALISTS), (
+        "heads that no set has brought"
+    )
     remove_adapters(model)
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
 
@@ -171,7 +194,11 @@ def test_stage1_file_round_trip(kind: BackboneKind, tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantizer", [False, True])
 def test_stage1_files_tell_backbone_and_head(kinds: bool, quantizer: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Stage1Model(build_backbone("fine"), kinds=kinds, quantizer=quantizer).eval().to(memory_format=torch.channels_last)
+    model = (
+        Stage1Model(build_backbone("fine"), kinds=kinds, quantizer=quantizer)
+        .eval()
+        .to(memory_format=torch.channels_last)
+    )
     save_stage1(model, tmp_path / "stage1.pt")
     loaded = load_stage1(tmp_path / "stage1.pt").eval()
     x = with_quantizer(torch.rand(3, 1, 16, 16), torch.tensor([20, 100, 200]))
@@ -215,33 +242,57 @@ def test_scalar_temperature_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("threshold", [0, 1.0, -0.1, "0.5", float("nan"), None])
 def test_strange_thresholds_are_refused(threshold: object, tmp_path: Path) -> None:
     torch.save(
-        {"model_state_dict": Stage1Model(build_backbone("plain")).state_dict(), "threshold": threshold}, tmp_path / "stage1.pt"
+        {
+            "model_state_dict": Stage1Model(build_backbone("plain")).state_dict(),
+            "threshold": threshold,
+        },
+        tmp_path / "stage1.pt",
     )
     with pytest.raises(Stage1FileError, match="'threshold' is"):
         load_stage1(tmp_path / "stage1.pt")
 
 
-def change(name: str, to: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any]], object]:
+def change(
+    name: str, to: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[dict[str, Any]], object]:
     return lambda state: state.update({name: to(state[name])})
 
 
 STEM, BN = "backbone.conv1.weight", "backbone.layer4.1.bn2.running_var"
 BREAKAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "weight": (lambda s: s.pop("backbone.layer3.0.conv1.weight"), "missing backbone.layer3.0.conv1.weight"),
+    "weight": (
+        lambda s: s.pop("backbone.layer3.0.conv1.weight"),
+        "missing backbone.layer3.0.conv1.weight",
+    ),
     "statistics": (lambda s: s.pop(BN), f"missing {BN}"),
-    "gate": (lambda s: s.pop("backbone.se3.excitation.2.weight"), "missing backbone.se3.excitation.2.weight"),
-    "spatial": (lambda s: s.pop("backbone.spatial_attn.conv.weight"), "missing backbone.spatial_attn.conv.weight"),
+    "gate": (
+        lambda s: s.pop("backbone.se3.excitation.2.weight"),
+        "missing backbone.se3.excitation.2.weight",
+    ),
+    "spatial": (
+        lambda s: s.pop("backbone.spatial_attn.conv.weight"),
+        "missing backbone.spatial_attn.conv.weight",
+    ),
     "two": (
         lambda s: [s.pop(STEM), s.pop("backbone.bn1.bias")],
         "missing backbone.bn1.bias; missing backbone.conv1.weight",
     ),
-    "extra": (lambda s: s.update({"backbone.fc.weight": torch.zeros(2)}), "unexpected backbone.fc.weight"),
-    "extra head": (lambda s: s.update({"head.head.6.weight": torch.zeros(2)}), "unexpected head.head.6.weight"),
+    "extra": (
+        lambda s: s.update({"backbone.fc.weight": torch.zeros(2)}),
+        "unexpected backbone.fc.weight",
+    ),
+    "extra head": (
+        lambda s: s.update({"head.head.6.weight": torch.zeros(2)}),
+        "unexpected head.head.6.weight",
+    ),
     "colour stem": (
         change(STEM, lambda t: t.expand(-1, 3, -1, -1)),
         r"backbone.conv1.weight has shape \[64, 3, 7, 7\], expected \[64, 1, 7, 7\]",
     ),
-    "head shape": (change("head.head.3.bias", lambda t: torch.zeros(2)), r"head.head.3.bias has shape \[2\]"),
+    "head shape": (
+        change("head.head.3.bias", lambda t: torch.zeros(2)),
+        r"head.head.3.bias has shape \[2\]",
+    ),
     "dtype": (change(BN, torch.Tensor.half), f"{BN} is torch.float16, expected torch.float32"),
     "not finite": (change(BN, lambda t: t * torch.nan), f"{BN} has values that are not finite"),
 }

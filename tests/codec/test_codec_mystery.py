@@ -19,7 +19,9 @@ from resadapt import adapter_state_dict
 
 
 @pytest.mark.parametrize("kind", ["plain", "fine"])
-def test_the_hand_made_model_is_the_same_model(kind: BackboneKind, stage1_file: Callable[[BackboneKind], Path]) -> None:
+def test_the_hand_made_model_is_the_same_model(
+    kind: BackboneKind, stage1_file: Callable[[BackboneKind], Path]
+) -> None:
     torch.manual_seed(0)
     hand = HandMadeStage2(load_stage1(stage1_file(kind)).backbone)
     model = adapt(Cascade(load_stage1(stage1_file(kind))), STAGE2)
@@ -37,9 +39,19 @@ def test_the_hand_made_model_is_the_same_model(kind: BackboneKind, stage1_file: 
 
 
 def test_all_ways_are_found(
-    tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_dataset: Path,
+    stage1_file: Callable[[BackboneKind], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    where = ["--dataset-dir", str(tiny_dataset), "--stage1-model", str(stage1_file("plain")), "--output-dir", str(tmp_path)]
+    where = [
+        "--dataset-dir",
+        str(tiny_dataset),
+        "--stage1-model",
+        str(stage1_file("plain")),
+        "--output-dir",
+        str(tmp_path),
+    ]
     mystery.main([*where, "--epochs", "10", "--blocks", "128", "--batch-size", "16"])
     result = json.loads((tmp_path / "mystery.json").read_text())
     curves, cases = result["curves"], result["cases"]
@@ -52,7 +64,9 @@ def test_all_ways_are_found(
     assert answers["a"] == "cannot happen: the difference is 0.0"
     assert answers["b"].startswith("BackboneDriftError: ")
     assert answers["c"].startswith("BackboneMismatchError: ")
-    assert answers["d"].startswith("report.ok is False: not checked, they were recorded on another input")
+    assert answers["d"].startswith(
+        "report.ok is False: not checked, they were recorded on another input"
+    )
     assert not (tmp_path / "unfrozen.pt").exists()
     assert "| b | the backbone unfrozen at epoch 9" in capsys.readouterr().out
     assert (tmp_path / "mystery.png").read_bytes().startswith(b"\x89PNG")
@@ -60,6 +74,8 @@ def test_all_ways_are_found(
 
 def test_too_few_epochs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        mystery.main(["--stage1-model", "none.pt", "--output-dir", str(tmp_path / "run"), "--epochs", "8"])
+        mystery.main(
+            ["--stage1-model", "none.pt", "--output-dir", str(tmp_path / "run"), "--epochs", "8"]
+        )
     assert "expected at least 9, where the backbone is unfrozen" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,7 @@
-"""Partitions from block sizes: drawn by hand, drawn at random, and as libaom's inspect printed them."""
+"""Partitions from block sizes.
+
+Drawn by hand, drawn at random, and as libaom's inspect printed them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ DRAWN = {
     "VERT_4": "ABCD ABCD ABCD ABCD",
 }
 KINDS_OF_8 = ["NONE", "HORZ", "VERT", "SPLIT"]
-# Of a 128x64 piece of the frame skimage-camera-0, from row 256 and column 128, coded at cq level 32 by aomenc 3.6.0.
+# Of a 128x64 piece of the frame skimage-camera-0, from row 256 and column 128, coded at cq level 32
+# by aomenc 3.6.0.
 RECORDED = gzip.decompress((Path(__file__).parent / "inspect_camera_cq32.json.gz").read_bytes())
 
 
@@ -72,7 +76,10 @@ def nodes_of(row: int, col: int, side: int, tree: Tree) -> set[tuple[int, int, i
 
 
 def slow_nodes(sizes: Sizes) -> set[tuple[int, int, int]]:
-    """Another way: list the blocks, then ask of every aligned area whether a block crosses its lines."""
+    """Another way.
+
+    List the blocks, then ask of every aligned area whether a block crosses its lines.
+    """
     rows, cols = sizes.shape[:2]
     seen = np.zeros((rows, cols), dtype=bool)
     blocks = []
@@ -91,12 +98,18 @@ def slow_nodes(sizes: Sizes) -> set[tuple[int, int, int]]:
 
     def inside(row: int, col: int, side: int) -> list[tuple[int, int, int, int]]:
         row, col = row // side * side, col // side * side
-        return [(r, c, h, w) for r, c, h, w in blocks if row < r + h and r < row + side and col < c + w and c < col + side]
+        return [
+            (r, c, h, w)
+            for r, c, h, w in blocks
+            if row < r + h and r < row + side and col < c + w and c < col + side
+        ]
 
     nodes = set()
     for row in range(0, 4 * rows, 16):
         for col in range(0, 4 * cols, 16):
-            if not all(fits(side // 2, block) for side in (64, 32) for block in inside(row, col, side)):
+            if not all(
+                fits(side // 2, block) for side in (64, 32) for block in inside(row, col, side)
+            ):
                 continue
             here = inside(row, col, 16)
             shape = {((r - row) / 4, (c - col) / 4, h / 4, w / 4) for r, c, h, w in here}
@@ -127,7 +140,13 @@ def test_each_kind_as_drawn(kind: str, place: int) -> None:
 def test_parts_of_larger_partitions_are_no_nodes(kind: str, side: int) -> None:
     """HORZ_A of 32x32 has two 16x16 blocks, which were never asked whether to divide."""
     sizes = np.zeros((16, 16, 2), dtype=np.uint8)
-    paint(sizes, 0, 0, 64, (kind, []) if side == 64 else ("SPLIT", [LEAF_32, LEAF_32, (kind, []), LEAF_32]))
+    paint(
+        sizes,
+        0,
+        0,
+        64,
+        (kind, []) if side == 64 else ("SPLIT", [LEAF_32, LEAF_32, (kind, []), LEAF_32]),
+    )
     assert labels_of_nodes(sizes) == []
 
 
@@ -140,7 +159,10 @@ def trees(draw: st.DrawFn, side: int = 64) -> Tree:
 @given(st.lists(trees(), min_size=1, max_size=3), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_random_trees_are_recovered(superblocks: list[Tree], upright: bool) -> None:
-    sizes = np.zeros((16 * len(superblocks), 16, 2) if upright else (16, 16 * len(superblocks), 2), dtype=np.uint8)
+    sizes = np.zeros(
+        (16 * len(superblocks), 16, 2) if upright else (16, 16 * len(superblocks), 2),
+        dtype=np.uint8,
+    )
     expected = set()
     for k, tree in enumerate(superblocks):
         row, col = (64 * k, 0) if upright else (0, 64 * k)
@@ -151,15 +173,24 @@ def test_random_trees_are_recovered(superblocks: list[Tree], upright: bool) -> N
     assert set(nodes) == expected == slow_nodes(sizes)
 
 
-@given(trees(), st.integers(0, 15), st.integers(0, 15), st.sampled_from([(4, 4), (8, 8), (16, 4), (32, 16), (64, 64), (0, 0)]))
+@given(
+    trees(),
+    st.integers(0, 15),
+    st.integers(0, 15),
+    st.sampled_from([(4, 4), (8, 8), (16, 4), (32, 16), (64, 64), (0, 0)]),
+)
 @settings(max_examples=100, deadline=None)
-def test_a_map_with_one_wrong_cell_is_refused(tree: Tree, row: int, col: int, size: tuple[int, int]) -> None:
+def test_a_map_with_one_wrong_cell_is_refused(
+    tree: Tree, row: int, col: int, size: tuple[int, int]
+) -> None:
     sizes = np.zeros((16, 16, 2), dtype=np.uint8)
     paint(sizes, 0, 0, 64, tree)
     if tuple(sizes[row, col]) == size:
         return
     sizes[row, col] = size
-    with pytest.raises(DatasetError, match=r"row \d+, column \d+: block sizes .* are no legal partition; .*64x64"):
+    with pytest.raises(
+        DatasetError, match=r"row \d+, column \d+: block sizes .* are no legal partition; .*64x64"
+    ):
         labels_of_nodes(sizes)
 
 
@@ -189,13 +220,25 @@ def test_inspect_names_the_width_first() -> None:
 
 
 BREAKAGES: dict[str, tuple[Callable[[list[Any]], object], str]] = {
-    "two frames": (lambda f: f.insert(0, f[0]), r"camera\.ivf: 2 frames, or not a plain key frame; expected one, with"),
+    "two frames": (
+        lambda f: f.insert(0, f[0]),
+        r"camera\.ivf: 2 frames, or not a plain key frame; expected one, with",
+    ),
     "no frame": (lambda f: f.pop(0), "0 frames"),
     "inter frame": (lambda f: f[0].update(frameType=1), "not a plain key frame"),
     "delta q": (lambda f: f[0].update(deltaQPresentFlag=1), "not a plain key frame"),
-    "no sizes": (lambda f: f[0].pop("blockSize"), r"camera\.ivf: 'inspect -bs' printed no block sizes \(KeyError: 'blockSize'\)"),
-    "no names": (lambda f: f[0].update(blockSizeMap={"X": 0}), "'inspect -bs' printed no block sizes"),
-    "unknown size": (lambda f: f[0]["blockSize"][0].__setitem__(0, 99), r"printed no block sizes \(IndexError"),
+    "no sizes": (
+        lambda f: f[0].pop("blockSize"),
+        r"camera\.ivf: 'inspect -bs' printed no block sizes \(KeyError: 'blockSize'\)",
+    ),
+    "no names": (
+        lambda f: f[0].update(blockSizeMap={"X": 0}),
+        "'inspect -bs' printed no block sizes",
+    ),
+    "unknown size": (
+        lambda f: f[0]["blockSize"][0].__setitem__(0, 99),
+        r"printed no block sizes \(IndexError",
+    ),
     "no list": (lambda f: f[0].update(blockSize=None), "printed no block sizes"),
 }
 
@@ -210,5 +253,7 @@ def test_other_output_of_inspect_is_refused(name: str) -> None:
 
 
 def test_output_that_is_no_json_is_refused() -> None:
-    with pytest.raises(DatasetError, match=r"camera\.ivf: 'inspect -bs' printed no block sizes \(JSONDecodeError"):
+    with pytest.raises(
+        DatasetError, match=r"camera\.ivf: 'inspect -bs' printed no block sizes \(JSONDecodeError"
+    ):
         read_inspection(RECORDED[:-50], Path("camera.ivf"))

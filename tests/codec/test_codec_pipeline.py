@@ -1,4 +1,7 @@
-"""All stages together: against blocks followed one by one, and the analysis against cases made by hand."""
+"""All stages together.
+
+Against blocks followed one by one, and the analysis against cases made by hand.
+"""
 
 from __future__ import annotations
 
@@ -33,26 +36,45 @@ Make = Callable[[BackboneKind], tuple[Path, Files]]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory, stage1_file: Callable[[BackboneKind], Path]) -> Make:
+def files(
+    tmp_path_factory: pytest.TempPathFactory, stage1_file: Callable[[BackboneKind], Path]
+) -> Make:
     """Adapter files of specialists with lively adapters and heads, which answer differently from block to block."""
     folder = tmp_path_factory.mktemp("specialists")
 
     def make(kind: BackboneKind) -> tuple[Path, Files]:
         stage1, made = stage1_file(kind), {}
         for task in SPECIALISTS:
-            made[task] = [folder / f"{kind}-{task.key}{seed}.pt" for seed in range(3 if task is AB else 1)]
+            made[task] = [
+                folder / f"{kind}-{task.key}{seed}.pt" for seed in range(3 if task is AB else 1)
+            ]
             for seed, path in enumerate(made[task]):
                 if not path.exists():
                     torch.manual_seed(seed)
-                    # The fine one has heads that see the quantizer, and a set inside the front, one without a site there.
-                    layers = {STAGE2: ["layer1.*", "layer3"], RECT: ["layer4"]}.get(task) if kind == "fine" else None
-                    model = adapt(Cascade(load_stage1(stage1)), task, layers=layers, quantizer=kind == "fine" and task is not RECT)
+                    # The fine one has heads that see the quantizer, and a set inside the front, one
+                    # without a site there.
+                    layers = (
+                        {STAGE2: ["layer1.*", "layer3"], RECT: ["layer4"]}.get(task)
+                        if kind == "fine"
+                        else None
+                    )
+                    model = adapt(
+                        Cascade(load_stage1(stage1)),
+                        task,
+                        layers=layers,
+                        quantizer=kind == "fine" and task is not RECT,
+                    )
                     with torch.no_grad():
                         for name, parameter in model.named_parameters():
                             if parameter.requires_grad:
-                                parameter.copy_(torch.randn_like(parameter) * (1.0 if "specialists" in name else 0.1))
+                                parameter.copy_(
+                                    torch.randn_like(parameter)
+                                    * (1.0 if "specialists" in name else 0.1)
+                                )
                         # Every answer should be somebody's.
-                        *_, weight, bias = (p for p in model.specialists[task.key].parameters() if p.requires_grad)
+                        *_, weight, bias = (
+                            p for p in model.specialists[task.key].parameters() if p.requires_grad
+                        )
                         logits = model.eval()(samples(200))[task.key]
                         weight /= logits.std(dim=0)[:, None]
                         bias.copy_((bias - logits.mean(dim=0)) / logits.std(dim=0))
@@ -68,7 +90,9 @@ def pipeline(made: tuple[Path, Files]) -> Pipeline:
 
 def samples(count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    luma = torch.rand(count, 1, 16, 16, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
+    luma = torch.rand(count, 1, 16, 16, generator=generator) * torch.rand(
+        count, 1, 1, 1, generator=generator
+    )
     return with_quantizer(luma, torch.randint(0, 256, (count,), generator=generator))
 
 
@@ -87,7 +111,9 @@ def test_one_pass_equals_stage_by_stage_bit_for_bit(kind: BackboneKind, files: M
     assert torch.equal(ours.kinds, theirs.kinds)
     for task in SPECIALISTS:
         assert torch.equal(ours.reached[task.key], theirs.reached[task.key])
-        assert torch.equal(ours.specialists[task.key].nan_to_num(9), theirs.specialists[task.key].nan_to_num(9))
+        assert torch.equal(
+            ours.specialists[task.key].nan_to_num(9), theirs.specialists[task.key].nan_to_num(9)
+        )
         assert 10 < ours.reached[task.key].sum() < 1400, "the blocks go different ways"
     assert len(set(ours.kinds.tolist())) >= 5
 
@@ -145,7 +171,8 @@ def test_files_of_another_stage_are_refused_by_name(files: Make, tmp_path: Path)
     stage1, made = files("plain")
     for task, other in ((STAGE2, RECT), (RECT, AB), (AB, STAGE2)):
         with pytest.raises(
-            SpecialistFileError, match=rf"head specialists\.{other.key}\.linear, expected that of {task.title}; pass"
+            SpecialistFileError,
+            match=rf"head specialists\.{other.key}\.linear, expected that of {task.title}; pass",
         ):
             pipeline((stage1, {**made, task: made[other]}))
     done = subprocess.run(
@@ -172,7 +199,11 @@ def by_hand() -> tuple[BlockSet, Predictions]:
     """Seven blocks: right, lost by each stage, a stranger at AB."""
     truth = ["NONE", "NONE", "SPLIT", "HORZ_4", "VERT", "HORZ_A", "VERT_4"]
     kinds = ["NONE", "SPLIT", "NONE", "HORZ", "HORZ", "HORZ_A", "HORZ_A"]
-    blocks = BlockSet(torch.zeros(7, 1, 16, 16), torch.tensor([PARTITIONS.index(name) for name in truth]), torch.full((7,), 80))
+    blocks = BlockSet(
+        torch.zeros(7, 1, 16, 16),
+        torch.tensor([PARTITIONS.index(name) for name in truth]),
+        torch.full((7,), 80),
+    )
     nan = torch.nan
     stage2 = [[nan] * 3, [1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]]
     rect = [[nan] * 2] * 3 + [[1, 0], [1, 0], [nan] * 2, [1, 0]]
@@ -206,7 +237,9 @@ def test_analysis_by_hand() -> None:
     assert rect["on_what_reaches_it"]["of_its_own"]["accuracy"] == pytest.approx(1 / 2)
     assert rect["own_blocks_that_never_arrive"] == 1
     assert result["specialists"]["ab"]["on_what_reaches_it"]["strangers"] == 1
-    ends = {(each["kind"], each["end"]): each["blocks"] for each in result["flow"] if each["blocks"]}
+    ends = {
+        (each["kind"], each["end"]): each["blocks"] for each in result["flow"] if each["blocks"]
+    }
     assert ends == {
         ("NONE", "right"): 1,
         ("NONE", "lost by Stage 1"): 1,
@@ -225,12 +258,30 @@ def test_folding() -> None:
 @pytest.fixture
 def flags(files: Make, tiny_dataset: Path, tmp_path: Path) -> list[str]:
     stage1, made = files("plain")
-    models = ["--stage1-model", stage1, "--stage2-model", *made[STAGE2], "--stage3-rect-model", *made[RECT]]
-    where = ["--stage3-ab-models", *made[AB], "--dataset-dir", tiny_dataset, "--output-dir", tmp_path / "out", "--device", "cpu"]
+    models = [
+        "--stage1-model",
+        stage1,
+        "--stage2-model",
+        *made[STAGE2],
+        "--stage3-rect-model",
+        *made[RECT],
+    ]
+    where = [
+        "--stage3-ab-models",
+        *made[AB],
+        "--dataset-dir",
+        tiny_dataset,
+        "--output-dir",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
     return [str(value) for value in (*models, *where)]
 
 
-def test_the_script(flags: list[str], tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script(
+    flags: list[str], tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_pipeline.main([*flags, "--stage1-threshold", "0.4"])
     output = tmp_path / "out"
     assert {path.name for path in output.iterdir()} == {
@@ -251,10 +302,14 @@ def test_the_script(flags: list[str], tiny_dataset: Path, tmp_path: Path, capsys
         for task in SPECIALISTS:
             asked = true_inputs(blocks)[task.key].numpy() | arrays[f"reaches_{task.key}"]
             assert (~np.isnan(arrays[f"{task.key}_probabilities"]).any(1) == asked).all()
-            np.testing.assert_allclose(arrays[f"{task.key}_probabilities"][asked].sum(1), 1, rtol=1e-5)
+            np.testing.assert_allclose(
+                arrays[f"{task.key}_probabilities"][asked].sum(1), 1, rtol=1e-5
+            )
     assert (result["threshold"], result["split"], result["blocks"]) == (0.4, "val", 200)
     assert len(result["files"]) == 6
-    assert not any(Path(name).is_absolute() or ".." in name for name in result["files"]), "where they lie is nobody's business"
+    assert not any(Path(name).is_absolute() or ".." in name for name in result["files"]), (
+        "where they lie is nobody's business"
+    )
     assert min(result["blocks_a_second"].values()) > 0
     assert sum(each["blocks"] for each in result["flow"]) == 200
     for picture in ("confusion_matrix.png", "flow.png"):
@@ -268,17 +323,31 @@ def test_the_script(flags: list[str], tiny_dataset: Path, tmp_path: Path, capsys
     [(["--stage1-threshold", "1.2"], "expected a probability"), (["--stage1-threshold", "nan"], "expected a probability"),
      (["--split", "all"], "invalid choice")],
 )  # fmt: skip
-def test_bad_flags_are_answered_first(more: list[str], message: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_flags_are_answered_first(
+    more: list[str], message: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         run_pipeline.main([*flags, *more])
     assert message in capsys.readouterr().err
 
 
-def test_data_without_blocks_of_a_specialist(flags: list[str], all_blocks: dict[str, BlockSet], tmp_path: Path) -> None:
+def test_data_without_blocks_of_a_specialist(
+    flags: list[str], all_blocks: dict[str, BlockSet], tmp_path: Path
+) -> None:
     whole = all_blocks["val"].take((all_blocks["val"].labels_stage0 == 0).nonzero().flatten()[:40])
     for split in ("train", "val"):
         write_study_file(whole, tmp_path / f"{split}.pt")
-    run_pipeline.main([*flags, "--dataset-dir", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--device", "cpu"])
+    run_pipeline.main(
+        [
+            *flags,
+            "--dataset-dir",
+            str(tmp_path),
+            "--output-dir",
+            str(tmp_path / "out"),
+            "--device",
+            "cpu",
+        ]
+    )
     assert "| Stage 3 AB | none |" in (tmp_path / "out" / "pipeline.md").read_text()
     page = write_report(tmp_path / "out", dataset_dir=tmp_path)
     assert "Stage 3 AB" in page.read_text()

@@ -21,7 +21,11 @@ def values_of(name: str) -> list[list[int]]:
     """Samples, labels and quantizers, all different enough that a mix-up shows."""
     count, shift = COUNTS[name], 37 * sorted(COUNTS).index(name)
     samples = [(shift + 7 * k) % 1024 for k in range(256 * count)]
-    return [samples, [(shift + k) % 10 for k in range(count)], [80 + shift + k for k in range(count)]]
+    return [
+        samples,
+        [(shift + k) % 10 for k in range(count)],
+        [80 + shift + k for k in range(count)],
+    ]
 
 
 @pytest.fixture
@@ -31,7 +35,9 @@ def raw(tmp_path: Path) -> Path:
         (root / folder).mkdir(parents=True)
     for name in COUNTS:
         samples, labels, qps = values_of(name)
-        (root / "intra_raw_blocks" / f"{name}_sample_16.txt").write_bytes(struct.pack(f"<{len(samples)}H", *samples))
+        (root / "intra_raw_blocks" / f"{name}_sample_16.txt").write_bytes(
+            struct.pack(f"<{len(samples)}H", *samples)
+        )
         (root / "labels" / f"{name}_labels_16_intra.txt").write_text(" ".join(map(str, labels)))
         (root / "qps" / f"{name}_qps_16_intra.txt").write_text("\n".join(map(str, qps)) + " \t\n")
     # The tool's files of other block sizes lie beside them.
@@ -57,7 +63,9 @@ def test_a_sequence_is_read_as_it_was_written(raw: Path) -> None:
 
 
 def test_white_is_one(raw: Path) -> None:
-    (raw / "intra_raw_blocks" / "sea_sample_16.txt").write_bytes(struct.pack("<256H", *[1023] * 256))
+    (raw / "intra_raw_blocks" / "sea_sample_16.txt").write_bytes(
+        struct.pack("<256H", *[1023] * 256)
+    )
     assert join([open_triplet(raw, "sea")]).samples.unique().tolist() == [1.0]
 
 
@@ -65,16 +73,30 @@ def test_white_is_one(raw: Path) -> None:
     ("options", "expected"),
     [
         (["--val", "sea"], {"train": ["crowd_1", "crowd_2", "park"], "val": ["sea"]}),
-        (["--val", "crowd_*", "--test", "park"], {"train": ["sea"], "val": ["crowd_1", "crowd_2"], "test": ["park"]}),
-        (["--val", "sea", "s*", "--test", "crowd_2"], {"train": ["crowd_1", "park"], "val": ["sea"], "test": ["crowd_2"]}),
+        (
+            ["--val", "crowd_*", "--test", "park"],
+            {"train": ["sea"], "val": ["crowd_1", "crowd_2"], "test": ["park"]},
+        ),
+        (
+            ["--val", "sea", "s*", "--test", "crowd_2"],
+            {"train": ["crowd_1", "park"], "val": ["sea"], "test": ["crowd_2"]},
+        ),
     ],
 )
-def test_sequences_go_whole_into_their_split(raw: Path, options: list[str], expected: dict[str, list[str]]) -> None:
+def test_sequences_go_whole_into_their_split(
+    raw: Path, options: list[str], expected: dict[str, list[str]]
+) -> None:
     output = run(raw, *options)
-    assert sorted(path.name for path in output.iterdir()) == sorted(f"{split}.pt" for split in expected)
+    assert sorted(path.name for path in output.iterdir()) == sorted(
+        f"{split}.pt" for split in expected
+    )
     for blocks, names in zip(load_dataset(output, list(expected)), expected.values(), strict=True):
-        samples, labels, qps = ([v for name in names for v in values_of(name)[kind]] for kind in range(3))
-        assert torch.equal(blocks.samples.flatten(), torch.tensor([value / 1023 for value in samples]))
+        samples, labels, qps = (
+            [v for name in names for v in values_of(name)[kind]] for kind in range(3)
+        )
+        assert torch.equal(
+            blocks.samples.flatten(), torch.tensor([value / 1023 for value in samples])
+        )
         assert blocks.labels_stage0.tolist() == labels
         assert blocks.qps.tolist() == qps
 
@@ -109,35 +131,80 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / "intra_raw_blocks" / "park_sample_16.txt").unlink(),
         r"sequence 'park': lacks \['.*park_sample_16\.txt'\]; all three files",
     ),
-    "no labels file": (lambda d: (d / "labels" / "park_labels_16_intra.txt").unlink(), r"lacks \['.*park_labels_16_intra\.txt'\]"),
-    "no qps file": (lambda d: (d / "qps" / "park_qps_16_intra.txt").unlink(), r"lacks \['.*park_qps_16_intra\.txt'\]"),
-    "odd size": (samples(lambda b: b[:-1]), r"park_sample_16\.txt: 2047 bytes are not one or more blocks of 512"),
-    "half a block": (samples(lambda b: b + b[:256]), r"2304 bytes are not one or more blocks of 512 .*again"),
-    "no samples": (samples(lambda b: b""), r"park_sample_16\.txt: 0 bytes are not one or more blocks"),
+    "no labels file": (
+        lambda d: (d / "labels" / "park_labels_16_intra.txt").unlink(),
+        r"lacks \['.*park_labels_16_intra\.txt'\]",
+    ),
+    "no qps file": (
+        lambda d: (d / "qps" / "park_qps_16_intra.txt").unlink(),
+        r"lacks \['.*park_qps_16_intra\.txt'\]",
+    ),
+    "odd size": (
+        samples(lambda b: b[:-1]),
+        r"park_sample_16\.txt: 2047 bytes are not one or more blocks of 512",
+    ),
+    "half a block": (
+        samples(lambda b: b + b[:256]),
+        r"2304 bytes are not one or more blocks of 512 .*again",
+    ),
+    "no samples": (
+        samples(lambda b: b""),
+        r"park_sample_16\.txt: 0 bytes are not one or more blocks",
+    ),
     "block lost": (
         samples(lambda b: b[512:]),
         r"'park': 3 blocks in .*park_sample_16\.txt, 4 labels in .*labels_16_intra\.txt and 4 quantizers in .*qps_16",
     ),
-    "label lost": (labels(lambda b: b[:-2]), r"4 blocks in .*, 3 labels in .* and 4 quantizers in .*one run of the tool"),
+    "label lost": (
+        labels(lambda b: b[:-2]),
+        r"4 blocks in .*, 3 labels in .* and 4 quantizers in .*one run of the tool",
+    ),
     "qp twice": (qps(lambda b: b + b"80"), r"4 blocks in .*, 4 labels in .* and 5 quantizers in "),
     "sample 1024": (
         samples(put_sample(2, 3, 5, 1024)),
         r"sample_16\.txt: block 2, row 3, column 5 \(from 0\) is 1024, expected 0\.\.1023; is the file 8-bit, 16-bit or big-endian",
     ),
-    "big-endian": (samples(lambda b: struct.pack(">1024H", *struct.unpack("<1024H", b))), r"block 0, row 0, column 0 .*big-endian"),
+    "big-endian": (
+        samples(lambda b: struct.pack(">1024H", *struct.unpack("<1024H", b))),
+        r"block 0, row 0, column 0 .*big-endian",
+    ),
     "label 10": (
         labels(lambda b: b"0 1 10 3"),
         r"intra\.txt: value 2 \(from 0\) is 10, expected 0\.\.9; are these AV1 partition ids",
     ),
     "label -1": (labels(lambda b: b"0 -1 1 3"), r"value 1 \(from 0\) is -1, expected 0\.\.9"),
-    "qp 256": (qps(lambda b: b"255 0 1 256"), r"qps_16_intra\.txt: value 3 \(from 0\) is 256, expected 0\.\.255; .*base_q_idx"),
-    "word": (labels(lambda b: b"0 1 HORZ 3"), r"value 2 \(from 0\) is 'HORZ', expected an integer; .* spaces between"),
-    "fraction": (qps(lambda b: b"80 80.0 80 80"), r"value 1 \(from 0\) is '80\.0', expected an integer"),
-    "two in one": (labels(lambda b: b"0 1-2 3 4"), r"value 1 \(from 0\) is '1-2', expected an integer"),
-    "underscore": (qps(lambda b: b"80 8_0 80 80"), r"value 1 \(from 0\) is '8_0', expected an integer"),
-    "huge": (qps(lambda b: b"80 80 80 99999999999999999999"), r"value 3 \(from 0\) is '99999999999999999999', expected an integer"),
-    "binary labels": (labels(lambda b: b"\x00\x01\xff\x03"), r"value 0 \(from 0\) is .*, expected an integer"),
-    "blank labels": (labels(lambda b: b" \n"), r"labels_16_intra\.txt: is empty, expected an integer for each block"),
+    "qp 256": (
+        qps(lambda b: b"255 0 1 256"),
+        r"qps_16_intra\.txt: value 3 \(from 0\) is 256, expected 0\.\.255; .*base_q_idx",
+    ),
+    "word": (
+        labels(lambda b: b"0 1 HORZ 3"),
+        r"value 2 \(from 0\) is 'HORZ', expected an integer; .* spaces between",
+    ),
+    "fraction": (
+        qps(lambda b: b"80 80.0 80 80"),
+        r"value 1 \(from 0\) is '80\.0', expected an integer",
+    ),
+    "two in one": (
+        labels(lambda b: b"0 1-2 3 4"),
+        r"value 1 \(from 0\) is '1-2', expected an integer",
+    ),
+    "underscore": (
+        qps(lambda b: b"80 8_0 80 80"),
+        r"value 1 \(from 0\) is '8_0', expected an integer",
+    ),
+    "huge": (
+        qps(lambda b: b"80 80 80 99999999999999999999"),
+        r"value 3 \(from 0\) is '99999999999999999999', expected an integer",
+    ),
+    "binary labels": (
+        labels(lambda b: b"\x00\x01\xff\x03"),
+        r"value 0 \(from 0\) is .*, expected an integer",
+    ),
+    "blank labels": (
+        labels(lambda b: b" \n"),
+        r"labels_16_intra\.txt: is empty, expected an integer for each block",
+    ),
 }
 
 
@@ -164,10 +231,19 @@ def test_a_wrong_sample_far_behind_is_found(raw: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--val", "lake"], r"no sequence is named 'lake'; there are \['crowd_1', 'crowd_2', 'park', 'sea'\]"),
+        (
+            ["--val", "lake"],
+            r"no sequence is named 'lake'; there are \['crowd_1', 'crowd_2', 'park', 'sea'\]",
+        ),
         (["--val", "sea", "--test", "p?"], r"no sequence is named 'p\?'"),
-        (["--val", "crowd_1", "--test", "crowd*"], r"sequences \['crowd_1'\] are in val and in test; name each in one"),
-        (["--val", "crowd_*", "--test", "sea", "park"], "no sequence is left for train; there are 4"),
+        (
+            ["--val", "crowd_1", "--test", "crowd*"],
+            r"sequences \['crowd_1'\] are in val and in test; name each in one",
+        ),
+        (
+            ["--val", "crowd_*", "--test", "sea", "park"],
+            "no sequence is left for train; there are 4",
+        ),
     ],
 )
 def test_impossible_split_is_refused(raw: Path, options: list[str], message: str) -> None:
@@ -178,7 +254,10 @@ def test_impossible_split_is_refused(raw: Path, options: list[str], message: str
 
 def test_folder_without_sequences_is_refused(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
-    with pytest.raises(DatasetError, match=r"no sequence here; expected .*<seq>_sample_16\.txt, .*<seq>_qps_16_intra\.txt"):
+    with pytest.raises(
+        DatasetError,
+        match=r"no sequence here; expected .*<seq>_sample_16\.txt, .*<seq>_qps_16_intra\.txt",
+    ):
         run(tmp_path / "raw", "--val", "sea")
 
 
@@ -194,7 +273,9 @@ def test_earlier_files_are_kept(raw: Path) -> None:
     before = {path: path.read_bytes() for path in output.iterdir()}
     # Said before the input is looked at, which may take long.
     (raw / "labels" / "crowd_1_labels_16_intra.txt").unlink()
-    with pytest.raises(FileExistsError, match=r"out: is there already; delete it, or choose another --output-dir"):
+    with pytest.raises(
+        FileExistsError, match=r"out: is there already; delete it, or choose another --output-dir"
+    ):
         run(raw, "--val", "park", "--test", "sea")
     assert {path: path.read_bytes() for path in output.iterdir()} == before
 
@@ -217,6 +298,9 @@ def test_a_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
         (folder / "train.pt").write_bytes(b"whole")
         assert not any((tmp_path / "out").iterdir())
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "train.pt"]
-    with pytest.raises(FileExistsError, match="out: is there already"), new_folder(tmp_path / "out"):
+    with (
+        pytest.raises(FileExistsError, match="out: is there already"),
+        new_folder(tmp_path / "out"),
+    ):
         pass
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "train.pt"]

@@ -22,9 +22,22 @@ def test_training(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert "accuracy" in page.text
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    for figure in (metrics["macro_f1"], metrics["weighted_f1"], *(each["recall"] for each in metrics["per_class"].values())):
+    for figure in (
+        metrics["macro_f1"],
+        metrics["weighted_f1"],
+        *(each["recall"] for each in metrics["per_class"].values()),
+    ):
         assert f"{figure:.4f}" in page.text
-    for said in ("2 of 3", "125,635", "124,096", "543.8 kB", "On 1,234 blocks", "a difference of 0.125", "AB", "kept: 0.5000"):
+    for said in (
+        "2 of 3",
+        "125,635",
+        "124,096",
+        "543.8 kB",
+        "On 1,234 blocks",
+        "a difference of 0.125",
+        "AB",
+        "kept: 0.5000",
+    ):
         assert said in page.text
     assert len(page.all("svg")) == 3
     assert not page.all("nav")  # one section needs no table of contents
@@ -39,9 +52,12 @@ def test_three_outcomes_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained", "why"), [("head", "only adapter files prove themselves"), ("adapters", "history.json has none")]
+    ("trained", "why"),
+    [("head", "only adapter files prove themselves"), ("adapters", "history.json has none")],
 )
-def test_without_proof_nothing_is_said_to_be_checked(trained: str, why: str, tmp_path: Path) -> None:
+def test_without_proof_nothing_is_said_to_be_checked(
+    trained: str, why: str, tmp_path: Path
+) -> None:
     folders.training(tmp_path, AB, "head")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     folders.dump(metrics | {"trained": trained}, tmp_path / "metrics.json")
@@ -95,10 +111,16 @@ def test_frames_are_shared_by_the_runs(all_blocks: dict[str, BlockSet], tmp_path
     for split in ("val", "test"):
         (tmp_path / split).mkdir()
         folders.pipeline(tmp_path / split, all_blocks[split], split)
-    assert [len(Page(write_report(tmp_path, frames=count)).all("img")) for count in (0, 1, 5)] == [0, 4, 8]
+    assert [len(Page(write_report(tmp_path, frames=count)).all("img")) for count in (0, 1, 5)] == [
+        0,
+        4,
+        8,
+    ]
 
 
-def test_why_no_frames_are_drawn(tiny_frames: Path, all_blocks: dict[str, BlockSet], tmp_path: Path) -> None:
+def test_why_no_frames_are_drawn(
+    tiny_frames: Path, all_blocks: dict[str, BlockSet], tmp_path: Path
+) -> None:
     folder, study = tmp_path / "run", tmp_path / "study"
     for each in (folder, study):
         each.mkdir()
@@ -113,7 +135,10 @@ def test_why_no_frames_are_drawn(tiny_frames: Path, all_blocks: dict[str, BlockS
         assert len(page.all("img")) == (0 if found else 2)
         return found[0] if found else ""
 
-    assert "the study's layout does not say where" in Page(write_report(folder, dataset_dir=study)).text
+    assert (
+        "the study's layout does not say where"
+        in Page(write_report(folder, dataset_dir=study)).text
+    )
     assert "the predictions are of other blocks" in why(DATA_DIR)  # more of them
     folders.pipeline(folder, blocks["test"], "val")
     assert "the predictions are of other blocks" in why(tiny_frames)  # as many, with other labels
@@ -128,21 +153,44 @@ def test_why_no_frames_are_drawn(tiny_frames: Path, all_blocks: dict[str, BlockS
 def test_ablation(tmp_path: Path) -> None:
     folders.ablation(tmp_path)
     page = Page(write_report(tmp_path))
-    for said in ("125,635", "v1", "frozen head", "more than 1 point", "✓ holds", "✗ fails", "95%", "+0.0220", "0.5140 0.0032"):
+    for said in (
+        "125,635",
+        "v1",
+        "frozen head",
+        "more than 1 point",
+        "✓ holds",
+        "✗ fails",
+        "95%",
+        "+0.0220",
+        "0.5140 0.0032",
+    ):
         assert said in page.text
     # One seed has no deviation.
     assert re.search(r"frozen frozen head 125,635 1 0\.4700 - 0\.470", page.text)
     content = json.loads((tmp_path / "ablation.json").read_text())
     # Before the decision on test, and as older files were.
-    folders.dump({"validation": content["validation"], "test": {}, "differences": {}}, tmp_path / "ablation.json")
+    folders.dump(
+        {"validation": content["validation"], "test": {}, "differences": {}},
+        tmp_path / "ablation.json",
+    )
     page = Page(write_report(tmp_path))
     assert "test blocks" not in page.text
     assert len(page.all("svg")) == 1
 
 
 def test_diagnosis(tmp_path: Path) -> None:
-    row = {"seen": "stage1: layer1", "numbers": 256, "trees": 0.41, "network": 0.42, "trees-q": 0.43, "network-q": 0.44}
-    folders.dump({"blocks": {"train": 1300, "val": 200}, "seed": 0, "rows": [row]}, tmp_path / "diagnosis.json")
+    row = {
+        "seen": "stage1: layer1",
+        "numbers": 256,
+        "trees": 0.41,
+        "network": 0.42,
+        "trees-q": 0.43,
+        "network-q": 0.44,
+    }
+    folders.dump(
+        {"blocks": {"train": 1300, "val": 200}, "seed": 0, "rows": [row]},
+        tmp_path / "diagnosis.json",
+    )
     page = Page(write_report(tmp_path))
     assert "stage1: layer1 256 0.4100 0.4200 0.4300 0.4400" in page.text
     assert "1,300 blocks" in page.text
@@ -184,7 +232,13 @@ def test_the_same_files_give_the_same_page(all_blocks: dict[str, BlockSet], tmp_
 
 
 @pytest.mark.parametrize(
-    "name", ["<script>alert(1)</script>", '"><img src="x" onerror="alert(1)">', "$\\nothing{$ & co", "{{ 1 / 0 }}"]
+    "name",
+    [
+        "<script>alert(1)</script>",
+        '"><img src="x" onerror="alert(1)">',
+        "$\\nothing{$ & co",
+        "{{ 1 / 0 }}",
+    ],
 )
 def test_everything_shown_is_escaped(name: str, tmp_path: Path) -> None:
     folders.ablation(tmp_path / name.replace("/", ""), name, name)

@@ -42,7 +42,11 @@ def report(tmp_path_factory: pytest.TempPathFactory, all_blocks: dict[str, Block
     """The page of a results folder, with names that break out where something is not escaped."""
     folder = tmp_path_factory.mktemp("results")
     folders.results(folder, all_blocks)
-    folders.ablation(folder / "ablation", "<script>document.title = 'taken over'</script>", "a-name-without-any-blank-" * 6)
+    folders.ablation(
+        folder / "ablation",
+        "<script>document.title = 'taken over'</script>",
+        "a-name-without-any-blank-" * 6,
+    )
     return write_report(folder).as_uri()
 
 
@@ -58,10 +62,14 @@ def test_in_a_browser(size: dict[str, int], scheme: str, browser: Any, report: s
     page.on("request", lambda request: requests.append(request.url))
     page.goto(report)
     assert "taken over" not in page.title()
-    images = page.evaluate("[...document.images].map(image => [image.complete, image.naturalWidth])")
+    images = page.evaluate(
+        "[...document.images].map(image => [image.complete, image.naturalWidth])"
+    )
     assert len(images) == 8
     assert all(complete and width > 0 for complete, width in images)
-    plots = page.evaluate("[...document.querySelectorAll('svg')].map(plot => plot.getBoundingClientRect().height)")
+    plots = page.evaluate(
+        "[...document.querySelectorAll('svg')].map(plot => plot.getBoundingClientRect().height)"
+    )
     assert min(plots) > 100
     assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
     links = page.query_selector_all("nav a")
@@ -73,10 +81,15 @@ def test_in_a_browser(size: dict[str, int], scheme: str, browser: Any, report: s
         box = heading.bounding_box()
         assert heading.is_visible()
         assert -1 <= box["y"] < size["height"]
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g)[0] < 128")
+    dark = page.evaluate(
+        "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g)[0] < 128"
+    )
     assert dark == (scheme == "dark")
     # The ink of the plots is the ink of the text, or it could not be seen in one of the schemes.
-    ink = page.evaluate("[getComputedStyle(document.querySelector('svg text')).fill, getComputedStyle(document.body).color]")
+    ink = page.evaluate(
+        "[getComputedStyle(document.querySelector('svg text')).fill, "
+        "getComputedStyle(document.body).color]"
+    )
     assert ink[0] == ink[1]
     assert [url for url in requests if not url.startswith("data:")] == [report]
     assert told == []

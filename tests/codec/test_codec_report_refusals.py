@@ -1,4 +1,7 @@
-"""What a report refuses: damaged, incomplete and contradictory files, by their names; and the page is then as it was."""
+"""What a report refuses.
+
+Damaged, incomplete and contradictory files, by their names; and the page is then as it was.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,18 @@ def damage(**changes: object) -> Callable[[Path], None]:
 
     def change(folder: Path) -> None:
         content = json.loads((folder / "metrics.json").read_text()) | changes
-        folders.dump({key: value for key, value in content.items() if value is not None}, folder / "metrics.json")
+        folders.dump(
+            {key: value for key, value in content.items() if value is not None},
+            folder / "metrics.json",
+        )
 
     return change
 
 
 def history(text: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / "history.json").write_text((folder / "history.json").read_text().replace(*text.split(" => ")))
+    return lambda folder: (folder / "history.json").write_text(
+        (folder / "history.json").read_text().replace(*text.split(" => "))
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,7 +56,9 @@ def history(text: str) -> Callable[[Path], object]:
         (lambda folder: folders.dump({}, folder / "study.json"), r"study\.json: lacks 'commands'"),
     ],
 )  # fmt: skip
-def test_what_is_damaged_is_refused_and_the_page_stays(change: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+def test_what_is_damaged_is_refused_and_the_page_stays(
+    change: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
     folders.training(tmp_path)
     before = write_report(tmp_path).read_bytes()
     change(tmp_path)
@@ -67,19 +77,24 @@ def test_predictions_must_be_of_the_run(tiny_frames: Path, tmp_path: Path) -> No
     wrong = {"final_kind": np.full(6, 7), "true_kind": np.zeros(6, int)}
     np.savez(file, **content | wrong)
     with pytest.raises(
-        ReportError, match=r"predictions\.npz: 6 blocks with accuracy 0\.0000 and another confusion matrix .*two runs"
+        ReportError,
+        match=r"predictions\.npz: 6 blocks with accuracy 0\.0000 and another confusion matrix .*two runs",
     ):
         write_report(folder, dataset_dir=tiny_frames)
     for damaged in (b"", b"PK nothing", file.read_bytes()[:300]):
         file.write_bytes(damaged)
-        with pytest.raises(ReportError, match=r"predictions\.npz: cannot be read as predictions .*run run_pipeline\.py again"):
+        with pytest.raises(
+            ReportError,
+            match=r"predictions\.npz: cannot be read as predictions .*run run_pipeline\.py again",
+        ):
             write_report(folder, dataset_dir=tiny_frames)
     assert not list(folder.glob("report*"))
 
 
 def test_nothing_to_show(tmp_path: Path) -> None:
     with pytest.raises(
-        ReportError, match=r"nothing to show, looked for history\.json with metrics\.json, pipeline\.json, .* in its sub-folders"
+        ReportError,
+        match=r"nothing to show, looked for history\.json with metrics\.json, pipeline\.json, .* in its sub-folders",
     ):
         write_report(tmp_path)
     with pytest.raises(ReportError, match="none: is no folder; pass the folder of a run"):

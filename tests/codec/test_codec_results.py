@@ -1,4 +1,7 @@
-"""The committed results: tables say what the figures beside them say, verdicts follow from them, and every part was made."""
+"""The committed results.
+
+Tables say what the figures beside them say, verdicts follow from them, and every part was made.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ def test_tables_are_those_of_the_figures() -> None:
         "diagnosis/diagnosis": diagnosis.table(read("diagnosis/diagnosis.json")["rows"]),
         "families/families": families.table(read("families/families.json")),
         "mystery/mystery": mystery.table(read("mystery/mystery.json")["cases"]),
-        **{f"{name}/pipeline": run_pipeline.table(read(f"{name}/pipeline.json")) for name in PIPELINES},
+        **{
+            f"{name}/pipeline": run_pipeline.table(read(f"{name}/pipeline.json"))
+            for name in PIPELINES
+        },
     }
     for name, expected in tables.items():
         assert (RESULTS / f"{name}.md").read_text() == expected + "\n"
@@ -47,13 +53,19 @@ def test_verdicts_follow_from_the_figures() -> None:
 
 def test_every_variant_and_every_part_was_made_with_the_flags_of_now() -> None:
     validation = read("ablation/ablation.json")["validation"]
-    assert {name: each["flags"] for name, each in validation.items()} == {each.name: each.flags for each in VARIANTS}
+    assert {name: each["flags"] for name, each in validation.items()} == {
+        each.name: each.flags for each in VARIANTS
+    }
     found = read("families/families.json")
-    assert {name: each["flags"] for name, each in found["some"].items()} == {each.name: each.flags for each in families.methods()}
+    assert {name: each["flags"] for name, each in found["some"].items()} == {
+        each.name: each.flags for each in families.methods()
+    }
     assert set(found["all"]) == set(families.finalists(found["some"]))
     for each in (*found["some"].values(), *found["all"].values()):
         assert set(each["rates"]) in ({*families.RATES}, {each["rate"]})
-        assert each["val"]["values"][0] == max(each["rates"].values()), "the rate is the best of the first seed"
+        assert each["val"]["values"][0] == max(each["rates"].values()), (
+            "the rate is the best of the first seed"
+        )
         assert len(each["val"]["values"]) == len(each["test"]["values"]) == len(families.SEEDS)
     made = read("study.json")
     assert list(made["commands"]) == [step.name for step in study.steps()]
@@ -65,11 +77,18 @@ def test_every_variant_and_every_part_was_made_with_the_flags_of_now() -> None:
 
 
 def test_every_kept_epoch_gave_itself_back() -> None:
-    kept = [record for path in RESULTS.glob("*/history.json") for record in read(str(path)) if "proof" in record]
+    kept = [
+        record
+        for path in RESULTS.glob("*/history.json")
+        for record in read(str(path))
+        if "proof" in record
+    ]
     assert len(kept) > 5
     for record in kept:
         assert record["proof"]["macro_f1_difference"] == 0
-        assert record["proof"]["checks"]["tensors"] == record["proof"]["checks"]["outputs"] == "passed"
+        assert (
+            record["proof"]["checks"]["tensors"] == record["proof"]["checks"]["outputs"] == "passed"
+        )
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -1,4 +1,7 @@
-"""The frozen part before the first adapter, computed once: the same answers and gradients as the whole model, bit for bit."""
+"""The frozen part before the first adapter, computed once.
+
+The same answers and gradients as the whole model, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +57,12 @@ def test_behind_the_front_is_the_whole(
     assert shared_end(cascade) == end
     model, (data,) = behind_front(cascade, STAGE2, [TensorDataset(inputs, labels)], CPU)
     assert isinstance(model, BehindFront)
-    assert torch.equal(predict_logits(model, data.tensors[0], CPU), predict_logits(Answers(cascade, STAGE2), inputs, CPU))
-    # The whole model asks its other heads too, whose dropout would draw other random numbers before the one that counts.
+    assert torch.equal(
+        predict_logits(model, data.tensors[0], CPU),
+        predict_logits(Answers(cascade, STAGE2), inputs, CPU),
+    )
+    # The whole model asks its other heads too, whose dropout would draw other random numbers before
+    # the one that counts.
     for heads in (cascade.stage1.head, cascade.dropout, cascade.specialists):
         for module in heads.modules():
             if isinstance(module, nn.Dropout):
@@ -64,7 +71,9 @@ def test_behind_the_front_is_the_whole(
     assert trained
     with torch.no_grad():
         for parameter in trained:
-            parameter.add_(0.01 * torch.randn_like(parameter))  # away from starts whose gradient is zero
+            parameter.add_(
+                0.01 * torch.randn_like(parameter)
+            )  # away from starts whose gradient is zero
     results = []
     for each, x in ((model, data.tensors[0]), (Answers(cascade, STAGE2), inputs)):
         each.train()
@@ -76,23 +85,39 @@ def test_behind_the_front_is_the_whole(
     for ours, theirs in zip(results[0][1], results[1][1], strict=True):
         assert ours.any()
         assert torch.equal(ours, theirs)
-    assert len(list(model.parameters())) == len(list(cascade.parameters())), "nothing is registered twice"
+    assert len(list(model.parameters())) == len(list(cascade.parameters())), (
+        "nothing is registered twice"
+    )
 
 
-def test_nothing_is_shared_where_the_first_part_is_adapted(stage1_file: Callable[[BackboneKind], Path]) -> None:
+def test_nothing_is_shared_where_the_first_part_is_adapted(
+    stage1_file: Callable[[BackboneKind], Path],
+) -> None:
     torch.manual_seed(0)
-    cascade = adapt(Cascade(load_stage1(stage1_file("plain"))), STAGE2, layers=["conv1"], family="parallel")
+    cascade = adapt(
+        Cascade(load_stage1(stage1_file("plain"))), STAGE2, layers=["conv1"], family="parallel"
+    )
     nn.init.normal_(cascade.backbone.get_submodule("conv1.resadapt.stage2.alpha").weight)  # type: ignore[arg-type]
     assert shared_end(cascade) == ""
     inputs = with_quantizer(torch.rand(70, 1, 16, 16), torch.randint(0, 256, (70,)))
     model, (data,) = behind_front(cascade, STAGE2, [TensorDataset(inputs, torch.zeros(70))], CPU)
-    assert torch.equal(predict_logits(model, data.tensors[0], CPU), predict_logits(Answers(cascade, STAGE2), inputs, CPU))
+    assert torch.equal(
+        predict_logits(model, data.tensors[0], CPU),
+        predict_logits(Answers(cascade, STAGE2), inputs, CPU),
+    )
 
 
 def test_the_library_gives_the_same_answers(stage1_file: Callable[[BackboneKind], Path]) -> None:
     torch.manual_seed(0)
-    cascade = adapt(Cascade(load_stage1(stage1_file("plain"))), STAGE2, layers=["layer3", "layer4"], quantizer=True).eval()
-    data = TensorDataset(with_quantizer(torch.rand(64, 1, 16, 16), torch.randint(0, 256, (64,))), torch.zeros(64))
+    cascade = adapt(
+        Cascade(load_stage1(stage1_file("plain"))),
+        STAGE2,
+        layers=["layer3", "layer4"],
+        quantizer=True,
+    ).eval()
+    data = TensorDataset(
+        with_quantizer(torch.rand(64, 1, 16, 16), torch.randint(0, 256, (64,))), torch.zeros(64)
+    )
     model, (packed,) = behind_front(cascade, STAGE2, [data], CPU)
     expected = predict_logits(model, packed.tensors[0], CPU)
     with torch.no_grad(), SmallMaps():
@@ -106,7 +131,9 @@ def test_the_library_gives_the_same_answers(stage1_file: Callable[[BackboneKind]
         assert torch.equal(answers[None]["stage1"], cascade(data.tensors[0])["stage1"])
 
 
-def test_several_sets_share_what_none_of_them_changes(stage1_file: Callable[[BackboneKind], Path]) -> None:
+def test_several_sets_share_what_none_of_them_changes(
+    stage1_file: Callable[[BackboneKind], Path],
+) -> None:
     cascade = Cascade(load_stage1(stage1_file("plain")))
     assert shared_end(cascade) == "layer4"
     adapt(cascade, STAGE2, layers=["layer3", "layer4"])

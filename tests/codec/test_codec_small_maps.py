@@ -1,4 +1,7 @@
-"""Convolutions on small maps as matrix products: the same outputs and gradients as torch's, and used where they apply only."""
+"""Convolutions on small maps as matrix products.
+
+The same outputs and gradients as torch's, and used where they apply only.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,23 @@ def test_equal_to_torch_whatever_the_geometry(size, kernel, stride, padding, bia
         return  # torch refuses a window that is larger than the padded map
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, *size, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 4 // groups, *kernel, generator=generator, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True) if bias else None
+    weight = torch.randn(
+        4, 4 // groups, *kernel, generator=generator, dtype=torch.float64, requires_grad=True
+    )
+    b = (
+        torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
+        if bias
+        else None
+    )
     ours, theirs = (f(x, weight, b, stride, padding, 1, groups) for f in (convolve, F.conv2d))
     torch.testing.assert_close(ours, theirs)
     along = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
     wanted = [x, weight] if b is None else [x, weight, b]
-    for found, expected in zip(torch.autograd.grad(ours, wanted, along), torch.autograd.grad(theirs, wanted, along), strict=True):
+    for found, expected in zip(
+        torch.autograd.grad(ours, wanted, along),
+        torch.autograd.grad(theirs, wanted, along),
+        strict=True,
+    ):
         torch.testing.assert_close(found, expected)
 
 
@@ -41,10 +54,14 @@ def test_padding_by_name(padding: str) -> None:
     layer = torch.nn.Conv2d(4, 4, 3, padding=padding, groups=4)
     for size in (3, 2) if padding == "same" else (3,):
         x = torch.randn(2, 4, size, size)
-        torch.testing.assert_close(convolve(x, layer.weight, layer.bias, (1, 1), padding, (1, 1), 4), layer(x))
+        torch.testing.assert_close(
+            convolve(x, layer.weight, layer.bias, (1, 1), padding, (1, 1), 4), layer(x)
+        )
 
 
-@pytest.mark.parametrize("arguments", [{"groups": 3}, {"dilation": 2}, {"padding": "same"}, {"padding": 1, "stride": 1}])
+@pytest.mark.parametrize(
+    "arguments", [{"groups": 3}, {"dilation": 2}, {"padding": "same"}, {"padding": 1, "stride": 1}]
+)
 def test_other_convolutions_are_left_alone(arguments: dict[str, object]) -> None:
     x, weight = torch.randn(2, 3, 2, 2), torch.randn(6, 1 if "groups" in arguments else 3, 1, 1)
     with SmallMaps():
@@ -64,7 +81,7 @@ def test_a_resnet_on_blocks_uses_it_from_its_small_maps_on(monkeypatch: pytest.M
     monkeypatch.setattr(small_maps.F, "linear", lambda *args: products.append(1) or linear(*args))
     with SmallMaps():
         found = backbone(x)
-    # layer2 has 3 convolutions on 2x2 maps, of four positions each; layer3 has 4 and layer4 has 5 of one position. The fifth of
-    # layer3, a 1x1 of stride 2 on a 2x2 map, sees a quarter of it.
+    # layer2 has 3 convolutions on 2x2 maps, of four positions each; layer3 has 4 and layer4 has 5
+    # of one position. The fifth of layer3, a 1x1 of stride 2 on a 2x2 map, sees a quarter of it.
     assert len(products) == 3 * 4 + 4 + 5
     torch.testing.assert_close(found, backbone(x))

@@ -1,4 +1,7 @@
-"""The study as a list of commands: each can be read by its script, is run once, and leaves its results."""
+"""The study as a list of commands.
+
+Each can be read by its script, is run once, and leaves its results.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ def test_every_command_can_be_read() -> None:
             parse([part.format(runs="runs with blanks", jobs=2) for part in step.arguments.split()])
 
 
-def test_steps_run_once_and_leave_their_results(tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_run_once_and_leave_their_results(
+    tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def steps() -> Iterator[study.Step]:
         flags = f"--dataset-dir {tiny_dataset} --epochs 1 --device cpu --output-dir {{runs}}/first"
         yield study.Step("first", train_stage1.main, flags, "first/metrics.json", "first")

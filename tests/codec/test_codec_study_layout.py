@@ -12,7 +12,15 @@ import torch
 from av1partition.data.blocks import BlockSet, DatasetError
 from av1partition.data.study_layout import load_dataset, read_study_file, write_study_file
 
-KEYS = {"samples", "labels_stage0", "labels_stage1", "labels_stage2", "labels_stage3_RECT", "labels_stage3_AB", "qps"}
+KEYS = {
+    "samples",
+    "labels_stage0",
+    "labels_stage1",
+    "labels_stage2",
+    "labels_stage3_RECT",
+    "labels_stage3_AB",
+    "qps",
+}
 
 
 @pytest.fixture
@@ -42,7 +50,10 @@ def test_file_is_the_studys(tmp_path: Path, every_class: BlockSet) -> None:
 def test_small_integers_and_half_samples_are_read(tmp_path: Path, every_class: BlockSet) -> None:
     write_study_file(every_class, tmp_path / "a.pt")
     content = torch.load(tmp_path / "a.pt", weights_only=True)
-    narrow = {key: value.half() if key == "samples" else value.to(torch.int16) for key, value in content.items()}
+    narrow = {
+        key: value.half() if key == "samples" else value.to(torch.int16)
+        for key, value in content.items()
+    }
     torch.save(narrow, tmp_path / "a.pt")
     blocks = read_study_file(tmp_path / "a.pt")
     assert blocks.samples.dtype == torch.float32
@@ -70,14 +81,29 @@ BREAKAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "8-bit scale": (replace("samples", lambda t: t * 255), "divide 8-bit luma by 255"),
     "below zero": (put("samples", 3, -0.01), r"lies in \[-0.01"),
     "nan": (put("samples", 3, float("nan")), r"expected \[0, 1\]"),
-    "short labels": (replace("labels_stage2", lambda t: t[:9]), r"'labels_stage2' is torch.int64 \[9\]"),
-    "float labels": (replace("labels_stage1", torch.Tensor.float), r"'labels_stage1' is torch.float32"),
+    "short labels": (
+        replace("labels_stage2", lambda t: t[:9]),
+        r"'labels_stage2' is torch.int64 \[9\]",
+    ),
+    "float labels": (
+        replace("labels_stage1", torch.Tensor.float),
+        r"'labels_stage1' is torch.float32",
+    ),
     "label 10": (put("labels_stage0", 4, 10), r"'labels_stage0'\[4\] is 10, expected 0..9"),
     "qp": (put("qps", 2, 256), r"'qps'\[2\] is 256, expected 0..255"),
-    "stage 1": (put("labels_stage1", 0, 1), r"'labels_stage1'\[0\] is 1, but 'labels_stage0' says NONE"),
-    "stage 2": (put("labels_stage2", 8, -1), r"'labels_stage2'\[8\] is -1, .* HORZ_4, for which it must be 1"),
+    "stage 1": (
+        put("labels_stage1", 0, 1),
+        r"'labels_stage1'\[0\] is 1, but 'labels_stage0' says NONE",
+    ),
+    "stage 2": (
+        put("labels_stage2", 8, -1),
+        r"'labels_stage2'\[8\] is -1, .* HORZ_4, for which it must be 1",
+    ),
     "stage 3 rect": (put("labels_stage3_RECT", 9, 0), r"'labels_stage3_RECT'\[9\] is 0, .* VERT_4"),
-    "stage 3 ab": (put("labels_stage3_AB", 3, 0), r"'labels_stage3_AB'\[3\] is 0, .* SPLIT, .* must be -1"),
+    "stage 3 ab": (
+        put("labels_stage3_AB", 3, 0),
+        r"'labels_stage3_AB'\[3\] is 0, .* SPLIT, .* must be -1",
+    ),
 }
 
 
@@ -115,7 +141,9 @@ def test_a_list_is_no_data_set(tmp_path: Path) -> None:
         read_study_file(tmp_path / "train.pt")
 
 
-def test_both_kinds_of_folder_load(tiny_frames: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_both_kinds_of_folder_load(
+    tiny_frames: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     study = tmp_path_factory.mktemp("study")
     train, val = load_dataset(tiny_frames)
     write_study_file(train, study / "train.pt")
@@ -125,7 +153,9 @@ def test_both_kinds_of_folder_load(tiny_frames: Path, tmp_path_factory: pytest.T
         assert torch.equal(framed.labels_stage0, stored.labels_stage0)
 
 
-def test_neither_or_both_kinds_are_refused(tiny_frames: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+def test_neither_or_both_kinds_are_refused(
+    tiny_frames: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="has neither of"):
         load_dataset(tmp_path / "empty")

@@ -24,9 +24,20 @@ DRAWN = {
 BY_HAND = {
     (True, False, False): {"HORZ_A": "HORZ_B", "HORZ_B": "HORZ_A"},
     (False, True, False): {"VERT_A": "VERT_B", "VERT_B": "VERT_A"},
-    (False, False, True): {"HORZ": "VERT", "VERT_4": "HORZ_4", "HORZ_A": "VERT_A", "VERT_B": "HORZ_B"},
+    (False, False, True): {
+        "HORZ": "VERT",
+        "VERT_4": "HORZ_4",
+        "HORZ_A": "VERT_A",
+        "VERT_B": "HORZ_B",
+    },
     # Top to bottom and then transposed: a quarter turn clockwise.
-    (True, False, True): {"HORZ_A": "VERT_B", "VERT_B": "HORZ_B", "HORZ_B": "VERT_A", "VERT_A": "HORZ_A", "HORZ": "VERT"},
+    (True, False, True): {
+        "HORZ_A": "VERT_B",
+        "VERT_B": "HORZ_B",
+        "HORZ_B": "VERT_A",
+        "VERT_A": "HORZ_A",
+        "HORZ": "VERT",
+    },
 }
 
 
@@ -75,6 +86,13 @@ def test_augmentation_turns_each_block_with_its_label() -> None:
     labels = torch.arange(10).repeat(80)
     samples = torch.cat([drawing(kind) for kind in PARTITIONS]).repeat(80, 1, 1, 1)
     turned, after = turn_at_random(KINDS)(samples, labels)
-    assert all(same_cuts(block[0], drawing(PARTITIONS[label])) for block, label in zip(turned, after, strict=True))
-    ways = {tuple(block.flatten().tolist()) for block, label in zip(turned, labels, strict=True) if PARTITIONS[label] == "HORZ_A"}
+    assert all(
+        same_cuts(block[0], drawing(PARTITIONS[label]))
+        for block, label in zip(turned, after, strict=True)
+    )
+    ways = {
+        tuple(block.flatten().tolist())
+        for block, label in zip(turned, labels, strict=True)
+        if PARTITIONS[label] == "HORZ_A"
+    }
     assert len(ways) == 8, "every symmetry occurs"

@@ -53,8 +53,24 @@ SAME_BYTES = ("history.json", "metrics.json", "best_validation_logits.pt")
 
 def options(dataset: Path, stage1: Path, output: Path, *more: str) -> list[str]:
     # Large steps, so that a few epochs on a few blocks change something.
-    rates = ["--lr-adapter", "1e-2", "--lr-head", "1e-2", "--batch-size", "64", "--epochs", str(EPOCHS)]
-    where = ["--dataset-dir", str(dataset), "--stage1-model", str(stage1), "--output-dir", str(output)]
+    rates = [
+        "--lr-adapter",
+        "1e-2",
+        "--lr-head",
+        "1e-2",
+        "--batch-size",
+        "64",
+        "--epochs",
+        str(EPOCHS),
+    ]
+    where = [
+        "--dataset-dir",
+        str(dataset),
+        "--stage1-model",
+        str(stage1),
+        "--output-dir",
+        str(output),
+    ]
     return [*where, *rates, "--device", "cpu", *more]
 
 
@@ -66,7 +82,11 @@ Run = tuple[list[str], Path]
 
 
 @pytest.fixture(scope="module")
-def adapter_run(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path]) -> Run:
+def adapter_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_dataset: Path,
+    stage1_file: Callable[[BackboneKind], Path],
+) -> Run:
     output = tmp_path_factory.mktemp("adapters")
     arguments = options(tiny_dataset, stage1_file("plain"), output, "--use-adapters")
     train_stage2.main(arguments)
@@ -74,7 +94,9 @@ def adapter_run(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path, st
 
 
 def elsewhere(arguments: list[str], output: Path, **changed: str) -> list[str]:
-    changes = {"--output-dir": str(output)} | {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
+    changes = {"--output-dir": str(output)} | {
+        f"--{name.replace('_', '-')}": value for name, value in changed.items()
+    }
     before = ["", *arguments[:-1]]
     return [changes.get(flag, value) for flag, value in zip(before, arguments, strict=True)]
 
@@ -85,7 +107,10 @@ def test_outputs(adapter_run: Run, tiny_dataset: Path) -> None:
     history, metrics = read(output / "history.json"), read(output / "metrics.json")
     assert [record["epoch"] for record in history] == list(range(1, EPOCHS + 1))
     assert metrics["parameters"] == {"trainable": 125_635, "adapters": 124_096, "head": 1_539}
-    assert metrics["file"] == {"name": "adapters.pt", "bytes": (output / "adapters.pt").stat().st_size}
+    assert metrics["file"] == {
+        "name": "adapters.pt",
+        "bytes": (output / "adapters.pt").stat().st_size,
+    }
     for picture in ("learning_curves.png", "confusion_matrix.png"):
         with Image.open(output / picture) as image:
             assert min(image.size) >= 400
@@ -121,17 +146,27 @@ def test_history_and_metrics_are_of_the_same_model(adapter_run: Run) -> None:
     best = max(record["macro_f1"] for record in history)
     assert metrics["macro_f1"] == best
     assert history[metrics["best_epoch"] - 1]["macro_f1"] == best
-    improved = [r for n, r in enumerate(history) if r["macro_f1"] > max([-1.0, *(b["macro_f1"] for b in history[:n])])]
-    assert [record["epoch"] for record in history if "proof" in record] == [record["epoch"] for record in improved]
+    improved = [
+        r
+        for n, r in enumerate(history)
+        if r["macro_f1"] > max([-1.0, *(b["macro_f1"] for b in history[:n])])
+    ]
+    assert [record["epoch"] for record in history if "proof" in record] == [
+        record["epoch"] for record in improved
+    ]
 
 
 def test_every_kept_epoch_was_proven(adapter_run: Run) -> None:
-    proofs = [record["proof"] for record in read(adapter_run[1] / "history.json") if "proof" in record]
+    proofs = [
+        record["proof"] for record in read(adapter_run[1] / "history.json") if "proof" in record
+    ]
     assert proofs
     for proof in proofs:
         assert proof["macro_f1_live"] == proof["macro_f1_reloaded"] > 0
         assert proof["macro_f1_difference"] == 0
-        assert {proof["checks"][name] for name in ("backbone", "tensors", "outputs", "metric")} == {"passed"}
+        assert {proof["checks"][name] for name in ("backbone", "tensors", "outputs", "metric")} == {
+            "passed"
+        }
 
 
 def test_learning_rates_are_cosines_of_two_groups(adapter_run: Run) -> None:
@@ -148,7 +183,13 @@ def test_training_learns(adapter_run: Run) -> None:
 
 def test_defaults_are_the_specified_ones() -> None:
     defaults = vars(train_stage2.parse_options(["--stage1-model", "stage1.pt"]))
-    expected = {"epochs": 50, "batch_size": 128, "adapter_bottleneck": 64, "lr_adapter": 1e-4, "lr_head": 5e-4}
+    expected = {
+        "epochs": 50,
+        "batch_size": 128,
+        "adapter_bottleneck": 64,
+        "lr_adapter": 1e-4,
+        "lr_head": 5e-4,
+    }
     assert {name: defaults[name] for name in expected} == expected
     assert not defaults["use_adapters"]
 
@@ -174,7 +215,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(adapter_run: Run, tmp_path: Path
     script = Path(train_stage2.__file__)
     command = [sys.executable, str(script), *elsewhere(arguments, tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     while not (tmp_path / "training_state.pt").exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -188,11 +231,15 @@ def test_a_killed_run_resumes_to_the_same_bytes(adapter_run: Run, tmp_path: Path
 
 def test_resuming_with_other_options_is_refused(adapter_run: Run) -> None:
     arguments, output = adapter_run
-    with pytest.raises(TrainingStateError, match=r"epochs was 8, now is 9; seed was 0, now is 5.*--output-dir"):
+    with pytest.raises(
+        TrainingStateError, match=r"epochs was 8, now is 9; seed was 0, now is 5.*--output-dir"
+    ):
         train_stage2.main([*elsewhere(arguments, output, epochs="9"), "--seed", "5"])
 
 
-def test_resuming_with_other_data_is_refused(adapter_run: Run, tiny_dataset: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_data_is_refused(
+    adapter_run: Run, tiny_dataset: Path, tmp_path: Path
+) -> None:
     arguments, output = adapter_run
     for name in ("train.pt", "val.pt"):
         blocks = read_study_file(tiny_dataset / name)
@@ -203,11 +250,16 @@ def test_resuming_with_other_data_is_refused(adapter_run: Run, tiny_dataset: Pat
 
 def test_damaged_training_state_is_named(adapter_run: Run, tmp_path: Path) -> None:
     (tmp_path / "training_state.pt").write_bytes(b"no")
-    with pytest.raises(TrainingStateError, match=r"training_state\.pt: not a training state .* delete it to start over"):
+    with pytest.raises(
+        TrainingStateError,
+        match=r"training_state\.pt: not a training state .* delete it to start over",
+    ):
         train_stage2.main(elsewhere(adapter_run[0], tmp_path))
 
 
-def test_files_alone_give_the_live_logits(adapter_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_alone_give_the_live_logits(
+    adapter_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     where = adapter_run[0][:6]
     verify_run.main([*where, "--device", "cpu"])
     assert json.loads(capsys.readouterr().out) == {"macro_f1": 0.0, "logits": 0.0}
@@ -234,7 +286,9 @@ def test_adapters_of_another_backbone_are_refused(
         reload_specialist(tmp_path / "stage1.pt", STAGE2, adapter_run[1])
 
 
-def test_baseline_trains_the_head_alone(tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path) -> None:
+def test_baseline_trains_the_head_alone(
+    tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path
+) -> None:
     train_stage2.main(options(tiny_dataset, stage1_file("plain"), tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == OUTPUTS | {"head.pt"}
     metrics = read(tmp_path / "metrics.json")
@@ -256,14 +310,22 @@ def test_a_whole_network_is_trained_and_reloaded(
     assert {path.name for path in tmp_path.iterdir()} == OUTPUTS | {"network.pt"}
     before = load_stage1(stage1_file("plain"))
     size = sum(parameter.numel() for parameter in before.backbone.parameters())
-    assert read(tmp_path / "metrics.json")["parameters"] == {"trainable": size + 1_539, "adapters": 0, "head": 1_539}
-    after = reload_specialist(stage1_file("plain"), STAGE2, tmp_path).model.backbone.get_parameter("conv1.weight")
+    assert read(tmp_path / "metrics.json")["parameters"] == {
+        "trainable": size + 1_539,
+        "adapters": 0,
+        "head": 1_539,
+    }
+    after = reload_specialist(stage1_file("plain"), STAGE2, tmp_path).model.backbone.get_parameter(
+        "conv1.weight"
+    )
     distance = (after - before.backbone.get_parameter("conv1.weight")).abs().max()
     assert 0 < distance < 1e-3 if start == "--full-fine-tuning" else distance > 0.05
     verify_run.main(where)
 
 
-@pytest.mark.parametrize("what", [[], ["--use-adapters", "--adapter-layers", "layer[34]", "layer2.0", "--augment"]])
+@pytest.mark.parametrize(
+    "what", [[], ["--use-adapters", "--adapter-layers", "layer[34]", "layer2.0", "--augment"]]
+)
 def test_quantizer_in_the_head(
     what: list[str],
     tiny_dataset: Path,
@@ -275,7 +337,11 @@ def test_quantizer_in_the_head(
     train_stage2.main([*where, *what, "--quantizer", "--epochs", "2", "--lr-head", "1e-2"])
     head = 521 * 128 + 128 + 128 * 3 + 3
     adapters = sum(2 * c * 64 + 64 + c for c in (128, 256, 512)) if what else 0
-    assert read(tmp_path / "metrics.json")["parameters"] == {"trainable": head + adapters, "adapters": adapters, "head": head}
+    assert read(tmp_path / "metrics.json")["parameters"] == {
+        "trainable": head + adapters,
+        "adapters": adapters,
+        "head": head,
+    }
     model = reload_specialist(stage1_file("fine"), STAGE2, tmp_path).eval()
     x = load_dataset(tiny_dataset)[1].inputs()[:8]
     assert not torch.equal(model(x), model(with_quantizer(x[:, :1], torch.zeros(8))))
@@ -295,7 +361,9 @@ def test_contradicting_flags_are_refused(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        train_stage2.main(["--stage1-model", "none.pt", "--output-dir", str(tmp_path / "run"), *flags])
+        train_stage2.main(
+            ["--stage1-model", "none.pt", "--output-dir", str(tmp_path / "run"), *flags]
+        )
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -315,20 +383,30 @@ def test_stage1_of_all_kinds_with_the_quantizer(tiny_dataset: Path, tmp_path: Pa
     ]
     train_stage1.main([*arguments, "--output-dir", str(tmp_path)])
     metrics = read(tmp_path / "metrics.json")
-    model, val = load_stage1(tmp_path / "stage1.pt").eval(), load_dataset(tiny_dataset)[1].data(STAGE1)
+    model, val = (
+        load_stage1(tmp_path / "stage1.pt").eval(),
+        load_dataset(tiny_dataset)[1].data(STAGE1),
+    )
     with torch.no_grad():
         divided = model(val.tensors[0])[:, 0].sigmoid() >= model.threshold
-    assert metrics["accuracy"] == pytest.approx((divided.long() == val.tensors[1]).float().mean().item())
+    assert metrics["accuracy"] == pytest.approx(
+        (divided.long() == val.tensors[1]).float().mean().item()
+    )
 
 
 def test_features_leave_the_backbone_alone(stage1_file: Callable[[BackboneKind], Path]) -> None:
     backbone = load_stage1(stage1_file("attention")).backbone.train()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    data = TensorDataset(with_quantizer(torch.rand(40, 1, 16, 16), torch.arange(40)), torch.zeros(40, dtype=torch.long))
+    data = TensorDataset(
+        with_quantizer(torch.rand(40, 1, 16, 16), torch.arange(40)),
+        torch.zeros(40, dtype=torch.long),
+    )
     features = frozen_features(backbone, data, torch.device("cpu"), quantizer=False)
     assert features.tensors[0].shape == (40, 512)
     both = frozen_features(backbone, data, torch.device("cpu"), quantizer=True).tensors[0]
-    assert torch.equal(both, torch.cat([features.tensors[0], quantizer_code(data.tensors[0])], dim=1))
+    assert torch.equal(
+        both, torch.cat([features.tensors[0], quantizer_code(data.tensors[0])], dim=1)
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
 
 
@@ -345,10 +423,14 @@ def test_attention_backbone_from_stage1_to_verified_run(
     capsys.readouterr()
     verify_run.main([*where, "--dataset-dir", str(tiny_dataset), "--device", "cpu"])
     assert json.loads(capsys.readouterr().out) == {"macro_f1": 0.0, "logits": 0.0}
-    model = Answers(load_adapters(Cascade(load_stage1(stage1 / "stage1.pt")), stage2 / "adapters.pt"), STAGE2)
+    model = Answers(
+        load_adapters(Cascade(load_stage1(stage1 / "stage1.pt")), stage2 / "adapters.pt"), STAGE2
+    )
     samples, labels = load_dataset(tiny_dataset)[1].data(STAGE2).tensors
     logits = predict_logits(model, samples, torch.device("cpu"))
-    expected = f1_score(labels, logits.argmax(1), average="macro", labels=[0, 1, 2], zero_division=0)
+    expected = f1_score(
+        labels, logits.argmax(1), average="macro", labels=[0, 1, 2], zero_division=0
+    )
     assert macro_f1(logits, labels) == expected
 
 
@@ -366,30 +448,74 @@ def test_stage1_resumes(tiny_dataset: Path, tmp_path: Path) -> None:
 def test_stage3_trains_a_specialist_for_each_seed(
     tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path
 ) -> None:
-    where = ["--dataset-dir", str(tiny_dataset), "--stage1-model", str(stage1_file("plain")), "--output-dir", str(tmp_path)]
-    train_stage3.main([*where, "--kind", "ab", "--seeds", "0", "1", "--use-adapters", "--epochs", "1", "--device", "cpu"])
+    where = [
+        "--dataset-dir",
+        str(tiny_dataset),
+        "--stage1-model",
+        str(stage1_file("plain")),
+        "--output-dir",
+        str(tmp_path),
+    ]
+    train_stage3.main(
+        [
+            *where,
+            "--kind",
+            "ab",
+            "--seeds",
+            "0",
+            "1",
+            "--use-adapters",
+            "--epochs",
+            "1",
+            "--device",
+            "cpu",
+        ]
+    )
     runs = [tmp_path / "ab" / f"seed{seed}" for seed in (0, 1)]
-    assert runs[0].joinpath("adapters.pt").read_bytes() != runs[1].joinpath("adapters.pt").read_bytes()
+    assert (
+        runs[0].joinpath("adapters.pt").read_bytes() != runs[1].joinpath("adapters.pt").read_bytes()
+    )
     for run in runs:
         metrics = read(run / "metrics.json")
         assert metrics["task"] == "ab"
         assert list(metrics["per_class"]) == ["HORZ_A", "HORZ_B", "VERT_A", "VERT_B"]
-        assert metrics["parameters"] == {"trainable": 124_096 + 2_052, "adapters": 124_096, "head": 2_052}
+        assert metrics["parameters"] == {
+            "trainable": 124_096 + 2_052,
+            "adapters": 124_096,
+            "head": 2_052,
+        }
         verify_run.main([*where[:4], "--output-dir", str(run), "--device", "cpu"])
 
 
 def test_stage3_with_misrouted_blocks(adapter_run: Run, tmp_path: Path) -> None:
     arguments = adapter_run[0]
-    where = [*arguments[:4], "--output-dir", str(tmp_path), "--epochs", "1", "--device", "cpu", "--kind", "rect", "--use-adapters"]
+    where = [
+        *arguments[:4],
+        "--output-dir",
+        str(tmp_path),
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--kind",
+        "rect",
+        "--use-adapters",
+    ]
     model = adapt(Cascade(load_stage1(Path(arguments[3]))), STAGE2)
-    *_, bias = (parameter for parameter in model.specialists["stage2"].parameters() if parameter.requires_grad)
+    *_, bias = (
+        parameter
+        for parameter in model.specialists["stage2"].parameters()
+        if parameter.requires_grad
+    )
     with torch.no_grad():
         bias.copy_(torch.tensor([0.0, 100.0, 0.0]))  # All are RECT to it.
     save_adapters(model, tmp_path / "stage2.pt", verify=False)
     noisy = ["--noise-injection", "0.1", "--stage2-model", str(tmp_path / "stage2.pt")]
     train_stage3.main([*where, *noisy])
     own = len(read_study_file(Path(arguments[1]) / "train.pt").of(RECT))
-    assert read(tmp_path / "rect" / "seed0" / "metrics.json")["blocks"]["train"] == own + round(own / 9)
+    assert read(tmp_path / "rect" / "seed0" / "metrics.json")["blocks"]["train"] == own + round(
+        own / 9
+    )
     with pytest.raises(TrainingStateError, match="data was"):
         train_stage3.main(where)
 
@@ -399,7 +525,9 @@ def test_stage3_with_misrouted_blocks(adapter_run: Run, tmp_path: Path) -> None:
     [(["--noise-injection", "1"], "expected 0 <= P < 1"), (["--noise-injection", "nan"], "expected 0 <= P < 1"),
      (["--noise-injection", "0.1"], "needs --stage2-model"), (["--kind", "split"], "invalid choice")],
 )  # fmt: skip
-def test_stage3_refuses_bad_flags_before_anything_else(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stage3_refuses_bad_flags_before_anything_else(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         train_stage3.main(["--kind", "ab", "--stage1-model", "absent.pt", *flags])
     assert message in capsys.readouterr().err
@@ -440,7 +568,9 @@ def test_evaluation_beside_the_baseline(
     assert list(result["run"]["predicted"].values()) == columns
     gain = result["run"]["macro_f1"] - result["baseline"]["macro_f1"]
     assert f"Against the frozen baseline: {gain:+.4f} macro-F1" in capsys.readouterr().out
-    train_stage3.main([*elsewhere(arguments[:6], tmp_path), "--kind", "rect", "--epochs", "1", "--device", "cpu"])
+    train_stage3.main(
+        [*elsewhere(arguments[:6], tmp_path), "--kind", "rect", "--epochs", "1", "--device", "cpu"]
+    )
     with pytest.raises(SystemExit):
         evaluate.main([*where, "--baseline-dir", str(tmp_path / "rect" / "seed0")])
     assert "is not a run of Stage 2" in capsys.readouterr().err
@@ -452,7 +582,10 @@ def test_evaluation_beside_the_baseline(
         ([50, 30, 20], None),
         ([91, 5, 4], "Collapsed: 91.0% of all predictions are SPLIT."),
         ([60, 0, 40], "RECT is never predicted."),
-        ([0, 0, 7], "Collapsed: 100.0% of all predictions are AB. SPLIT, RECT are never predicted."),
+        (
+            [0, 0, 7],
+            "Collapsed: 100.0% of all predictions are AB. SPLIT, RECT are never predicted.",
+        ),
     ],
 )
 def test_collapse_is_called_out(counts: list[int], said: str | None) -> None:
@@ -462,7 +595,12 @@ def test_collapse_is_called_out(counts: list[int], said: str | None) -> None:
 def test_a_terminal_sees_blocks_a_second_and_the_time_left(
     tiny_dataset: Path, stage1_file: Callable[[BackboneKind], Path], tmp_path: Path
 ) -> None:
-    command = [sys.executable, train_stage2.__file__, *options(tiny_dataset, stage1_file("plain"), tmp_path), "--use-adapters"]
+    command = [
+        sys.executable,
+        train_stage2.__file__,
+        *options(tiny_dataset, stage1_file("plain"), tmp_path),
+        "--use-adapters",
+    ]
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     seen = b""

@@ -274,7 +274,8 @@ def test_two_models_that_share_a_backbone() -> None:
     one, two = (nn.Sequential(backbone, nn.Conv2d(4, 4, 1)) for _ in range(2))
     resadapt.inject_adapters(one, "1", 2)
     with pytest.raises(
-        resadapt.InjectionError, match="frozen by an injection into another model that shares the module"
+        resadapt.InjectionError,
+        match="frozen by an injection into another model that shares the module",
     ):
         resadapt.inject_adapters(two, "1", 2)
     assert resadapt.check_backbone(one).ok

@@ -120,7 +120,9 @@ def test_a_head_that_cannot_be_told_as_data_must_be_there(tmp_path: Path) -> Non
     ):
         resadapt.load_adapters(small_resnet(), tmp_path / "own")
     given = resadapt.inject_adapters(small_resnet(), "layer4", head={"fc": OwnLinear(512, 10)})
-    with pytest.raises(resadapt.AdapterKeyError, match="Give the model the head that was saved"):
+    with pytest.raises(
+        resadapt.AdapterKeyError, match="Replace the model's head by a head of the saved form"
+    ):
         resadapt.save_adapters(given, tmp_path / "given")
     assert not (tmp_path / "given").exists()
 
@@ -266,7 +268,9 @@ def test_a_head_with_two_names_is_one_in_the_file_too(tmp_path: Path) -> None:
 def test_each_place_has_a_module_of_its_own(head: Any) -> None:
     model = TwoNames(shared="h1" in head)
     before = picture(model)
-    with pytest.raises(resadapt.InjectionError, match="Give each module of the backbone its own replacement"):
+    with pytest.raises(
+        resadapt.InjectionError, match="Give each module of the backbone its own replacement"
+    ):
         resadapt.inject_adapters(model, (), head=head)
     assert picture(model) == before
 

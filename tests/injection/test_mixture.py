@@ -232,8 +232,8 @@ def test_checkpointed_activations_are_computed_anew_with_the_same_sets(reentrant
             torch.testing.assert_close(gradient, gradients_of(expected, name)[key], msg=key)
 
     outside = (
-        "computed anew for the backward pass, with 'b' where it was .* "
-        "call backward before sets are switched"
+        "recomputed in the backward pass with 'b', but the forward ran with .* "
+        "call backward before switching sets"
     )
     with resadapt.adapters_for(model, ["a", "b", "a"]):
         loss = model(x).square().sum()

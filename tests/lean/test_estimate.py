@@ -114,7 +114,7 @@ def test_bad_arguments() -> None:
     for shape in ((), (2, 0, 8, 8), "2388", 4, (2.0, 3, 8, 8)):
         with pytest.raises(resadapt.AdapterError, match="give the sizes of an input"):
             estimate_training(model, shape)  # type: ignore[arg-type]
-    with pytest.raises(resadapt.InjectionError, match=r"on an input of shape \[2, 5, 8, 8\]"):
+    with pytest.raises(resadapt.InjectionError, match=r"with an input of shape \[2, 5, 8, 8\]"):
         estimate_training(model, (2, 5, 8, 8))
     resadapt.set_active_adapters(model, None)
     with pytest.raises(resadapt.InjectionError, match="No adapter set is active"):

@@ -125,19 +125,19 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
             resnet(layers="layer4", head="fc"),
             data(10),
             resadapt.AdapterFileError,
-            "length is 11 and would be 10",
+            "length is 11, but would be 10",
         ),
         (
             resnet(layers="layer4", head="fc"),
             data(seed=2),
             resadapt.AdapterFileError,
-            "sample 0 of the data is not",
+            "sample 0 of the data differs",
         ),
         (
             resnet(layers="layer4", head="fc").double(),
             data(),
             resadapt.AdapterError,
-            "does not take",
+            "cannot be called with the samples",
         ),
     ):
         before = {file.name: file.read_bytes() for file in path.iterdir()}
@@ -145,17 +145,17 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
             cache_prefix(model, other, path)
         assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     turned = TensorDataset(data().tensors[0], data().tensors[1].flip(0))
-    with pytest.raises(resadapt.AdapterFileError, match="is not the one"):
+    with pytest.raises(resadapt.AdapterFileError, match="differs from the sample"):
         cache_prefix(resnet(layers="layer4", head="fc"), turned, path)
     (path / "features.json").write_text("{")
-    with pytest.raises(resadapt.AdapterFileError, match="no description"):
+    with pytest.raises(resadapt.AdapterFileError, match="not a manifest"):
         cache_prefix(resnet(layers="layer4", head="fc"), data(), path)
     (path / "features.json").write_text(json.dumps({"resadapt_prefix": 99}))
     with pytest.raises(resadapt.AdapterFileError, match="this version"):
         cache_prefix(resnet(layers="layer4", head="fc"), data(), path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
-    with pytest.raises(resadapt.AdapterFileError, match="other things"):
+    with pytest.raises(resadapt.AdapterFileError, match="other files"):
         cache_prefix(resnet(layers="layer4", head="fc"), data(), tmp_path / "full")
     (tmp_path / "file").write_text("")
     with pytest.raises(resadapt.AdapterFileError, match="cannot be written"):
@@ -192,7 +192,9 @@ def test_every_sample_is_compared_with_what_is_there(tmp_path: Path) -> None:
     mended = y.clone()
     mended[37] = 2
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(resadapt.AdapterFileError, match="sample 37 of the data is not the one"):
+    with pytest.raises(
+        resadapt.AdapterFileError, match="sample 37 of the data differs from the sample"
+    ):
         cache_prefix(
             resnet(layers="layer4", head="fc"), TensorDataset(x, mended), tmp_path, batch_size=16
         )

@@ -60,7 +60,8 @@ def test_random_data_are_refused_or_drawn_a_number_of_times(tmp_path: Path) -> N
 def test_random_modules_are_refused_by_name() -> None:
     model = injected(efficientnet_b0(num_classes=3), "features.7", 4)
     with pytest.raises(
-        resadapt.InjectionError, match=r"Module 'features\.2.*' returns something else in train mode"
+        resadapt.InjectionError,
+        match=r"Module 'features\.2.*' returns something else in train mode",
     ):
         cache_prefix(model, data())
     for module in model.features.modules():

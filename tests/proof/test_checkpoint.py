@@ -474,7 +474,7 @@ def test_a_head_of_another_width_gives_way_to_that_of_the_file(path: Path) -> No
     rewritten(path, lambda m, t: m["set"].update(blueprints={}))
     with pytest.raises(
         resadapt.AdapterKeyError,
-        match=r"'head.3.weight' has shape \[2, 3600\] where the model has \[5, 3600\].*Give",
+        match=r"'head.3.weight' has shape \[2, 3600\], the model has \[5, 3600\].*Replace",
     ):
         resadapt.load_adapters(other, path)
     assert picture(other) == before
@@ -503,7 +503,7 @@ def test_state_dict_is_strict_and_all_or_nothing() -> None:
         (lambda s: s.update(typo=torch.zeros(1)), "'typo' is unexpected"),
         (
             lambda s: s.update({"head.3.bias": torch.zeros(3)}),
-            r"'head.3.bias' has shape \[3\] where the model has \[2\]",
+            r"'head.3.bias' has shape \[3\], the model has \[2\]",
         ),
         (lambda s: s.update({"head.3.bias": [0, 0]}), "'head.3.bias' is list, not a tensor"),
         (lambda s: s.update({"head.3.bias": None}), "'head.3.bias' is NoneType, not a tensor"),
@@ -545,7 +545,7 @@ def test_loading_into_sets(path: Path) -> None:
     resadapt.inject_adapters(model, "0", 3, name="else")
     before = picture(model)
     with pytest.raises(
-        resadapt.AdapterKeyError, match="set 'else' differs from the file's in 'sites', 'head'"
+        resadapt.AdapterKeyError, match="set 'else' differs from the file's set in 'sites', 'head'"
     ):
         resadapt.load_adapters(model, path, name="else")
     assert picture(model) == before
@@ -665,7 +665,9 @@ def test_loading_a_state_dict_is_all_or_nothing_for_any_tensor() -> None:
     last = list(state)[-1]
     for wrong in (state[last].to("meta"), state[last].to_sparse()):
         changed = {key: value + 1 for key, value in state.items()} | {last: wrong}
-        with pytest.raises(resadapt.AdapterKeyError, match="sparse, quantized or on the meta device"):
+        with pytest.raises(
+            resadapt.AdapterKeyError, match="sparse, quantized or on the meta device"
+        ):
             resadapt.load_adapter_state_dict(model, changed)
         assert picture(model) == before
     with pytest.raises(resadapt.AdapterKeyError, match="state_dict is NoneType"):

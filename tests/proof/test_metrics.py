@@ -156,7 +156,7 @@ def test_a_metric_that_changes_other_sets_is_found_out(path: Path, metric: Any) 
     ):
         resadapt.save_adapters(model, path, metric=metric)
     assert picture(model) == before
-    with pytest.raises(resadapt.VerificationError, match="'b' is gone"):
+    with pytest.raises(resadapt.VerificationError, match="'b' was removed"):
         resadapt.save_adapters(
             model, path, metric=lambda m: float(resadapt.remove_adapters(m, "b") is None)
         )

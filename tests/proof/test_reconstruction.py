@@ -40,8 +40,7 @@ def test_without_rebuild_the_report_says_that_a_copy_served(path: Path) -> None:
     assert report["reconstruction"] == resadapt.types.Check(
         "reconstruction",
         "not checked",
-        "a copy of the live model; pass rebuild= to verify on a backbone built "
-        "without it",
+        "a copy of the live model; pass rebuild= to verify on a backbone built without it",
     )
     assert report.ok
     assert outcomes(report)["outputs"] == "passed"
@@ -174,7 +173,7 @@ def test_a_forward_replaced_on_the_instance_proves_nothing(
     if replace is _by_autocast:
         with pytest.raises(
             resadapt.VerificationError,
-            match=r"outputs +failed +.* differ on the probe: was the forward of 'the model' changed",
+            match=r"outputs +failed +.* differ on the probe: .* forward of 'the model' changed",
         ):
             resadapt.save_adapters(model, path, probe=X, rebuild=small_net)
     assert "'c2'" in report["outputs"].detail or "'the model'" in report["outputs"].detail

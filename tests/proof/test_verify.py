@@ -130,7 +130,8 @@ def test_verifying_another_models_file(model: nn.Module, path: Path) -> None:
         report = resadapt.verify_adapters(other, path)
         assert not report.ok
         assert (
-            f"set '{name}' differs from the file's in 'sites', 'head'" in report["tensors"].detail
+            f"set '{name}' differs from the file's set in 'sites', 'head'"
+            in report["tensors"].detail
         )
 
 

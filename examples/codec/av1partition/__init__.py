@@ -1,1 +1,4 @@
-"""Predicting how AV1 divides 16x16 blocks: data, models, training and evaluation of the codec experiment."""
+"""Predicting how AV1 divides 16x16 blocks.
+
+Data, models, training and evaluation of the codec experiment.
+"""

@@ -1,4 +1,7 @@
-"""What the values of flags may be: a wrong one is answered in a line, before anything is read or written."""
+"""What the values of flags may be.
+
+A wrong one is answered in a line, before anything is read or written.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,14 @@ from resadapt import inject_adapters
 
 # NumPy takes no larger seeds, and none below 0.
 HIGHEST_SEED = 2**32 - 1
-_OWN_FLAGS = {*inspect.signature(inject_adapters).parameters, "cascade", "task", "size", "budget", "quantizer"}
+_OWN_FLAGS = {
+    *inspect.signature(inject_adapters).parameters,
+    "cascade",
+    "task",
+    "size",
+    "budget",
+    "quantizer",
+}
 
 
 def whole(text: str) -> int:
@@ -45,13 +55,14 @@ def rate(text: str) -> float:
 
 
 def option(text: str) -> tuple[str, Any]:
-    """A name and a value of Python, as in ``dora=True``; what is no literal is taken as a string."""
+    """A name and a value of Python, as in ``dora=True``; what is no literal becomes a string."""
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise argparse.ArgumentTypeError(f"is {text}, expected NAME=VALUE")
     if name in _OWN_FLAGS:
         raise argparse.ArgumentTypeError(
-            f"is {text}, which is no option of a family; see the flags with --adapter- and --quantizer"
+            f"is {text}, which is no option of a family; see the flags with --adapter- and "
+            "--quantizer"
         )
     try:
         return name, ast.literal_eval(value)
@@ -66,7 +77,9 @@ def device(text: str) -> torch.device:
         torch.zeros(1, device=found).item()
     except Exception as error:  # Each kind of device has errors of its own.
         reason = str(error).splitlines()[0][:200]
-        raise argparse.ArgumentTypeError(f"{text} cannot be used ({reason}); cpu always can") from error
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be used ({reason}); cpu always can"
+        ) from error
     return found
 
 

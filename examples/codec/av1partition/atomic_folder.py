@@ -16,7 +16,9 @@ def check_free(path: Path) -> None:
         FileExistsError: It is taken. Long work asks before it starts.
     """
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise FileExistsError(f"{path}: is there already; delete it, or choose another --output-dir")
+        raise FileExistsError(
+            f"{path}: is there already; delete it, or choose another --output-dir"
+        )
 
 
 @contextmanager
@@ -27,8 +29,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         path: The new folder; may exist if it is empty.
 
     Yields:
-        The folder to write into. If the body fails, it is removed; if the process is killed, it remains as
-        ``<path>.partial`` and the next attempt clears it away.
+        The folder to write into. If the body fails, it is removed; if the process is killed, it
+        remains as ``<path>.partial`` and the next attempt clears it away.
 
     Raises:
         FileExistsError: ``path`` is taken.
@@ -39,7 +41,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        if path.exists():  # Empty, else the next line fails. Not every system renames a folder onto another.
+        if (
+            path.exists()
+        ):  # Empty, else the next line fails. Not every system renames a folder onto another.
             path.rmdir()
         os.replace(partial, path)
     finally:

@@ -1,4 +1,7 @@
-"""Starting a script: messages on the terminal, and what is wrong with files and flags in a line instead of a traceback."""
+"""Starting a script.
+
+Messages on the terminal, and what is wrong with files and flags in a line instead of a traceback.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,18 @@ from av1partition.models.stage1_files import Stage1FileError
 from av1partition.training.state import TrainingStateError
 from resadapt import AdapterError
 
-# What a user can mend, files and folders that the system refuses among it; anything else is a fault of the program, and its
-# traceback is wanted.
+# What a user can mend, files and folders that the system refuses among it; anything else is a fault
+# of the program, and its traceback is wanted.
 MENDABLE = (
-    AdapterError, DatasetError, FloatingPointError, OSError, ReportError, SpecialistFileError, Stage1FileError, TrainingStateError,
-)  # fmt: skip
+    AdapterError,
+    DatasetError,
+    FloatingPointError,
+    OSError,
+    ReportError,
+    SpecialistFileError,
+    Stage1FileError,
+    TrainingStateError,
+)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The families of adapters, by name. A family contains only its mathematics."""
+"""The adapter families and their registry. A family contains only mathematics."""
 
 from resadapt.adapters.bottleneck import BottleneckAdapter
 from resadapt.adapters.conv import ConvAdapter

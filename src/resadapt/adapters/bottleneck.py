@@ -1,4 +1,4 @@
-"""The `bottleneck` family: a hidden layer at every position, added back."""
+"""The `bottleneck` family: a residual bottleneck at every position."""
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -15,25 +15,28 @@ _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 class BottleneckAdapter(Adapter):
     """Bottleneck adapter at every position of a feature map: ``x + up(dropout(act(down(x))))``.
 
-    2Cb + b + C parameters. Where paper and code differ: the paper leaves the non-linearity open and
-    draws the weights with standard deviation 1e-2, its code has the tanh form of GELU and 1e-3,
-    both truncated at two standard deviations, biases zero. Here ``"normal"`` is N(0, 1e-3), not
-    truncated, as in `pooled`. The default is the exact identity, with `down` drawn as wide as its
-    input needs (He), so that `up` gets a gradient of full size from the first step.
+    2Cb + b + C parameters.
+
+    Paper and code differ: the paper leaves the non-linearity open and draws the weights with a
+    standard deviation of 1e-2; the code uses the tanh form of GELU and 1e-3. Both truncate at two
+    standard deviations and start with zero biases. ``"normal"`` is N(0, 1e-3) without truncation,
+    as in `pooled`. The default is the exact identity: `up` starts at zero, and `down` has He
+    initialization, so that `up` gets a gradient of full size from the first step.
 
     Args:
-        site: Any module with a feature map as its output.
+        site: Any module that returns a feature map.
         bottleneck: b, width of the hidden layer.
-        dropout: Probability of dropping a hidden unit at a position in training.
+        dropout: Probability of dropping a hidden unit at a position in training, in [0, 1).
         activation: The non-linearity: ``"relu"``, ``"gelu"`` (exact) or ``"silu"``.
         init: ``"identity"`` starts `up` at zero and draws `down` from N(0, 2 / C); ``"normal"``
-            draws the weights of both from N(0, 1e-3), a standard deviation. Biases start at zero.
+            draws both weights from N(0, 1e-3), where 1e-3 is the standard deviation. Biases start
+            at zero.
 
     Raises:
-        ValueError: The site has more than 3 spatial dimensions, or an option is none of its values.
+        ValueError: The site has more than 3 spatial dimensions, or an option has an unknown value.
 
     References:
-        Houlsby et al. 2019, arXiv:1902.00751, and its code, google-research/adapter-bert; He et al.
+        Houlsby et al. 2019, arXiv:1902.00751, and the code, google-research/adapter-bert; He et al.
         2015, arXiv:1502.01852.
 
     Example:
@@ -74,6 +77,6 @@ class BottleneckAdapter(Adapter):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """Adapts a feature map ``[N, C, ...]`` (or ``[N, ..., C]``) and returns one of the same shape."""
+        """Adapts a feature map ``[N, C, ...]`` or ``[N, ..., C]``; the shape does not change."""
         correction: Tensor = self.up(self.dropout(self.act(self.down(x))))
         return x + correction

@@ -1,7 +1,4 @@
-"""The `conv` family.
-
-Conv-Adapter, a depthwise convolution and a pointwise one beside or behind a convolution or a block.
-"""
+"""The `conv` family: a grouped and a pointwise convolution, parallel or sequential to the site."""
 
 import math
 from typing import Any
@@ -22,46 +19,48 @@ from resadapt.adapters.family import Adapter, Site, check_choice, register_famil
 __all__ = ["ConvAdapter"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_STRIDED: Any = (Convolution, *_POOLS)
 _SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-sequential")
 
 
 @register_family("conv")
 class ConvAdapter(Adapter):
-    """Conv-Adapter: ``y + s up(act(down(h)))``, down a grouped convolution of the site's kernel to
-    b channels, up of one tap.
+    """Conv-Adapter: ``y + s up(act(down(h)))``, with a grouped `down` and a pointwise `up`.
 
-    In the parallel schemes h is the input of the site, else its output y. Each of the b channels is
-    computed from its own group of h's channels, so b divides their number. C_h k^2 + b C_out +
-    C_out parameters.
+    In the parallel schemes h is the site's input, in the sequential schemes the site's output y.
+    `down` is a convolution to b channels in b groups, so b divides the number of channels C_h of h.
+    `up` has kernel size 1. C_h k^2 + b C_out + C_out parameters.
 
     Args:
-        site: A convolution, or for the residual schemes a block with a `downsample`.
-        bottleneck: b, number of hidden channels; the paper's is C_h / gamma.
-        scheme: ``"conv-parallel"``: down has the geometry of the convolution beside it.
-            ``"conv-sequential"``: its kernel and dilation, at stride 1. ``"residual-parallel"``: 3
-            taps, strides as in the block's `downsample`. ``"residual-sequential"``: 3 taps, stride
-            1.
+        site: A convolution; for the residual schemes a block with a `downsample` attribute.
+        bottleneck: b, number of hidden channels; C_h / gamma in the paper.
+        scheme: ``"conv-parallel"``: `down` has the kernel size, stride, padding and dilation of the
+            site's convolution. ``"conv-sequential"``: the kernel size and dilation of the site's
+            convolution, stride 1. ``"residual-parallel"``: kernel size 3, the strides of the
+            block's `downsample`. ``"residual-sequential"``: kernel size 3, stride 1.
         activation: ``"relu"``, ``"gelu"`` or ``"silu"``.
-        init: ``"identity"`` starts up at zero, so that the adapter changes nothing until it is
-            trained; ``"paper"`` draws down and up as the authors' ResNet does, with variance 2 /
-            (C_out k^2). s starts at one.
+        init: ``"identity"`` starts `up` at zero, so that the adapter starts as the identity;
+            ``"paper"`` draws `down` and `up` as the authors' ResNet does, with variance
+            2 / (C_out k^2). s starts at one.
 
     Raises:
-        ValueError: The site is no such module, b does not divide the channels of h, or an option is
-            not known.
+        ValueError: The site is not such a module, b does not divide the channels of h, or an option
+            has an unknown value.
 
     References:
-        Chen et al. 2022, arXiv:2208.07463; no biases, as in its formula. The authors' code
-        (Hhhhhhao/Conv-Adapter) has biases, adds behind the ReLU after the 3x3 convolution of a
-        Bottleneck, always with padding 1 and dilation 1, and its BasicBlock fails. Here the sum is
-        at the site's output, and the geometry is the site's.
+        Chen et al. 2022, arXiv:2208.07463; without biases, as in the paper's formula. The authors'
+        code (Hhhhhhao/Conv-Adapter) has biases, and adds after the ReLU that follows the 3x3
+        convolution of a Bottleneck, always with padding 1 and dilation 1; the authors' BasicBlock
+        fails. This implementation adds at the site's output and uses the site's geometry.
 
     Example:
         >>> import torch
         >>> layer = nn.Conv2d(8, 6, 3, stride=2, padding=1)
         >>> adapter = ConvAdapter(Site(channels=6, module=layer), bottleneck=4)
         >>> x = torch.randn(1, 8, 5, 5)
-        >>> torch.equal(adapter(layer(x), x), layer(x)), sum(p.numel() for p in adapter.parameters())
+        >>> y = layer(x)
+        >>> torch.equal(adapter(y, x), y), sum(p.numel() for p in adapter.parameters())
         (True, 102)
     """
 
@@ -106,7 +105,7 @@ class ConvAdapter(Adapter):
 
     @override
     def forward(self, output: Tensor, x: Tensor | None = None) -> Tensor:
-        """Adapts a feature map, given the site's input too in the parallel schemes."""
+        """Adapts the site's output; x is the site's input in the parallel schemes, else None."""
         h = output if x is None else x
         hidden = self.act(cropped(self.down(h), output, self._cropped))
         change: Tensor = self.scale.to(output.dtype) * self.up(hidden)
@@ -114,7 +113,7 @@ class ConvAdapter(Adapter):
 
 
 def _beside(place: nn.Module, site: Site, width: int) -> Convolution:
-    """Returns the convolution that meets a module's input so that its output has the size of the module's."""
+    """Returns a grouped convolution of a module's input, with the module's output size."""
     if isinstance(place, Convolution):
         return convolution_like(place, _divided(place.in_channels, width), width, width)
     shortcut = list(place.downsample.modules()) if isinstance(place.downsample, nn.Module) else []
@@ -122,21 +121,9 @@ def _beside(place: nn.Module, site: Site, width: int) -> Convolution:
     channels = site.channels if first is None else first.in_channels
     strides = [1] * site.spatial_dims
     for each in shortcut:
-        if isinstance(
-            each,
-            Convolution
-            | nn.AvgPool1d
-            | nn.AvgPool2d
-            | nn.AvgPool3d
-            | nn.MaxPool1d
-            | nn.MaxPool2d
-            | nn.MaxPool3d,
-        ):
-            step = (
-                each.stride
-                if isinstance(each.stride, tuple)
-                else (each.stride,) * site.spatial_dims
-            )
+        if isinstance(each, _STRIDED):
+            step = each.stride
+            step = step if isinstance(step, tuple) else (step,) * site.spatial_dims
             strides = [a * b for a, b in zip(strides, step, strict=True)]
     kind = nn_class("Conv", site.spatial_dims)
     down: Convolution = kind(
@@ -146,7 +133,7 @@ def _beside(place: nn.Module, site: Site, width: int) -> Convolution:
 
 
 def _behind(place: nn.Module, site: Site, width: int) -> Convolution:
-    """Returns the convolution that keeps the size of a module's output."""
+    """Returns a grouped convolution of a module's output that keeps the output size."""
     options: dict[str, Any] = {"kernel_size": 3}
     if isinstance(place, Convolution):
         options = {
@@ -162,20 +149,20 @@ def _behind(place: nn.Module, site: Site, width: int) -> Convolution:
 
 
 def _block_of(site: Site) -> nn.Module:
-    """Returns the residual block at a site, which for a Sequential is its last module."""
+    """Returns the residual block at a site; for a Sequential, the last module in it."""
     block = site.module
     while isinstance(block, nn.Sequential) and len(block) > 0:
         block = block[-1]
     if block is None or not hasattr(block, "downsample"):
         raise ValueError(
-            "its residual schemes need a residual block: a module with a downsample, which may be "
-            "None"
+            "the residual schemes need a residual block: a module with an attribute downsample, "
+            "which may be None"
         )
     return block
 
 
 def _divided(channels: int, width: int) -> int:
-    """Returns a number of channels that has a width among its divisors."""
+    """Returns the number of channels if the width divides it, else raises ValueError."""
     if channels % width:
         divisors = [each for each in range(1, channels + 1) if channels % each == 0]
         near = [
@@ -183,7 +170,7 @@ def _divided(channels: int, width: int) -> int:
             min((d for d in divisors if d > width), default=None),
         ]
         raise ValueError(
-            f"its bottleneck must divide the {channels} channels that it reads, and {width} does "
-            f"not: {' or '.join(str(each) for each in near if each is not None)} does"
+            f"bottleneck must divide the {channels} channels that the adapter reads, and {width} "
+            f"does not: use {' or '.join(str(each) for each in near if each is not None)}"
         )
     return channels

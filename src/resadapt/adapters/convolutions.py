@@ -1,4 +1,4 @@
-"""Convolutions with the geometry of a site's own layer, and its weight as one row for each output channel."""
+"""Convolutions with the geometry of a site's layer, and weights as one row per output channel."""
 
 from typing import Any
 
@@ -28,18 +28,18 @@ _TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvT
 
 
 def layer_of(site: Site) -> Layer:
-    """Returns a site's module if it is a layer with a weight that computes as torch's own does.
+    """Returns a site's module if it is a convolution or Linear with the forward of torch.nn.
 
-    A subclass is one if it inherits its forward, as torchvision's ``Conv3DSimple`` does. timm's
-    ``Conv2dSame`` pads in a forward of its own, quantization-aware layers round in theirs: what
-    stands in their attributes is not what they compute.
+    Subclasses that inherit `forward`, such as torchvision's ``Conv3DSimple``, are accepted.
+    Subclasses that override `forward` are refused, since their attributes do not describe the
+    computation: timm's ``Conv2dSame`` pads, quantization-aware layers round.
 
     Args:
-        site: Where an adapter is built.
+        site: The site of an adapter.
 
     Raises:
-        ValueError: It is no convolution and no Linear, has a forward of its own, or its weight has
-            no shape yet.
+        ValueError: The module is neither a convolution nor a Linear, overrides `forward`, or has a
+            weight without a shape.
     """
     module = site.module
     if not isinstance(module, Convolution | nn.Linear):
@@ -51,19 +51,19 @@ def layer_of(site: Site) -> Layer:
             or name in module.__dict__
         ):
             raise ValueError(
-                f"it needs a layer that computes as {stock.__name__} does, and this one has a "
-                f"{name} of its own"
+                f"it needs a layer with the forward of {stock.__name__}, and this layer overrides "
+                f"{name}"
             )
     if is_lazy(module.weight):
-        raise ValueError("it needs a weight with a shape, so run the model once before")
+        raise ValueError("its weight has no shape yet: run the model once before the injection")
     return module
 
 
 def convolution_of(site: Site) -> Convolution:
-    """Returns a site's module if it is a convolution that computes as torch's own does.
+    """Returns a site's module if it is a convolution with the forward of torch.nn.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The module is not such a convolution.
     """
     if not isinstance(site.module, Convolution):
         raise ValueError("it needs a convolution")
@@ -75,17 +75,16 @@ def convolution_of(site: Site) -> Convolution:
 def convolution_like(
     layer: Convolution, in_channels: int, out_channels: int, groups: int
 ) -> Convolution:
-    """Returns a new convolution without bias that meets every input as another one does, in a class
-    of torch's own.
+    """Returns a new stock convolution without bias, with the geometry of another convolution.
 
-    The output of a transposed one is as large as it can be, since a call may choose the size:
-    `cropped` gives it that of another.
+    A transposed convolution gets the largest possible output, since each call may choose another
+    output size; `cropped` cuts the output to that size.
 
     Args:
-        layer: Whose kernel size, stride, padding, dilation and padding mode it has.
-        in_channels: Channels of its input.
-        out_channels: Channels of its output.
-        groups: Groups that its channels are in.
+        layer: The convolution with the kernel size, stride, padding, dilation and padding mode.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        groups: Number of groups.
     """
     options: dict[str, Any] = {}
     if layer.transposed:
@@ -109,19 +108,19 @@ def convolution_like(
 
 
 def cropped(x: Tensor, like: Tensor, dims: int) -> Tensor:
-    """Returns the beginning of some spatial dimensions, as long as in another feature map."""
+    """Crops the end of the first `dims` spatial dimensions to the sizes of another feature map."""
     for dim in range(2, 2 + dims):
         x = x.narrow(dim, 0, like.shape[dim])
     return x
 
 
 def nn_class(kind: str, dims: int) -> Any:
-    """Returns one of torch's classes that come for every number of dimensions, such as ``nn_class("Conv", 2)``."""
+    """Returns the torch.nn class for a number of dimensions: ``nn_class("Conv", 2)`` is Conv2d."""
     return getattr(nn, f"{kind}{dims}d")
 
 
 def paddings(layer: Convolution) -> list[tuple[int, int]]:
-    """Returns what a convolution adds before and behind each spatial dimension."""
+    """Returns the padding before and after each spatial dimension of a convolution."""
     if isinstance(layer.padding, tuple):
         return [(each, each) for each in layer.padding]
     totals = [
@@ -132,7 +131,7 @@ def paddings(layer: Convolution) -> list[tuple[int, int]]:
 
 
 def rows(weight: Tensor, groups: int, transposed: bool) -> Tensor:
-    """Returns a weight as ``[C_out, C_in / groups * taps]``, whichever way round its layer has it."""
+    """Returns a weight, transposed or not, as ``[C_out, C_in / groups * taps]``."""
     if not transposed:
         return weight.flatten(1)
     parts = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
@@ -140,7 +139,7 @@ def rows(weight: Tensor, groups: int, transposed: bool) -> Tensor:
 
 
 def weight_from(rows: Tensor, like: Tensor, groups: int, transposed: bool) -> Tensor:
-    """Returns the weight whose rows are given, in the shape of another one."""
+    """Inverts `rows`: returns the weight with these rows, in the shape of another weight."""
     if not transposed:
         return rows.reshape(like.shape)
     parts = rows.reshape(groups, like.shape[1], like.shape[0] // groups, -1)
@@ -148,15 +147,15 @@ def weight_from(rows: Tensor, like: Tensor, groups: int, transposed: bool) -> Te
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Returns a layer's own tensors, which can take up what an adapter does.
+    """Returns the parameters of a layer that an adapter can be merged into.
 
     Raises:
-        ValueError: One is computed anew in every forward, from other tensors.
+        ValueError: The weight or bias is computed from other tensors in every forward.
     """
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     if weight is None or (bias is None and module.bias is not None):
         raise ValueError(
-            f"this {type(module).__name__} computes its weight or bias from other tensors, so it "
-            "cannot take this up"
+            f"this {type(module).__name__} computes its weight or bias from other tensors, so the "
+            "adapter cannot be merged into it"
         )
     return weight, bias

@@ -1,7 +1,7 @@
-"""What a family of adapters is, the place that an adapter is built for, and the families by name."""
+"""The base class of adapter families, the description of a site, and the registry of families."""
 
-# No annotations from the future here or in a family: torch.jit.script cannot read annotations that
-# are text.
+# Without `from __future__ import annotations`, and so in the families: torch.jit.script cannot read
+# string annotations.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,15 +24,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Site:
-    """The place that an adapter is built for.
+    """The site that an adapter is built for.
 
     Args:
         channels: C, size of the channel dimension of the module's output.
         spatial_dims: Number of dimensions besides batch and channels: 2 for images, 3 for video, 0
             for ``[N, C]``.
-        channel_dim: Where the channels are: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``.
-        module: The module whose output is adapted, to look at when the adapter is built. An adapter
-            must not keep it.
+        channel_dim: The channel dimension: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``.
+        module: The module whose output is adapted. The constructor of an adapter may inspect the
+            module but must not keep a reference to it.
     """
 
     channels: int
@@ -47,22 +47,22 @@ class Site:
 
 
 class Adapter(nn.Module):
-    """Base class of the families: the mathematics of one adapter, and nothing else.
+    """Base class of the families: the mathematics of one adapter.
 
     A family's constructor is called as ``family(site, bottleneck=..., dropout=..., **options)``,
-    with `bottleneck` and `dropout` only if it has parameters of these names. Options are JSON
-    values, which travel in the adapter file; only ``init``, how an adapter starts, does not. It
-    raises ValueError at a site where the family has no meaning, and keeps nothing of the site's
-    module. Its forward returns the adapted output, of the same shape. Non-linearities should be
-    modules: attribution methods look for them.
+    with `bottleneck` and `dropout` only if the constructor has parameters of these names. Options
+    are JSON values and are saved in the adapter file, except ``init``, which matters only for a new
+    adapter. The constructor raises ValueError at sites that the family cannot adapt, and keeps no
+    reference to the site's module. ``forward`` returns the adapted output, of the same shape.
+    Non-linearities should be modules, since attribution methods look for them.
 
     Attributes:
-        reads: What its forward is called with: ``"output"`` of the site's module; ``"input"``:
-            output and input; ``"weight"``: output, input, weight and bias.
-        formula: What the adapted output is, as text.
+        reads: Arguments of ``forward``. ``"output"``: the output of the site's module;
+            ``"input"``: output and input; ``"weight"``: output, input, weight and bias.
+        formula: The adapted output, as text.
         size: Number of parameters, as text.
-        starts: How it starts.
-        source: Where it is from, with an arXiv number or DOI.
+        starts: Initialization, as text.
+        source: Paper or code of the family, with an arXiv number or DOI.
 
     Example:
         >>> import torch
@@ -90,14 +90,13 @@ class Adapter(nn.Module):
     source = ""
 
     def folded(self, module: nn.Module) -> "tuple[Tensor, Tensor | None]":
-        """Returns the weight and bias with which the site's module alone gives the adapted output,
-        in evaluation.
+        """Returns the merged weight and bias of the site's module.
 
-        It changes nothing. Only linear families can.
+        With them the module alone returns the adapted output in evaluation mode. Neither module nor
+        adapter changes. Only linear families can be merged.
 
         Raises:
-            ValueError: The family is not linear, or the module has no tensor that could take this
-                up.
+            ValueError: The family is not linear, or the module has no suitable weight or bias.
         """
         raise ValueError("it is not linear")
 
@@ -107,10 +106,10 @@ FAMILIES: dict[str, type[Adapter]] = {}
 
 
 def register_family(name: str) -> Callable[[AdapterT], AdapterT]:
-    """Makes a class a family of adapters, usable, saved and loaded by its name; a class decorator.
+    """Class decorator that registers an adapter family under a name.
 
-    A file has the family's name and options, not its code: what loads the file must have registered
-    the class before.
+    An adapter file has the family's name and options, but no code: the class must be registered
+    before the file is loaded.
 
     Args:
         name: The family's name, for ``inject_adapters(family=)`` and in files.
@@ -120,7 +119,7 @@ def register_family(name: str) -> Callable[[AdapterT], AdapterT]:
 
     Raises:
         ValueError: Another class has the name.
-        TypeError: The class does not derive from `resadapt.Adapter`, or the name is no text.
+        TypeError: The class does not derive from `resadapt.Adapter`, or the name is not a str.
 
     Example:
         >>> import torch
@@ -137,7 +136,7 @@ def register_family(name: str) -> Callable[[AdapterT], AdapterT]:
     """
     if not isinstance(name, str) or not name:
         raise TypeError(
-            f"register_family({name!r}): give the family's name as text, @register_family('name')."
+            f"register_family({name!r}): pass the family's name, @register_family('name')."
         )
 
     def register(family: AdapterT) -> AdapterT:
@@ -147,14 +146,14 @@ def register_family(name: str) -> Callable[[AdapterT], AdapterT]:
                 "resadapt.Adapter."
             )
         known = FAMILIES.get(name)
-        # The same class once more, as a notebook's cell that is run again makes it, takes the place
-        # of the first.
+        # A class of the same module and name replaces the registered class, since rerunning a
+        # notebook's cell defines the class again.
         if known is not None and (known.__module__, known.__qualname__) != (
             family.__module__,
             family.__qualname__,
         ):
             raise ValueError(
-                f"The family {name!r} is {known.__module__}.{known.__qualname__} already. Register "
+                f"The family {name!r} is already {known.__module__}.{known.__qualname__}. Register "
                 f"{family.__qualname__} under another name."
             )
         FAMILIES[name] = family
@@ -164,36 +163,35 @@ def register_family(name: str) -> Callable[[AdapterT], AdapterT]:
 
 
 def takes(family: type[Adapter], argument: str) -> bool:
-    """Tells whether a family's constructor has a parameter of this name."""
+    """Returns whether a family's constructor has a parameter of this name."""
     return argument in inspect.signature(family).parameters
 
 
 def default_of(family: type[Adapter], argument: str, otherwise: Any) -> Any:
-    """Returns the value that a parameter of a family's constructor has by itself."""
+    """Returns the default of a constructor parameter, `otherwise` if there is none."""
     parameter = inspect.signature(family).parameters.get(argument)
-    return (
-        otherwise
-        if parameter is None or parameter.default is parameter.empty
-        else parameter.default
-    )
+    if parameter is None or parameter.default is parameter.empty:
+        return otherwise
+    return parameter.default
 
 
 def options_of(family: type[Adapter], given: dict[str, Any]) -> dict[str, Any]:
-    """Returns a family's options: those given, and its own values for the others."""
-    own = {
+    """Returns a family's options: the given values, and the defaults of the other options."""
+    defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(family).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         and parameter.default is not parameter.empty
+        and name not in ("dropout", "init")
     }
-    return {name: value for name, value in own.items() if name not in ("dropout", "init")} | given
+    return defaults | given
 
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuses a value that is none of the choices.
+    """Checks that an argument is one of some choices.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is not among the choices.
     """
     if value not in choices:
         raise ValueError(
@@ -202,7 +200,7 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None
 
 
 def apply(adapter: Any, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-    """Returns an adapter's result at its site's module, which was called with some arguments and returned an output."""
+    """Calls an adapter after its site's module was called with `args` and returned `output`."""
     if adapter.reads == "output":
         return adapter(output)
     if adapter.reads == "input":

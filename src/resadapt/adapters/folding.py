@@ -1,7 +1,4 @@
-"""What a linear family asks of the layer that takes it up.
-
-Whose weight and bias give the adapted output by themselves.
-"""
+"""Weight and bias of the layers that linear families can be merged into."""
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -15,25 +12,24 @@ __all__ = ["affine_tensors", "swap_if_transposed"]
 
 _CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm, FrozenBatchNorm2d, LayerNorm2d)
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
-# Where forwards that are affine in weight and bias are defined. One of another library may do more,
-# as that of timm's norms does.
+# Modules whose forwards are affine in weight and bias. Forwards of other libraries may do more:
+# timm's norms include an activation.
 _KNOWN = ("torch.nn.modules.", "torchvision.ops.misc", "torchvision.models.convnext", "resadapt.")
 
 
 def affine_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
-    """Returns the weight and bias of a layer that is affine in them, for each channel of its
-    output.
+    """Returns the weight and bias of a layer that is affine in them, channel by channel.
 
     Args:
         module: The layer: a convolution, transposed or not, a Linear, or a norm.
         site: The site that an adapter was built for.
 
     Returns:
-        The weight, and the bias if there is one.
+        The weight, and the bias or None.
 
     Raises:
-        ValueError: It is no such layer, has no weight of its own, or its channels are not those of
-            the site.
+        ValueError: The module is not such a layer, has no weight, or has other channels than the
+            site.
 
     Example:
         >>> weight, bias = affine_tensors(nn.Conv2d(3, 8, 5), Site(8))
@@ -50,34 +46,36 @@ def affine_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None
         each.startswith(_KNOWN) for each in forwards
     ):
         raise ValueError(
-            f"{kind} is no convolution, Linear or norm of PyTorch's own, whose weight could take "
-            "it up"
+            f"{kind} is not a convolution, Linear or norm of torch, so the adapter cannot be "
+            "merged into it"
         )
-    own = {**module._parameters, **module._buffers}
-    weight, bias = own.get("weight"), own.get("bias")
+    tensors = {**module._parameters, **module._buffers}
+    weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is None:
-        raise ValueError(f"{kind} has no weight of its own that could take it up")
+        raise ValueError(f"{kind} has no weight that the adapter could be merged into")
     if bias is None and getattr(module, "bias", None) is not None:
         raise ValueError(
-            f"this {kind} computes its bias from other tensors, so it cannot take this up"
+            f"this {kind} computes its bias from other tensors, so the adapter cannot be merged "
+            "into it"
         )
     channels = getattr(module, "out_channels", weight.shape[0])
     last = isinstance(module, _CHANNELS_LAST) and not isinstance(module, LayerNorm2d)
     if channels != site.channels or (site.spatial_dims > 0 and last != (site.channel_dim == -1)):
-        raise ValueError(f"the channels of {kind} are not those that it adapts")
+        raise ValueError(f"the channels of {kind} are not the channels that the adapter reads")
     if weight.ndim > 1 and isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        raise ValueError(f"{kind} has a weight for every position, and it adapts channels")
+        raise ValueError(f"{kind} has a weight for every position, and the adapter adapts channels")
     return weight, bias
 
 
 def swap_if_transposed(module: nn.Module, weight: Tensor) -> Tensor:
-    """Returns the weight of a transposed convolution with output channels first, or the other way
-    round; others as they are.
+    """Swaps input and output channels in the weight of a transposed convolution.
+
+    Weights of other layers are returned unchanged. Applying the function twice restores the weight.
 
     Args:
         module: The layer.
-        weight: ``[C_in, C_out / groups, ...]``, or what this function made of it: ``[C_out, C_in /
-            groups, ...]``.
+        weight: ``[C_in, C_out / groups, ...]``, or the result of this function, which is
+            ``[C_out, C_in / groups, ...]``.
 
     Example:
         >>> convolution = nn.ConvTranspose2d(4, 6, 3, groups=2)

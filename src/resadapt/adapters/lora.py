@@ -1,7 +1,4 @@
-"""The `lora` family.
-
-A change of a layer's weight that has a low rank, and DoRA, which learns its norms besides.
-"""
+"""The `lora` family: a low-rank change of a layer's weight, optionally with DoRA."""
 
 import torch
 from torch import Tensor, nn
@@ -25,46 +22,46 @@ __all__ = ["LoraAdapter"]
 
 @register_family("lora")
 class LoraAdapter(Adapter):
-    """Low-rank change of a layer: ``W x + alpha / r B(A x)``, with A as the layer itself and B of
-    one tap.
+    """Low-rank change of a layer's weight: ``W x + alpha / r B(A x)``.
 
-    A has the layer's kernel, stride, padding, padding mode, dilation and groups, from C_in channels
-    to r in each group; B has its groups and one tap. So any rank goes with any number of groups,
-    and each group's change of weight has rank r. The A of a transposed convolution is transposed.
-    r(C_in k^2 + C_out) parameters.
+    A has the layer's kernel size, stride, padding, padding mode, dilation and groups, and maps the
+    C_in channels to r channels in each group. B has the layer's groups and kernel size 1. So every
+    rank works with every number of groups, and each group's change of weight has rank r. For a
+    transposed convolution A is transposed too. r(C_in k^2 + C_out) parameters.
 
-    With `dora` each row v of the changed weight is scaled to a norm that is learned: ``(|w| +
-    magnitude) v / |v|``, where w is the frozen row and no gradient passes through ``|v|``. What is
-    learned is the change of the norm, which starts at zero: its gradient is that of the norm, the
-    start is exact in every dtype, and weight decay draws to the backbone. A frozen row of zeros
-    stays one. C_out more parameters.
+    With `dora` each row v of the changed weight is scaled to a learned norm:
+    ``(|w| + magnitude) v / |v|``, where w is the frozen row and no gradient passes through ``|v|``.
+    The parameter `magnitude` is the change of the norm and starts at zero. The gradient is the same
+    as for the norm itself, the start is exact in every dtype, and weight decay pulls towards the
+    backbone. A frozen row of zeros remains zero. C_out more parameters.
 
     Args:
         site: A convolution or a Linear.
         bottleneck: r, the rank.
-        dropout: Probability of dropping an element of what A is given, in training. The frozen
-            layer's input is never dropped.
-        alpha: The change is scaled by alpha / r; None for alpha = r, whatever the rank.
+        dropout: Probability of dropping an element of A's input in training, in [0, 1). The frozen
+            layer's input has no dropout.
+        alpha: The change is scaled by alpha / r; None means alpha = r.
         dora: Whether the norms of the weight's rows are learned too.
-        init: ``"identity"`` draws A as torch draws a layer, U(-1, 1) / sqrt(fan in); ``"normal"``
-            draws it with standard deviation 1 / r. In both B starts at zero, so that the adapter
-            changes nothing until it is trained.
+        init: ``"identity"`` draws A as torch initializes a layer, U(-1, 1) / sqrt(fan in);
+            ``"normal"`` draws A with a standard deviation of 1 / r. B starts at zero in both, so
+            that the adapter starts as the identity.
 
     Raises:
-        ValueError: The site is neither a convolution nor a Linear, or `init` is neither of the two.
+        ValueError: The site is neither a convolution nor a Linear, or `init` has an unknown value.
 
     References:
         Hu et al. 2021, arXiv:2106.09685; DoRA: Liu et al. 2024, arXiv:2402.09353. Outputs,
-        gradients and merged weights are PEFT's where it has the geometry; its magnitude is ``|w| +
-        magnitude``, its start ``"gaussian"`` is ``"normal"``. In DoRA with dropout PEFT drops from
-        the frozen layer's input too.
+        gradients and merged weights equal those of PEFT for the geometries that PEFT supports.
+        PEFT's magnitude is ``|w| + magnitude``, PEFT's ``"gaussian"`` is ``"normal"``. In DoRA with
+        dropout, PEFT applies dropout to the frozen layer's input too.
 
     Example:
         >>> import torch
         >>> layer = nn.Conv2d(8, 6, 3, stride=2, groups=2, padding_mode="reflect", padding=1)
         >>> adapter = LoraAdapter(Site(channels=6, module=layer), bottleneck=3)
         >>> x = torch.randn(1, 8, 5, 5)
-        >>> torch.equal(adapter(layer(x), x), layer(x)), sum(p.numel() for p in adapter.parameters())
+        >>> y = layer(x)
+        >>> torch.equal(adapter(y, x), y), sum(p.numel() for p in adapter.parameters())
         (True, 234)
     """
 
@@ -118,7 +115,7 @@ class LoraAdapter(Adapter):
     def forward(
         self, output: Tensor, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
-        """Adapts a layer's output, given its input, and for DoRA its weight and bias."""
+        """Adapts a layer's output, given the layer's input, and for DoRA its weight and bias."""
         x = self.dropout(x)
         change: Tensor = self.scale * self.up(cropped(self.down(x), output, self._cropped))
         magnitude = self.magnitude
@@ -131,7 +128,7 @@ class LoraAdapter(Adapter):
         return output + (factor - 1) * linear + factor * change
 
     def _change(self) -> Tensor:
-        """Returns the change of the weight's rows, without norms."""
+        """Returns the low-rank change of the weight, as rows."""
         down = rows(self.down.weight, self.groups, self.transposed)
         up = self.up.weight.reshape(self.groups, -1, down.shape[0] // self.groups)
         changes = torch.bmm(up, down.reshape(self.groups, -1, down.shape[1]))
@@ -139,7 +136,7 @@ class LoraAdapter(Adapter):
         return change
 
     def _factor(self, weight: Tensor, magnitude: Tensor) -> Tensor:
-        """Returns what each changed row is multiplied by to get its learned norm."""
+        """Returns the factor that scales each changed row to the learned norm."""
         frozen = rows(weight.detach(), self.groups, self.transposed)
         changed = frozen + self._change().detach()
         norm = torch.linalg.vector_norm(changed, dim=1)
@@ -150,7 +147,7 @@ class LoraAdapter(Adapter):
 
     @override
     def folded(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Returns the layer's weight with the change in it, and its bias."""
+        """Returns the layer's merged weight, and the bias unchanged."""
         weight, bias = weight_and_bias(module)
         changed = rows(weight, self.groups, self.transposed) + self._change()
         if self.magnitude is not None:

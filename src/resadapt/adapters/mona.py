@@ -16,33 +16,33 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @register_family("mona")
 class MonaAdapter(Adapter):
-    """Multi-cognitive visual adapter: ``x + U gelu(h + P h)``, ``h = z + mean(DW3 z, DW5 z, DW7
-    z)``, ``z = D(g1 LN(x) + g2 x)``.
+    """Mona, the multi-cognitive visual adapter: ``x + U gelu(h + P h)``.
 
-    D, U and P map channels at every position, LN normalises over the channels of a position, DWk
-    are depthwise filters of size k that keep the size, with zeros around it. With d spatial
-    dimensions 2Cb + 5C + b^2 + (5 + 3^d + 5^d + 7^d)b parameters.
+    ``h = z + mean(DW3 z, DW5 z, DW7 z)`` and ``z = D(g1 LN(x) + g2 x)``. D, U and P map the
+    channels at every position, LN normalizes over the channels of a position, and DWk are depthwise
+    convolutions of kernel size k with zero padding that keep the size.
+    2Cb + 5C + b^2 + (5 + 3^d + 5^d + 7^d)b parameters with d spatial dimensions.
 
-    Where the paper's formula leaves things open, the code was followed: g1 and g2 are vectors with
-    a number for each channel, start at 1e-6 and 1, and LN has a weight and bias of its own besides;
-    dropout stands between gelu and U; all layers have a bias; gelu is the exact one. Two defaults
-    are this library's: U and its bias start at zero, so that the start is the identity, where the
-    code leaves PyTorch's own start (``"uniform"``), and dropout is 0.0, where the code has 0.1. The
-    code's width is 64. It knows images only; here the filters have as many dimensions as the site.
+    Details that the paper leaves open are those of the authors' code. g1 and g2 are vectors with a
+    number per channel and start at 1e-6 and 1. LN is affine, dropout comes between gelu and U, all
+    layers have a bias, and gelu is exact. Two defaults differ from the code. U and its bias start
+    at zero, so that the adapter starts as the identity; the code keeps the PyTorch default
+    (``"uniform"``). Dropout is 0.0, and 0.1 in the code. The code's width is 64. The code supports
+    images only; here the convolutions have as many dimensions as the site.
 
     Args:
-        site: A module with a feature map of 1 to 3 spatial dimensions as its output.
+        site: A module that returns a feature map with 1 to 3 spatial dimensions.
         bottleneck: b, width of the hidden layer.
-        dropout: Probability of dropping a hidden unit at a position in training.
-        init: ``"identity"`` starts U at zero; ``"uniform"`` leaves it as PyTorch draws it, as all
-            other layers.
+        dropout: Probability of dropping a hidden unit at a position in training, in [0, 1).
+        init: ``"identity"`` starts U at zero; ``"uniform"`` keeps the PyTorch default. All other
+            layers have the PyTorch default.
 
     Raises:
-        ValueError: The site has no spatial dimensions or more than 3, or `init` is neither of the
-            two.
+        ValueError: The site has no spatial dimensions or more than 3, or `init` has an unknown
+            value.
 
     References:
-        Yin et al. 2024, arXiv:2408.08345, and its code, Leiyi-Hu/mona (swin_transformer_mona.py).
+        Yin et al. 2024, arXiv:2408.08345, and the code, Leiyi-Hu/mona (swin_transformer_mona.py).
 
     Example:
         >>> import torch
@@ -54,7 +54,7 @@ class MonaAdapter(Adapter):
 
     formula = "x + U gelu(h + P h), h = z + mean(DW3 z, DW5 z, DW7 z), z = D(g1 LN(x) + g2 x)"
     size = "2Cb + 5C + b^2 + (5 + 3^d + 5^d + 7^d)b in d dimensions"
-    starts = "identity (U = 0), or PyTorch's own"
+    starts = "identity (U = 0), or PyTorch default"
     source = "arXiv:2408.08345"
 
     def __init__(
@@ -64,7 +64,7 @@ class MonaAdapter(Adapter):
         check_choice("init", init, ("identity", "uniform"))
         dims, channels = site.spatial_dims, site.channels
         if not 1 <= dims <= len(_CONVOLUTIONS):
-            raise ValueError(f"its filters need 1 to 3 spatial dimensions, not {dims}")
+            raise ValueError(f"it needs 1 to 3 spatial dimensions, not {dims}")
         convolution = _CONVOLUTIONS[dims - 1]
         self.norm = nn.LayerNorm(channels)
         self.norm_scale = nn.Parameter(torch.full((channels,), 1e-6))
@@ -81,8 +81,8 @@ class MonaAdapter(Adapter):
         if init == "identity":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
-        # Orders of the dimensions: the norm and the scales want the channels last, the filters
-        # first; the site has one of the two.
+        # Permutations: the norm and the scales need the channels in the last dimension, the
+        # filters in dimension 1.
         stay = list(range(dims + 2))
         last, first = [0, *stay[2:], 1], [0, dims + 1, *stay[1:-1]]
         channels_first = site.channel_dim == 1
@@ -93,7 +93,7 @@ class MonaAdapter(Adapter):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """Adapts a feature map ``[N, C, ...]`` (or ``[N, ..., C]``) and returns one of the same shape."""
+        """Adapts a feature map ``[N, C, ...]`` or ``[N, ..., C]``; the shape does not change."""
         last = x.permute(self._to_norm)
         scaled = self.norm(last) * self.norm_scale + last * self.skip_scale
         z = self.down(scaled.permute(self._from_norm)).permute(self._to_filters)

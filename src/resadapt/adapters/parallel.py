@@ -1,7 +1,4 @@
-"""The `parallel` family.
-
-A convolution of one tap beside a convolution, which the centre of its kernel can take up.
-"""
+"""The `parallel` family: a 1x1 convolution parallel to a convolution, foldable into its kernel."""
 
 from typing import Any
 
@@ -20,37 +17,37 @@ _PADS = {"reflect": "ReflectionPad", "replicate": "ReplicationPad", "circular": 
 
 @register_family("parallel")
 class ParallelAdapter(Adapter):
-    """Convolution of one tap beside a convolution: ``W x + alpha x``, with the site's stride and
-    groups.
+    """Convolution of kernel size 1 parallel to a convolution: ``W x + alpha x``.
 
-    It reads what lies under the centre of the site's kernel, tap ``(k - 1) // 2`` of each
-    dimension, whatever the padding and its mode, the dilation and the kernel's size are. C_in C_out
-    / groups parameters.
+    alpha has the site's stride and groups, and reads the position under the centre of the site's
+    kernel: tap ``(k - 1) // 2`` of each dimension, for every kernel size, dilation, padding and
+    padding mode. C_in C_out / groups parameters.
 
     Args:
         site: A convolution.
-        init: ``"identity"`` starts at zero; ``"he"`` draws with variance 2 / C_out as the authors
-            do, which is no identity.
+        init: ``"identity"`` starts alpha at zero; ``"he"`` draws alpha with variance 2 / C_out as
+            the authors do, so that the adapter does not start as the identity.
 
     Raises:
-        ValueError: The site is no convolution, or `init` is neither of the two.
+        ValueError: The site is not a convolution, or `init` has an unknown value.
 
     References:
-        Rebuffi et al. 2018, arXiv:1803.10082. The authors' code (srebuffi/residual_adapters) sums
-        before a BatchNorm that each task has for itself, and may drop channels of what alpha is
-        given. Here norms are the set's policy, and nothing is dropped.
+        Rebuffi et al. 2018, arXiv:1803.10082. The authors' code (srebuffi/residual_adapters) adds
+        before a BatchNorm of which each task has a private copy, and can apply dropout to alpha's
+        input. In this library the set's norm policy controls norms, and there is no dropout.
 
     Example:
         >>> import torch
         >>> layer = nn.Conv2d(8, 6, 3, stride=2, padding=1)
         >>> adapter = ParallelAdapter(Site(channels=6, module=layer))
         >>> x = torch.randn(1, 8, 5, 5)
-        >>> torch.equal(adapter(layer(x), x), layer(x)), sum(p.numel() for p in adapter.parameters())
+        >>> y = layer(x)
+        >>> torch.equal(adapter(y, x), y), sum(p.numel() for p in adapter.parameters())
         (True, 48)
     """
 
     reads = "input"
-    formula = "x + alpha h, alpha of one tap"
+    formula = "x + alpha h, alpha of kernel size 1"
     size = "C_in C_out / groups"
     starts = "identity (alpha = 0), or He-normal"
     source = "arXiv:1803.10082"
@@ -74,9 +71,9 @@ class ParallelAdapter(Adapter):
             side for k in reversed(layer.kernel_size) for side in ((k - 1) // 2, k // 2)
         ]
         kind = nn_class("ConvTranspose" if self.transposed else "Conv", dims)
-        # A stride is a choice of positions. Left to the convolution, at few channels in
-        # channels_last, its gradient destroys memory (torch 2.14 on the CPU: F.conv2d of [N, 3, 16,
-        # 16] with one tap and stride 2).
+        # The stride is a slice of the input. With the stride in the convolution, the backward pass
+        # corrupts memory for few channels in channels_last (torch 2.14 on the CPU, F.conv2d of
+        # [N, 3, 16, 16] with kernel size 1 and stride 2).
         stride, self._steps = (
             (layer.stride, [1] * dims) if self.transposed else (1, list(layer.stride))
         )
@@ -90,12 +87,12 @@ class ParallelAdapter(Adapter):
 
     @override
     def forward(self, output: Tensor, x: Tensor) -> Tensor:
-        """Adapts a convolution's output, given its input."""
+        """Adapts a convolution's output, given the convolution's input."""
         x = self.pad(x)
         for dim, step in enumerate(self._steps):
             x = torch.ops.aten.slice(x, 2 + dim, None, None, step)
         change: Tensor = self.alpha(x)
-        if self.transposed:  # each input's centre lies here and there in an output, whose size the call may have chosen
+        if self.transposed:  # pads to the output's size, which each call may choose
             sides: list[int] = []
             for dim in range(len(self._first) - 1, -1, -1):
                 first = self._first[dim]
@@ -105,22 +102,19 @@ class ParallelAdapter(Adapter):
 
     @override
     def folded(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Returns the convolution's weight with alpha in its centre, and its bias."""
+        """Returns the convolution's weight with alpha added at the centre, and the bias."""
         weight, bias = weight_and_bias(module)
         return weight + F.pad(self.alpha.weight, self._embedding), bias
 
 
 def _pad(mode: str, around: list[tuple[int, int]]) -> nn.Module:
-    """Returns what pads each dimension in a mode, and crops it where a number is negative."""
+    """Returns a module that pads each dimension, and crops it where a number is negative."""
     dims, sides = len(around), [side for pair in reversed(around) for side in pair]
     added, cropped = [max(side, 0) for side in sides], [min(side, 0) for side in sides]
     steps: list[Any] = []
     if any(added):
-        steps.append(
-            nn_class(_PADS[mode], dims)(added)
-            if mode in _PADS
-            else nn_class("ConstantPad", dims)(added, 0.0)
-        )
+        zeros = nn_class("ConstantPad", dims)(added, 0.0)
+        steps.append(nn_class(_PADS[mode], dims)(added) if mode in _PADS else zeros)
     if any(cropped):
         steps.append(nn_class("ConstantPad", dims)(cropped, 0.0))
     return nn.Sequential(*steps) if steps else nn.Identity()

@@ -1,7 +1,4 @@
-"""The layer that mixes the channels of every position by itself.
-
-A Linear, or a convolution of kernel 1.
-"""
+"""Pointwise layers: a Linear, or a convolution of kernel size 1."""
 
 from torch import nn
 
@@ -15,16 +12,16 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def pointwise(
     site: Site, in_channels: int, out_channels: int, bias: bool = True
 ) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    """Returns a layer that maps the channels at every position, for feature maps of a site's form.
+    """Returns a layer that maps the channels at every position of a site's feature maps.
 
     Args:
         site: The site, with feature maps ``[N, C, ...]`` or ``[N, ..., C]``.
-        in_channels: C of what it takes.
-        out_channels: C of what it gives.
-        bias: Whether it adds a bias.
+        in_channels: C of the layer's input.
+        out_channels: C of the layer's output.
+        bias: Whether the layer has a bias.
 
     Raises:
-        ValueError: The site has more than 3 spatial dimensions and its channels first: there is no
+        ValueError: The site is ``[N, C, ...]`` with more than 3 spatial dimensions; torch has no
             such convolution.
 
     Example:

@@ -1,4 +1,4 @@
-"""The `pooled` family: a bottleneck on the channel means, added back to every position."""
+"""The `pooled` family: a bottleneck on the channel means, added to every position."""
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -12,18 +12,19 @@ __all__ = ["PooledAdapter"]
 class PooledAdapter(Adapter):
     """Residual adapter on globally pooled features: ``x + up(dropout(relu(down(mean(x)))))``.
 
-    The mean runs over all spatial positions, the sum is broadcast over them. 2Cb + b + C
-    parameters.
+    The mean is taken over all spatial positions, and the correction is broadcast over them.
+    2Cb + b + C parameters.
 
     Args:
-        site: Any module with a feature map as its output.
+        site: Any module that returns a feature map.
         bottleneck: b, width of the hidden layer.
-        dropout: Probability of dropping a hidden unit in training.
-        init: ``"normal"`` draws all weights from N(0, 1e-3); ``"identity"`` starts ``up`` at zero,
-            so that the adapter changes nothing until it is trained. Biases start at zero.
+        dropout: Probability of dropping a hidden unit in training, in [0, 1).
+        init: ``"normal"`` draws all weights from N(0, 1e-3), where 1e-3 is the standard deviation;
+            ``"identity"`` starts ``up`` at zero, so that the adapter starts as the identity. Biases
+            start at zero.
 
     Raises:
-        ValueError: `init` is neither of the two.
+        ValueError: `init` has an unknown value.
 
     References:
         Experiment 11A of the codec study (docs: "The codec example"). Bottleneck adapters: Houlsby
@@ -53,8 +54,7 @@ class PooledAdapter(Adapter):
         self.act = nn.ReLU()
         self.dropout = nn.Dropout(dropout)
         self.up = nn.Linear(bottleneck, channels)
-        # Fixed here: a forward that asks a tensor for its number of dimensions cannot be traced by
-        # torch.fx.
+        # Set once, since torch.fx cannot trace a forward that reads x.ndim.
         first = 2 if site.channel_dim == 1 else 1
         self._positions = list(range(first, first + site.spatial_dims))
         self._vectors = [-1, channels]
@@ -68,11 +68,10 @@ class PooledAdapter(Adapter):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """Adapts a feature map ``[N, C, ...]`` (or ``[N, ..., C]``) and returns one of the same shape."""
+        """Adapts a feature map ``[N, C, ...]`` or ``[N, ..., C]``; the shape does not change."""
         pooled = x
         if len(self._positions) > 0:
-            pooled = x.mean(self._positions, keepdim=True).reshape(
-                self._vectors
-            )  # quantized tensors need keepdim
+            # keepdim=True, since quantized tensors have no other mean.
+            pooled = x.mean(self._positions, keepdim=True).reshape(self._vectors)
         correction: Tensor = self.up(self.dropout(self.act(self.down(pooled))))
         return x + correction.reshape(self._broadcast)

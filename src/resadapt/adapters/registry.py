@@ -1,4 +1,4 @@
-"""The families, told as a table."""
+"""Descriptions of the registered families."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,17 @@ __all__ = ["FamilyInfo", "list_families"]
 
 @dataclass(frozen=True)
 class FamilyInfo:
-    """What a family is.
+    """Description of a family.
 
     Args:
-        name: Its name, for ``inject_adapters(family=)``.
-        formula: What the adapted output is; x is the module's output, h its input, W its weight.
-        reads: What of the module it reads, unless an option changes that: ``"output"``, ``"input"``
-            (and the output), or ``"weight"`` (and both).
+        name: Name of the family, for ``inject_adapters(family=)``.
+        formula: The adapted output, where x is the module's output, h its input, W its weight.
+        reads: What adapters read, unless an option changes it: the module's ``"output"``;
+            ``"input"``: input and output; ``"weight"``: input, output, weight and bias.
         size: Number of parameters at a site with C channels.
-        starts: How it starts.
-        foldable: Whether it can be folded into the module's own tensors.
-        source: Where it is from.
+        starts: Initialization.
+        foldable: Whether adapters can be merged into the module's weight and bias.
+        source: Paper or code of the family.
     """
 
     name: str
@@ -32,10 +32,10 @@ class FamilyInfo:
 
 
 def list_families() -> list[FamilyInfo]:
-    """Tells which families there are, those of your own included.
+    """Lists the registered families, custom families included.
 
     Returns:
-        One entry a family, in the order of registration.
+        One entry per family, in the order of registration.
 
     Example:
         >>> [info.formula for info in list_families() if info.name == "pooled"]

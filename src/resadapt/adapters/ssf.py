@@ -1,4 +1,4 @@
-"""The `ssf` family: every channel scaled and shifted."""
+"""The `ssf` family: a scale and a shift per channel."""
 
 from dataclasses import replace
 
@@ -16,20 +16,20 @@ __all__ = ["SsfAdapter"]
 class SsfAdapter(Adapter):
     """Scales and shifts every channel: ``gamma x + beta``.
 
-    2C parameters. The authors draw both near the identity (``"normal"``); here the exact identity
-    is the default. Under autocast the output has the dtype of the input, as a BatchNorm's has.
+    2C parameters. The authors draw both near the identity (``"normal"``); the default here is the
+    exact identity. Under autocast the output has the dtype of the input, as for a BatchNorm.
 
     Args:
-        site: Any module; in the source every layer with a weight. Norms and convolutions with a
-            bias can take it up when folded.
-        init: ``"identity"`` starts gamma at 1 and beta at 0; ``"normal"`` draws gamma from N(1,
-            0.02) and beta from N(0, 0.02), standard deviations.
+        site: Any module; every layer with a weight in the paper. Adapters can be folded into norms
+            and convolutions with a bias.
+        init: ``"identity"`` starts gamma at 1 and beta at 0; ``"normal"`` draws them with means 1
+            and 0 and a standard deviation of 0.02.
 
     Raises:
-        ValueError: `init` is neither of the two.
+        ValueError: `init` has an unknown value.
 
     References:
-        Lian et al. 2022, arXiv:2210.08823, and its code, dongzelian/SSF.
+        Lian et al. 2022, arXiv:2210.08823, and the code, dongzelian/SSF.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ class SsfAdapter(Adapter):
         check_choice("init", init, ("identity", "normal"))
         std = 0.0 if init == "identity" else 0.02
         self._place = replace(site, module=None)
-        # Vectors, so that parameter_groups(decay_bias=False) leaves them out of weight decay, which
+        # Vectors, so that parameter_groups(decay_bias=False) excludes them from weight decay, which
         # would pull gamma to zero.
         self.gamma = nn.Parameter(torch.empty(site.channels).normal_(1.0, std))
         self.beta = nn.Parameter(torch.empty(site.channels).normal_(0.0, std))
@@ -57,7 +57,7 @@ class SsfAdapter(Adapter):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """Adapts a feature map ``[N, C, ...]`` (or ``[N, ..., C]``) and returns one of the same shape."""
+        """Adapts a feature map ``[N, C, ...]`` or ``[N, ..., C]``; the shape does not change."""
         return (x * self.gamma.reshape(self._broadcast) + self.beta.reshape(self._broadcast)).to(
             x.dtype
         )
@@ -77,7 +77,7 @@ class SsfAdapter(Adapter):
             return scaled, gamma * bias + beta
         if beta.any():
             raise ValueError(
-                f"{type(module).__name__} has no bias to take up beta: choose the norm after it as "
-                "the site"
+                f"{type(module).__name__} has no bias for beta: choose the norm after it as the "
+                "site"
             )
         return scaled, None

@@ -1,4 +1,1 @@
-"""Words and tools for all rooms.
-
-Errors, descriptions as data, digests, running a model without a trace.
-"""
+"""Foundations for all subpackages: errors, JSON descriptions, digests, side-effect-free runs."""

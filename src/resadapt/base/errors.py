@@ -1,7 +1,4 @@
-"""The exceptions of resadapt, and the words of their messages.
-
-What happened, where, and how to mend it.
-"""
+"""The exceptions of resadapt, and helpers that check arguments and format messages."""
 
 from __future__ import annotations
 
@@ -26,11 +23,11 @@ __all__ = [
 
 
 class AdapterError(Exception):
-    """Base class of every error that resadapt raises; itself raised for an unsuitable argument.
+    """Base class of all errors of resadapt; raised directly for an invalid argument.
 
     Args:
-        message: What happened, where, and how to mend it.
-        report: What was compared, where the error follows from a report; else None.
+        message: What happened, where, and how to fix it.
+        report: The report that led to the error, None if there is none.
     """
 
     def __init__(self, message: str, report: object = None) -> None:
@@ -39,22 +36,22 @@ class AdapterError(Exception):
 
 
 class AdapterWarning(UserWarning):
-    """Something about the adapters that is probably not meant, such as one that never runs."""
+    """A probable mistake with the adapters, such as an adapter that never runs."""
 
 
 class InjectionError(AdapterError):
-    """Adapters cannot be put where they were asked for, or are not where they are looked for."""
+    """Adapters cannot be injected at the requested sites, or are missing from the model."""
 
 
 class BackboneDriftError(AdapterError):
-    """The backbone is no longer the one that was injected into (raised when saving).
+    """The backbone has changed since the injection (raised when saving).
 
     ``report`` is a `BackboneReport`.
     """
 
 
 class BackboneMismatchError(AdapterError):
-    """The backbone is not the one that the adapters were trained on (raised when loading)."""
+    """The backbone differs from the one the adapters were trained on (raised when loading)."""
 
 
 class AdapterFileError(AdapterError):
@@ -66,19 +63,19 @@ class AdapterKeyError(AdapterError):
 
 
 class VerificationError(AdapterError):
-    """A check of the save round trip failed, and the target file was left as it was.
+    """Verification of a saved file failed; the target file is unchanged.
 
     ``report`` is a `VerificationReport`.
     """
 
 
 def quote_names(names: Collection[str], most: int = 8) -> str:
-    """Joins names for a message, the first few of them if they are many."""
+    """Joins quoted names for a message: the first `most` of them, and the number of the others."""
     return _first(", ", [repr(name) for name in names], most)
 
 
 def quote_reasons(reasons: Mapping[str, str], most: int = 8) -> str:
-    """Joins names and what is said of each for a message, the first few of them if they are many."""
+    """Joins quoted names, each with its reason, for a message; shortened as in `quote_names`."""
     return _first("; ", [f"{name!r} {reason}" for name, reason in reasons.items()], most)
 
 
@@ -91,17 +88,17 @@ def check_flag(name: str, value: object) -> None:
     """Checks that an argument is a bool.
 
     Raises:
-        AdapterError: It is none.
+        AdapterError: The argument is not a bool.
     """
     if not isinstance(value, bool):
-        raise AdapterError(f"{name}={value!r:.100} is {type(value).__name__}: give True or False.")
+        raise AdapterError(f"{name}={value!r:.100} is {type(value).__name__}: pass True or False.")
 
 
 def check_rate(name: str, value: object) -> None:
-    """Refuses what is no number, 0 or more, nor a tensor of one.
+    """Checks that an argument is a number >= 0, or a tensor with one such element.
 
     Raises:
-        AdapterError: It is none.
+        AdapterError: The argument is neither.
     """
     try:
         good = (
@@ -109,13 +106,8 @@ def check_rate(name: str, value: object) -> None:
             and not isinstance(value, bool)
             and float(value) >= 0
         )
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        OverflowError,
-        NotImplementedError,
-    ):  # a tensor of several, or without a value
+    except (RuntimeError, ValueError, TypeError, OverflowError):
+        # A tensor with several elements, or a meta tensor.
         good = False
     if not good:
-        raise AdapterError(f"{name}={repr(value)[:100]}: give a number, 0 or more.")
+        raise AdapterError(f"{name}={repr(value)[:100]}: pass a number >= 0.")

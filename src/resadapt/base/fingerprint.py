@@ -1,4 +1,4 @@
-"""What a backbone was, tensor by tensor and module by module, and where it is no longer that."""
+"""Records a backbone tensor by tensor and module by module, and compares a backbone with it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Fingerprint", "TensorRecord", "record_tensors", "tensor_differences"
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What is known of a tensor without having it.
+    """Dtype, shape and digest of a tensor.
 
     Args:
         dtype: Name of the dtype, such as ``"float32"``.
         shape: Sizes.
-        sha256: Digest of the elements in logical (row-major) order, so that the memory format does
-            not matter.
+        sha256: Digest of the elements in logical (row-major) order, independent of the memory
+            format.
     """
 
     dtype: str
@@ -36,7 +36,7 @@ class TensorRecord:
     def of(cls, tensor: Tensor) -> TensorRecord:
         """Returns the record of a tensor.
 
-        All processes that share a sharded one must call together.
+        For a sharded tensor, all processes of the group must call this function together.
         """
         return cls(dtype_name(tensor), tuple(tensor.shape), sha256(tensor))
 
@@ -45,20 +45,19 @@ class TensorRecord:
         return [self.dtype, list(self.shape), self.sha256]
 
     def difference_of_form(self, tensor: Tensor) -> str | None:
-        """Says why a tensor cannot have the recorded elements, None if it can."""
+        """Returns why a tensor cannot hold the recorded elements, None if it can."""
         if is_lazy(tensor):
             return "has no size yet"
         if tuple(tensor.shape) != self.shape:
             return f"has shape {list(tensor.shape)} where {list(self.shape)} was recorded"
         if tensor.is_meta:
-            return "has no values here (it is on the meta device: not loaded, or offloaded)"
+            return "is a meta tensor, without values (not loaded, or offloaded)"
         return None
 
     def difference(self, tensor: Tensor) -> str | None:
-        """Says how a tensor differs from this record, None if it does not.
+        """Returns how a tensor differs from this record, None if it does not.
 
-        A tensor that was only converted to a wider dtype still holds the recorded numbers and does
-        not differ.
+        A lossless conversion to a wider dtype is no difference.
         """
         if difference := self.difference_of_form(tensor):
             return difference
@@ -71,19 +70,17 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is known of a backbone without having it: every parameter and buffer, and what else its
-    modules compute with.
+    """Records of a backbone's parameters, buffers and modules.
 
     Args:
         tensors: The record of each parameter and buffer, by name.
-        modules: The record of each module, by name; None where they were not recorded (files of
-            format 1).
-        caches: Names of the non-persistent buffers. A module may make and resize such a buffer as a
-            cache while it runs, so it is compared only where it has the recorded shape.
+        modules: The record of each module, by name.
+        caches: Names of the non-persistent buffers. A module may create or resize such a buffer as
+            a cache while it runs, so a buffer with another shape is not compared.
     """
 
     tensors: dict[str, TensorRecord]
-    modules: dict[str, ModuleRecord] | None
+    modules: dict[str, ModuleRecord]
     caches: tuple[str, ...] = ()
 
     @classmethod
@@ -91,8 +88,8 @@ class Fingerprint:
         """Takes the fingerprint of a backbone.
 
         Args:
-            modules: Its modules by name.
-            tensors: Its parameters and buffers by name.
+            modules: The backbone's modules by name.
+            tensors: The backbone's parameters and buffers by name.
         """
         names = _non_persistent(modules)
         return cls(
@@ -102,17 +99,14 @@ class Fingerprint:
         )
 
     def __contains__(self, tensor: object) -> bool:
-        """Tells whether a parameter or buffer of this name was recorded."""
+        """Returns whether a parameter or buffer of this name was recorded."""
         return tensor in self.tensors
 
     def without(self, head: Collection[str]) -> Self:
-        """Returns the fingerprint of the backbone without some of its modules."""
-        outside = {
-            name: record for name, record in (self.modules or {}).items() if not within(name, head)
-        }
+        """Returns the fingerprint without the modules of a head and everything inside them."""
         return type(self)(
             {name: record for name, record in self.tensors.items() if not within(name, head)},
-            None if self.modules is None else outside,
+            {name: record for name, record in self.modules.items() if not within(name, head)},
             tuple(name for name in self.caches if not within(name, head)),
         )
 
@@ -125,13 +119,12 @@ class Fingerprint:
         """Compares a backbone with this fingerprint.
 
         Args:
-            modules: The modules of today, by name.
-            tensors: The parameters and buffers of today, by name.
+            modules: The current modules, by name.
+            tensors: The current parameters and buffers, by name.
             outside: Names of modules that are not compared.
 
         Returns:
-            What is different about each tensor and module that differs; empty when all are the
-            same.
+            The difference of each tensor and module that differs, by name; empty if none does.
         """
         caches = {*self.caches, *_non_persistent(modules)}
         compared = {name: tensor for name, tensor in tensors.items() if not within(name, outside)}
@@ -143,17 +136,16 @@ class Fingerprint:
                 or tuple(compared[name].shape) != self.tensors[name].shape
             ):
                 del found[name]
-        if self.modules is not None:
-            today = record_modules(
-                (name, module) for name, module in modules.items() if not within(name, outside)
-            )
-            for name in [*self.modules, *(name for name in today if name not in self.modules)]:
-                if name not in self.modules:
-                    found[name or "(the model)"] = f"({today[name].type}) is new"
-                elif name not in today:
-                    found[name or "(the model)"] = f"({self.modules[name].type}) is missing"
-                elif difference := self.modules[name].difference(today[name]):
-                    found[name or "(the model)"] = difference
+        today = record_modules(
+            (name, module) for name, module in modules.items() if not within(name, outside)
+        )
+        for name in [*self.modules, *(name for name in today if name not in self.modules)]:
+            if name not in self.modules:
+                found[name or "(the model)"] = f"({today[name].type}) is new"
+            elif name not in today:
+                found[name or "(the model)"] = f"({self.modules[name].type}) is missing"
+            elif difference := self.modules[name].difference(today[name]):
+                found[name or "(the model)"] = difference
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -161,26 +153,24 @@ class Fingerprint:
         return {
             "tensors": {name: record.to_json() for name, record in self.tensors.items()},
             "modules": {
-                name: [each.type, each.config, each.state]
-                for name, each in (self.modules or {}).items()
+                name: [each.type, each.config, each.state] for name, each in self.modules.items()
             },
             "caches": list(self.caches),
         }
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Reads a fingerprint that came from a file, trusting nothing in it.
+        """Reads a fingerprint from the untrusted JSON values of a file.
 
         Raises:
-            ValueError, TypeError, KeyError: The data does not have the form that `to_json` gives.
+            ValueError, TypeError, KeyError: The data does not have the form that `to_json` returns.
         """
-        modules = data["modules"]
-        records = (
-            None
-            if modules is None
-            else {str(name): _module_record(*fields) for name, fields in modules.items()}
+        modules = dict(data["modules"])
+        return cls(
+            tensor_records(data["tensors"]),
+            {str(name): _module_record(*fields) for name, fields in modules.items()},
+            tuple(map(str, data["caches"])),
         )
-        return cls(tensor_records(data["tensors"]), records, tuple(map(str, data["caches"])))
 
 
 def record_tensors(tensors: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
@@ -193,10 +183,10 @@ def record_tensors(tensors: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
 
 
 def tensor_records(data: Any) -> dict[str, TensorRecord]:
-    """Reads records of tensors that came from a file as name -> [dtype, shape, sha256].
+    """Reads the tensor records of a file from untrusted JSON: name -> [dtype, shape, sha256].
 
     Raises:
-        ValueError, TypeError: They are none.
+        ValueError, TypeError: The data does not have this form.
     """
     records = {}
     for name, (dtype, shape, digest) in dict(data).items():
@@ -205,7 +195,7 @@ def tensor_records(data: Any) -> dict[str, TensorRecord]:
             or not all(type(size) is int for size in shape)
             or not isinstance(digest, str)
         ):
-            raise ValueError(f"no record of a tensor: {name!r}")
+            raise ValueError(f"not a tensor record: {name!r}")
         records[name] = TensorRecord(dtype, tuple(shape), digest)
     return records
 
@@ -213,9 +203,9 @@ def tensor_records(data: Any) -> dict[str, TensorRecord]:
 def tensor_differences(
     tensors: Mapping[str, Tensor], records: Mapping[str, TensorRecord]
 ) -> dict[str, str]:
-    """Compares tensors with records of the same names, and says for each that differs how."""
+    """Compares tensors with the records of their names; returns the differences by name."""
     found = {}
-    # One that was converted is not hashed twice.
+    # Only tensors with the recorded form are hashed here; `difference` hashes converted tensors.
     alike = {
         name: tensor
         for name, tensor in tensors.items()
@@ -246,18 +236,18 @@ def _non_persistent(modules: Mapping[str, nn.Module]) -> set[str]:
 
 def _module_record(kind: Any, config: Any, state: Any) -> ModuleRecord:
     if not isinstance(kind, str) or not isinstance(config, dict) or not isinstance(state, dict):
-        raise ValueError("no record of a module")
+        raise ValueError("not a module record")
     return ModuleRecord(kind, config, state)
 
 
 def _narrowed(tensor: Tensor, dtype: str) -> Tensor:
-    """Converts back to the recorded dtype if that loses nothing."""
+    """Converts a tensor back to the recorded dtype if that is lossless."""
     target = dtype_named(dtype)
     if target is not None and tensor.dtype != target:
         try:
             back = tensor.to(target)
             if raw_bytes(back.to(tensor.dtype)) == raw_bytes(tensor):
                 return back
-        except RuntimeError:  # a dtype that nothing is converted to
+        except RuntimeError:  # a dtype without conversions
             return tensor
     return tensor

@@ -1,7 +1,4 @@
-"""What models take and return.
-
-Tensors in nested values, forms of inputs as data, inputs made from a form.
-"""
+"""Tensors in nested inputs and outputs, and input forms as JSON from which inputs are generated."""
 
 from __future__ import annotations
 
@@ -22,12 +19,12 @@ __all__ = ["describe", "generate", "guesses", "map_tensors", "named_in"]
 def named_in(
     value: object, place: str = "output", above: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Walks the tensors in a value with their places, such as ``output.masks.0``.
+    """Iterates over the tensors in a value and their places, such as ``output.masks.0``.
 
     Args:
         value: Any value.
-        place: Its own place.
-        above: The identities of the containers that it lies in: one may contain itself.
+        place: The place of the value.
+        above: Ids of the enclosing containers, since a container may contain itself.
     """
     if isinstance(value, Tensor):
         yield place, value
@@ -48,28 +45,29 @@ def named_in(
 
 
 def map_tensors(value: object, function: Callable[[Tensor], Tensor]) -> object:
-    """Returns a value with every tensor in its dicts, lists and tuples replaced by what a function makes of it."""
+    """Applies a function to every tensor in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
         mapped = {key: map_tensors(item, function) for key, item in value.items()}
         if type(value) is dict:
             return mapped
-        changed = copy.copy(value)  # of the same kind: an OrderedDict stays one
+        changed = copy.copy(value)  # keeps the class, such as OrderedDict
         changed.update(mapped)
         return changed
+    kind: Any = type(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, function) for item in value))  # type: ignore[arg-type]
-    if type(value) in (list, tuple):
-        return type(value)(map_tensors(item, function) for item in value)  # type: ignore[call-arg, attr-defined]
+        return kind(*(map_tensors(item, function) for item in value))
+    if isinstance(value, list | tuple) and kind in (list, tuple):
+        return kind(map_tensors(item, function) for item in value)
     return value
 
 
 _MOST_ELEMENTS = 2**26
 _MOST_DEPTH = 8
 _CHUNK = 2**20
-# Images for which every stage of a usual ConvNet has a position left; then the size that most
-# models are built for.
+# First a small size that leaves at least one position in the last stage of a usual ConvNet, then
+# the size that most models are built for.
 _SIZES: dict[type[nn.Module], tuple[tuple[int, ...], ...]] = {
     nn.Conv1d: ((64,), (1024,)),
     nn.Conv2d: ((64, 64), (224, 224)),
@@ -78,10 +76,7 @@ _SIZES: dict[type[nn.Module], tuple[tuple[int, ...], ...]] = {
 
 
 def describe(inputs: object) -> Any:
-    """Returns the form of a model's input as JSON values, from which `generate` can make another.
-
-    None if it cannot.
-    """
+    """Returns the form of a model's input as JSON values, None if `generate` cannot make it."""
     form = _described(inputs)
     try:
         _check_size(form)
@@ -91,23 +86,19 @@ def describe(inputs: object) -> Any:
 
 
 def generate(form: Any) -> object:
-    """Makes an input of a described form: numbers in [-1, 1) that are the same on every machine,
-    whatever made them.
+    """Generates an input of a given form, with numbers in [-1, 1) that are equal on every machine.
 
-    A form may come from a file, so the whole of it may ask for 2^26 elements at most.
+    A form may come from an untrusted file, so it is limited to 2^26 elements in total.
 
     Raises:
-        ValueError: The form is not one that `describe` gives, or is too large.
+        ValueError: The form is not one that `describe` returns, or is too large.
     """
     _check_size(form)
     return _generated(form)
 
 
 def guesses(modules: Iterable[nn.Module]) -> list[Any]:
-    """Returns forms that a model's input may have, by its first convolution.
-
-    None if it has no convolution.
-    """
+    """Guesses input forms from a model's first convolution; empty if there is no convolution."""
     for module in modules:
         for kind, sizes in _SIZES.items():
             if isinstance(module, kind):
@@ -119,25 +110,19 @@ def guesses(modules: Iterable[nn.Module]) -> list[Any]:
 def _described(inputs: object) -> Any:
     match inputs:
         case Tensor():
-            plain = (
-                inputs.is_floating_point()
-                and inputs.layout is torch.strided
-                and not inputs.is_nested
-            )
-            return {"shape": list(inputs.shape), "dtype": dtype_name(inputs)} if plain else None
+            dense = inputs.layout is torch.strided and not inputs.is_nested
+            if dense and inputs.is_floating_point():
+                return {"shape": list(inputs.shape), "dtype": dtype_name(inputs)}
         case list() | tuple():
-            return {
-                ("list" if isinstance(inputs, list) else "tuple"): [
-                    _described(item) for item in inputs
-                ]
-            }
+            kind = "list" if isinstance(inputs, list) else "tuple"
+            return {kind: [_described(item) for item in inputs]}
     return None
 
 
 def _check_size(form: Any) -> None:
     elements = sum(math.prod(shape) for shape in _shapes(form, _MOST_DEPTH))
     if elements > _MOST_ELEMENTS:
-        raise ValueError(f"an input of {elements} elements")
+        raise ValueError(f"an input of {elements} elements: at most {_MOST_ELEMENTS} are allowed")
 
 
 def _shapes(form: Any, depth: int) -> Iterator[list[int]]:
@@ -164,8 +149,8 @@ def _generated(form: Any) -> object:
     made = torch.empty(form["shape"], dtype=dtype_named(form["dtype"]), device="cpu")
     flat = made.view(-1)
     for start in range(0, flat.numel(), _CHUNK):
-        # Integer arithmetic, exact everywhere: Knuth's multiplicative hash of the position, its
-        # high bits.
+        # The high bits of Knuth's multiplicative hash of the position: integer arithmetic is exact
+        # on every machine.
         positions = torch.arange(
             start + 1, min(start + _CHUNK, flat.numel()) + 1, dtype=torch.int64, device="cpu"
         )

@@ -1,7 +1,4 @@
-"""What a module computes with besides its tensors.
-
-Its type, its configuration, and other state that it saves.
-"""
+"""What a module computes with besides parameters and buffers: type, settings, other saved state."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from resadapt.base.tensors import dtype_name, raw_bytes
 
 __all__ = ["ModuleRecord", "other_state", "record_modules"]
 
-# They return their input in evaluation, so a model may be built with or without them.
+# Modules that return their input in evaluation mode: a backbone may have them or not.
 _PASS_THROUGH = frozenset(
     {
         *(
@@ -36,10 +33,10 @@ _PASS_THROUGH = frozenset(
         *("StochasticDepth", "DropPath", "DropBlock2d", "DropBlock3d"),
     }
 )
-# They compute the same in evaluation, and training on several processes turns the others into the
-# last.
+# Norms that compute the same in evaluation mode; distributed training converts them to
+# SyncBatchNorm.
 _BATCH_NORMS = frozenset({"BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"})
-# What only training, or only memory, depends on.
+# Settings without effect on the outputs in evaluation mode.
 _NOT_COMPUTED_WITH = frozenset({"training", "inplace", "momentum", "dropout"})
 _NO_SETTING = object()
 _CONFIGURATION = (
@@ -56,13 +53,13 @@ _CONFIGURATION = (
 
 @dataclass(frozen=True)
 class ModuleRecord:
-    """What is known of a module without having it.
+    """Type, settings and other state of a module.
 
     Args:
-        type: Name of its class.
-        config: Settings that it computes with, such as ``{"stride": [2, 2]}``, and what a class of
-            one's own shows of itself.
-        state: Digest of each entry of its `state_dict` that is neither a parameter nor a buffer:
+        type: Name of the class.
+        config: Settings that affect the output, such as ``{"stride": [2, 2]}``, and the
+            ``extra_repr`` of classes from outside torch.
+        state: Digest of each entry of the `state_dict` that is neither a parameter nor a buffer:
             extra state, packed weights.
     """
 
@@ -82,10 +79,10 @@ class ModuleRecord:
         return cls(name, _config(module, kind), state)
 
     def difference(self, other: ModuleRecord) -> str | None:
-        """Says how another record differs from this one, None if it does not.
+        """Returns how another record differs from this record, None if it does not.
 
-        A setting that only one of them has does not count: versions of torch differ in what a class
-        keeps.
+        Settings that only one of the two records has are ignored: versions of torch differ in the
+        attributes of a class.
         """
         if other.type != self.type:
             return f"is {other.type} where {self.type} was recorded"
@@ -98,14 +95,14 @@ class ModuleRecord:
 
 
 def record_modules(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, ModuleRecord]:
-    """Returns the record of every module but those on which the output in evaluation does not depend."""
+    """Returns the record of every module that affects the output in evaluation mode."""
     return {name: ModuleRecord.of(module) for name, module in modules if not _has_no_effect(module)}
 
 
 def other_state(module: nn.Module) -> dict[str, Any]:
-    """Returns what a module itself saves besides parameters and buffers.
+    """Returns a module's saved state besides parameters and buffers, without its children.
 
-    Extra state, packed weights of quantized layers.
+    Examples are extra state and the packed weights of quantized layers.
     """
     kind = type(module)
     if (
@@ -135,9 +132,8 @@ def _config(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
         name: _as_json(module.__dict__.get(name, _NO_SETTING)) for name in _setting_names(kind)
     }
     config = {name: value for name, value in settings.items() if value is not _NO_SETTING}
-    if isinstance(
-        module, nn.Sequential | nn.ModuleList | nn.ModuleDict
-    ):  # which run their children in this order
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        # They run their children in this order.
         config["order"] = [
             name
             for name, child in module._modules.items()
@@ -149,21 +145,19 @@ def _config(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
 def _setting_names(kind: type[nn.Module]) -> list[str]:
     """Returns the names of a class's settings.
 
-    Its `__constants__`, the usual ones, and torch.nn's constructor arguments.
+    These are the names in `__constants__` and `_CONFIGURATION`, and for classes of torch.nn the
+    constructor arguments. Other classes may count or cache in an attribute named as an argument.
     """
-    names = {name for cls in kind.__mro__ for name in cls.__dict__.get("__constants__", ())} | set(
-        _CONFIGURATION
-    )
-    if kind.__module__.startswith(
-        "torch.nn."
-    ):  # a class of one's own may count or cache in such an attribute
+    constants = {key for cls in kind.__mro__ for key in cls.__dict__.get("__constants__", ())}
+    names = constants | set(_CONFIGURATION)
+    if kind.__module__.startswith("torch.nn."):
         code = kind.__init__.__code__
         names |= set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
     return sorted(names - _NOT_COMPUTED_WITH)
 
 
 def _as_json(value: object) -> Any:
-    """Returns a setting as JSON values; of a function, its name."""
+    """Converts a setting to JSON values, a function to its name."""
     match value:
         case None | bool() | int() | str():
             return value
@@ -178,33 +172,29 @@ def _as_json(value: object) -> Any:
 
 
 def _shown(module: nn.Module, kind: type[nn.Module]) -> dict[str, str]:
-    """Returns what a class from outside torch shows of itself.
+    """Returns the ``extra_repr`` of a class from outside torch.
 
-    Torch's own texts change from version to version.
+    The texts of torch's classes differ between versions of torch.
     """
     owner = next(cls for cls in kind.__mro__ if "extra_repr" in cls.__dict__)
     if owner.__module__.partition(".")[0] == "torch":
         return {}
     try:
         text = str(module.extra_repr())
-    except Exception:  # a module that cannot be printed can be used
+    except Exception:  # a module that cannot be printed may still run
         return {}
-    return {
-        "extra_repr": re.sub(r" at 0x[0-9a-fA-F]+", "", text)
-    }  # an address is another one in every process
+    # Addresses of objects differ between processes.
+    return {"extra_repr": re.sub(r" at 0x[0-9a-fA-F]+", "", text)}
 
 
 def _canonical(value: object) -> bytes:
-    """Returns bytes that stand for a value of a state_dict, the same in every process."""
+    """Serializes a value of a state_dict to bytes that are equal in every process."""
     if isinstance(value, Tensor):
         text = f"{dtype_name(value)} {tuple(value.shape)} "
         return text.encode() + bytes(raw_bytes(value))
     if isinstance(value, Mapping):
-        return (
-            b"{"
-            + b",".join(_canonical(key) + b":" + _canonical(item) for key, item in value.items())
-            + b"}"
-        )
+        items = (_canonical(key) + b":" + _canonical(item) for key, item in value.items())
+        return b"{" + b",".join(items) + b"}"
     if isinstance(value, list | tuple):
         return b"[" + b",".join(map(_canonical, value)) + b"]"
     if isinstance(value, bytes | bytearray):
@@ -213,6 +203,5 @@ def _canonical(value: object) -> bytes:
         return json.dumps(value).encode()
     if isinstance(value, torch.dtype):
         return str(value).encode()
-    return (
-        f"<{type(value).__qualname__}>".encode()
-    )  # the value itself may be another in every process
+    # The repr of another object may differ between processes.
+    return f"<{type(value).__qualname__}>".encode()

@@ -1,4 +1,7 @@
-"""Classes put over a module's own class for a while, so that names, parameters and `isinstance` stay as they are."""
+"""Temporary subclasses and mixins for a module's class.
+
+Only the class of the module changes, so names, parameters and `isinstance` stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -22,42 +25,35 @@ __all__ = [
 ]
 
 FOLDED = "_resadapt_folded"
-"""Attribute of a frozen convolution that keeps its weight merged with the norm behind it."""
+"""Attribute of a frozen convolution: the weight merged with the norm that follows it."""
 _ATTRIBUTES = (FOLDED, "__module__")
-"""Attributes that a module has only while an `Overlay` is over its class."""
+"""Attributes that a module has only while its class is an `Overlay`."""
 _MIXIN = "_resadapt_mixin"
-"""Attribute of a class made at run time: the mixin that it adds to its second base."""
+"""Attribute of a class created at run time: the mixin that is added to the second base."""
 _FIRST = "_resadapt_first"
-"""Attribute of a class made at run time.
-
-The class of torch.nn.utils.parametrize that it stands for.
-"""
+"""Attribute of a class created at run time: the original class of torch.nn.utils.parametrize."""
 
 
 class Overlay:
-    """Marks the classes that this library puts over a module's class."""
+    """Base of the classes that temporarily replace a module's class."""
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """Returns a module's class beneath a parametrization and a mixin.
-
-    What `put_class` has put there.
-    """
+    """Returns a module's class without parametrization and mixin, as given to `put_class`."""
     beneath = _beneath(module)
     return beneath.__bases__[1] if _MIXIN in vars(beneath) else beneath
 
 
 def mixin_of(module: nn.Module) -> type | None:
-    """Returns the mixin that a module's class has, None if it has none."""
+    """Returns the mixin of a module's class, None if there is none."""
     return vars(_beneath(module)).get(_MIXIN)
 
 
 def put_class(module: nn.Module, kind: Any, mixin: type | None) -> None:
-    """Gives a module another class, with or without a mixin, beneath the parametrization of torch
-    if there is one.
+    """Replaces a module's class, with or without a mixin; a parametrization stays on top.
 
-    Copies of a module share a class that torch.nn.utils.parametrize has made, so that one stays as
-    it is: the module gets another like it, and later the same again.
+    Copies of a module share the class that torch.nn.utils.parametrize created. That class is not
+    changed: the module gets an equivalent class, and the original class when `kind` is its base.
     """
     kind = kind if mixin is None else _with_mixin(kind, mixin)
     if not is_parametrized(module):
@@ -75,39 +71,33 @@ def put_class(module: nn.Module, kind: Any, mixin: type | None) -> None:
 
 
 def is_ours(kind: type) -> bool:
-    """Tells whether a class was put over a module's class, by this library or by sharding."""
+    """Returns whether a class was put on a module by this library or by sharding."""
     return _MIXIN in vars(kind) or kind.__module__.startswith(("resadapt.", "torch.distributed."))
 
 
 def strip(module: nn.Module) -> None:
-    """Takes the attributes off a module that an `Overlay` needs."""
+    """Removes the attributes that a module has for an `Overlay`."""
     for key in _ATTRIBUTES:
         module.__dict__.pop(key, None)
 
 
 def uncover(module: nn.Module) -> None:
-    """Gives a module the class that it was built with."""
+    """Restores the class that a module was built with."""
     if isinstance(module, Overlay):
         strip(module)
-        put_class(
-            module,
-            next(cls for cls in class_of(module).__mro__ if not issubclass(cls, Overlay)),
-            None,
-        )
+        built = next(cls for cls in class_of(module).__mro__ if not issubclass(cls, Overlay))
+        put_class(module, built, None)
 
 
 @contextmanager
 def stock_classes(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Runs the body with modules of the classes that they were built with."""
-    covered = [
-        (
-            module,
-            type(module),
-            {key: module.__dict__[key] for key in _ATTRIBUTES if key in module.__dict__},
-        )
-        for module in modules
-        if isinstance(module, Overlay)
-    ]
+    """Restores, inside the context, the classes that the modules were built with."""
+
+    def attributes_of(module: nn.Module) -> dict[str, Any]:
+        return {key: module.__dict__[key] for key in _ATTRIBUTES if key in module.__dict__}
+
+    overlaid = [each for each in modules if isinstance(each, Overlay)]
+    covered = [(module, type(module), attributes_of(module)) for module in overlaid]
     try:
         for module, *_ in covered:
             uncover(module)
@@ -123,9 +113,9 @@ def _beneath(module: nn.Module) -> type[nn.Module]:
 
 
 def _with_mixin(kind: type[nn.Module], mixin: type) -> type[nn.Module]:
-    """Returns the one class that adds a mixin to another, with the name and module of the latter.
+    """Returns the subclass of `kind` with a mixin; each pair has a single such subclass.
 
-    Torch.fx goes by these.
+    The name and module are those of `kind`, since torch.fx identifies leaf modules by them.
     """
     for made in kind.__subclasses__():
         if vars(made).get(_MIXIN) is mixin:

@@ -1,4 +1,4 @@
-"""The description of an adapter set as plain data: everything needed to inject it again."""
+"""The description of an adapter set as JSON: everything needed to inject the set again."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ _SITE_FIELDS = {
     "bottleneck": int,
     "channel_dim": int,
 }
-# What a description must share with another for the tensors of one to fit the other.
+# Fields in which two sets must agree for the tensors of one set to fit the other.
 _STRUCTURE = ("family", "options", "norm", "sites", "head", "norms", "blueprints")
 
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """One site and the size of its adapter.
+    """A site and the size of its adapter.
 
     Args:
-        name: The site, as in ``model.named_modules()``.
+        name: Name of the site, as in ``model.named_modules()``.
         owner: The module that carries the adapter: the site itself, or the last block of a
             Sequential.
         channels: C, size of the output's channel dimension.
         spatial_dims: Number of dimensions other than batch and channels (2 for images, 3 for video,
             0 for ``[N, C]``).
-        bottleneck: Width of the adapter's hidden layer, in channels; 0 where the family has none.
-        channel_dim: Where the channels are: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``.
+        bottleneck: Width of the adapter's hidden layer, in channels; 0 if the family has none.
+        channel_dim: The channel dimension: 1 for ``[N, C, ...]``, -1 for ``[N, ..., C]``.
     """
 
     name: str
@@ -62,25 +62,27 @@ class SiteSpec:
     @property
     def shape_text(self) -> str:
         """The shape of the site's output, such as ``"[N, 64, *, *]"``."""
-        spatial, channels = ["*"] * self.spatial_dims, [str(self.channels)]
-        return f"[{', '.join(['N', *(channels + spatial if self.channel_dim == 1 else spatial + channels)])}]"
+        sizes = ["N", *["*"] * self.spatial_dims]
+        sizes.insert(1 if self.channel_dim == 1 else len(sizes), str(self.channels))
+        return f"[{', '.join(sizes)}]"
 
 
 @dataclass(frozen=True)
 class SetSpec:
-    """One adapter set: the adapters at all sites, the head and the norm policy under one name.
+    """An adapter set: the adapters at all sites, the head and the norm policy under one name.
 
     Args:
         name: Name of the set.
         family: Kind of adapter.
-        options: Options of the family that the trained adapter still depends on, JSON values.
+        options: Options of the family that the trained adapter depends on, as JSON values.
         dropout: Probability of dropping a hidden unit in training, in [0, 1).
         norm: Norm policy.
         sites: The sites, in the order of ``model.named_modules()``.
         head: Names of the backbone's modules that are trained and saved with the adapters.
-        norms: Names of the backbone's norms of which the set has its own, as its norm policy says.
-        blueprints: How to build the modules of the head, by name, of those that can be told as
-            data.
+        norms: Names of the backbone's norms that the set has a private copy of, under the norm
+            policy.
+        blueprints: JSON descriptions from which modules of the head can be built, by name; modules
+            that `blueprint_of` cannot describe are left out.
     """
 
     name: str
@@ -95,10 +97,7 @@ class SetSpec:
 
     @property
     def private(self) -> tuple[str, ...]:
-        """Names of all the backbone's modules in whose place the set runs private ones.
-
-        Head and norms.
-        """
+        """Names of the backbone's modules that the set has private versions of: head and norms."""
         return self.head + self.norms
 
     def to_json(self) -> dict[str, Any]:
@@ -108,7 +107,7 @@ class SetSpec:
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Reads a description that came from a file, trusting nothing in it.
+        """Reads a description from the untrusted JSON values of a file.
 
         Args:
             data: JSON values, as from `to_json`.
@@ -117,7 +116,7 @@ class SetSpec:
             The description.
 
         Raises:
-            ValueError: The data does not have the exact form that `to_json` gives.
+            ValueError: The data does not have the exact form that `to_json` returns.
         """
         record = _typed(data, "set", _SET_FIELDS)
         sites = tuple(SiteSpec(**_typed(site, "site", _SITE_FIELDS)) for site in record["sites"])
@@ -127,27 +126,23 @@ class SetSpec:
             raise ValueError(f"a site has more than {_MOST_DIMS} spatial dimensions")
         if any(site.channel_dim not in (1, -1) for site in sites):
             raise ValueError("a site's channel_dim is neither 1 nor -1")
-        own = record["head"] + record["norms"]
-        if not all(isinstance(name, str) for name in own):
+        private = record["head"] + record["norms"]
+        if not all(isinstance(name, str) for name in private):
             raise ValueError("head and norms: expected lists of names")
         if not set(record["blueprints"]) <= set(record["head"]):
-            raise ValueError("a blueprint of something that is no head")
+            raise ValueError("blueprints: expected names of head modules only")
         names, owners = {site.name for site in sites}, {site.owner for site in sites}
         if (
-            not (sites or own)
+            not (sites or private)
             or not len(sites) == len(names) == len(owners)
-            or len(set(own)) != len(own)
+            or len(set(private)) != len(private)
         ):
-            raise ValueError(
-                "there is nothing in it, or a site, owner, head or norm is named more than once"
-            )
-        return cls(
-            **record
-            | {"sites": sites, "head": tuple(record["head"]), "norms": tuple(record["norms"])}
-        )
+            raise ValueError("the set is empty, or a site, owner, head or norm is named twice")
+        lists = {"sites": sites, "head": tuple(record["head"]), "norms": tuple(record["norms"])}
+        return cls(**record | lists)
 
     def differences(self, other: SetSpec) -> list[str]:
-        """Names the fields in which two sets differ so that the tensors of one would not fit the other."""
+        """Names the fields that must agree for one set's tensors to fit the other, and differ."""
         return [field for field in _STRUCTURE if getattr(self, field) != getattr(other, field)]
 
 
@@ -198,7 +193,7 @@ _DEEPEST = 16
 
 
 def blueprint_of(module: nn.Module) -> dict[str, Any] | None:
-    """Describes a module made of torch's own layers; None if it has anything else in it."""
+    """Describes a module made of torch.nn layers only; None if another class is in it."""
     kind = type(module)
     if kind is nn.Sequential:
         children = {
@@ -226,21 +221,22 @@ def blueprint_of(module: nn.Module) -> dict[str, Any] | None:
 
 
 def build_from(blueprint: Any) -> nn.Module:
-    """Builds a module from its description, trusting nothing in it. Under ``torch.device("meta")``
-    it costs no memory.
+    """Builds a module from an untrusted description.
+
+    Under ``torch.device("meta")`` the module takes no memory.
 
     Raises:
-        ValueError: It is no description, or no module can be of such sizes.
+        ValueError: The description is malformed, or the sizes are impossible.
     """
     try:
         return _build(blueprint, 0)
-    except Exception as error:  # whatever constructors make of absurd sizes
+    except Exception as error:  # constructors raise anything for absurd sizes
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _build(blueprint: Any, depth: int) -> nn.Module:
     if not isinstance(blueprint, dict) or depth > _DEEPEST:
-        raise ValueError("no description of a module")
+        raise ValueError("not a module description")
     if blueprint.get("type") == "Sequential":
         module = nn.Sequential()
         for name, child in dict(blueprint["children"]).items():
@@ -248,18 +244,11 @@ def _build(blueprint: Any, depth: int) -> nn.Module:
         return module
     kind = _TYPES.get(str(blueprint.get("type")))
     if kind is None:
-        raise ValueError(
-            f"{blueprint.get('type')!r} is none of torch's layers that can be told as data"
-        )
+        raise ValueError(f"{blueprint.get('type')!r} is not one of the known torch.nn layers")
     given = dict(blueprint["settings"])
     if set(given) != set(_settings(kind)) or not all(_is_json(value) for value in given.values()):
-        raise ValueError(f"no settings of {kind.__name__}: {sorted(given)}")
-    return kind(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in given.items()
-        }
-    )
+        raise ValueError(f"not the arguments of {kind.__name__}: {sorted(given)}")
+    return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
 
 
 def _settings(kind: type[nn.Module]) -> list[str]:
@@ -286,5 +275,5 @@ def _shape(module: nn.Module) -> tuple[Any, ...]:
 
 
 def within(name: str, modules: Collection[str]) -> bool:
-    """Tells whether a module or tensor name is one of the given modules or lies inside one."""
+    """Returns whether a name is one of the given modules, or of a module or tensor inside them."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)

@@ -1,4 +1,4 @@
-"""Tensors of every kind as plain ones, as bytes, and in words."""
+"""Tensors of every kind: dense parts, memory formats, bytes and digests."""
 
 from __future__ import annotations
 
@@ -38,47 +38,52 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """Returns the dtype of a name, None if there is none."""
+    """Returns the dtype with a name, None if there is none."""
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Tells whether a tensor is a DTensor, of which this process may have a part only."""
+    """Returns whether a tensor is a DTensor, of which this process may hold only a shard."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Tells whether a tensor has its elements in memory of its own, and is neither quantized nor made of other tensors."""
-    made_of_others = hasattr(tensor, "__tensor_flatten__")
+    """Returns whether a tensor is strided, and not quantized, nested or a wrapper subclass."""
+    wrapper = hasattr(tensor, "__tensor_flatten__")
     return tensor.layout is torch.strided and not (
-        tensor.is_quantized or tensor.is_nested or made_of_others
+        tensor.is_quantized or tensor.is_nested or wrapper
     )
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Returns a sharded tensor gathered from all processes, any other as it is."""
-    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return gathered
+    """Gathers a sharded tensor from all processes; returns other tensors unchanged."""
+    if is_sharded(tensor):
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return tensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Returns what this process has of a sharded tensor, any other as it is."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return part
+    """Returns this process's shard of a sharded tensor; returns other tensors unchanged."""
+    if is_sharded(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return tensor
 
 
 def address(tensor: Tensor) -> int:
-    """Returns what tells where a tensor's elements begin: the same for two that share them."""
+    """Returns a number that is equal for tensors that share memory from the first element on."""
     try:
         return tensor.data_ptr() or id(tensor)
-    except (NotImplementedError, RuntimeError):  # one that is made of others
+    except (NotImplementedError, RuntimeError):  # a wrapper subclass, without memory
         return id(tensor)
 
 
 def stamp(tensor: Tensor) -> tuple[object, ...]:
-    """Returns what changes when a tensor is another one, moved, cast, or written by other means than its `data`."""
-    # Whether an inference tensor was written to, nothing tells.
+    """Returns a value that changes when a tensor is replaced, moved, cast or written in place.
+
+    Writes through ``tensor.data`` are not detected. Inference tensors have no version counter, so
+    each stamp of such a tensor differs from the previous stamp.
+    """
     return (
         id(tensor),
         address(tensor),
@@ -88,11 +93,11 @@ def stamp(tensor: Tensor) -> tuple[object, ...]:
 
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""The memory format with channels side by side, by the number of dimensions."""
+"""The channels_last memory format by number of dimensions."""
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Tells whether a feature map has its channels side by side in memory, and not in the usual way too."""
+    """Returns whether a feature map is in channels_last, and not contiguous as well."""
     last = CHANNELS_LAST.get(tensor.ndim)
     return (
         last is not None and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
@@ -100,33 +105,31 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """Returns the memory format that a feature map has, of those there are."""
+    """Returns channels_last (2-D or 3-D) if a feature map is in it, else contiguous."""
     return CHANNELS_LAST[tensor.ndim] if is_channels_last(tensor) else torch.contiguous_format
 
 
 def raw_bytes(tensor: Tensor) -> bytes | memoryview:
-    """Returns the elements of a tensor, in row-major order, as bytes.
+    """Returns the elements of a tensor as bytes in row-major order.
 
-    Of one that is not plain, the elements of its parts.
+    For a tensor that is not dense, these are the bytes of its dense parts.
     """
     parts = [_dense_bytes(part) for part in dense_parts(tensor)]
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def sha256(tensor: Tensor) -> str:
-    """Returns the digest of a tensor's elements in row-major order, so that the memory format does not matter."""
+    """Returns the digest of a tensor's elements in row-major order, whatever the memory format."""
     return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
 def sha256_of_each(tensors: Iterable[Tensor]) -> list[str]:
-    """Returns the digests of several tensors, large ones' from threads.
+    """Returns the digests of several tensors; large tensors are hashed in threads.
 
-    Processes that share a sharded one must call together.
+    For sharded tensors, all processes of the group must call this function together.
     """
     tensors = list(tensors)
-    if any(
-        map(is_sharded, tensors)
-    ):  # gathered one after another, in the same order by all processes
+    if any(map(is_sharded, tensors)):  # all processes must gather in the same order
         return [sha256(tensor) for tensor in tensors]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = [
@@ -139,11 +142,11 @@ def sha256_of_each(tensors: Iterable[Tensor]) -> list[str]:
 
 
 _LARGE = 1 << 16
-"""Elements from which on another thread pays."""
+"""Number of elements above which a thread saves time."""
 
 
 def row_digests(tensors: Iterable[Tensor], rows: int) -> Tensor:
-    """Returns the SHA-256 digest of each row of some tensors together, uint8 [rows, 32]."""
+    """Returns one SHA-256 digest per row over all tensors, as uint8 ``[rows, 32]``."""
     columns = [memoryview(raw_bytes(tensor)) for tensor in tensors if tensor.numel()]
     digests = bytearray()
     for row in range(rows):
@@ -156,24 +159,25 @@ def row_digests(tensors: Iterable[Tensor], rows: int) -> Tensor:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Tells whether two tensors have the same dtype, shape and elements, bit for bit."""
+    """Returns whether two tensors have the same dtype, shape and elements, bit for bit."""
     return (one.dtype, one.shape) == (other.dtype, other.shape) and raw_bytes(one) == raw_bytes(
         other
     )
 
 
 def _dense_bytes(tensor: Tensor) -> memoryview:
-    # Not through NumPy, which would keep the storage from ever being resized.
-    own = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    bytes_there = (ctypes.c_ubyte * (own.numel() * own.element_size())).from_address(own.data_ptr())
-    bytes_there.tensor = own  # type: ignore[attr-defined] # the memory is there as long as the view of it
-    return memoryview(bytes_there).cast("B")
+    # Not through NumPy, after which the storage could never be resized again.
+    dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    size = dense.numel() * dense.element_size()
+    view = (ctypes.c_ubyte * size).from_address(dense.data_ptr())
+    view.tensor = dense  # type: ignore[attr-defined] # keeps the memory alive
+    return memoryview(view).cast("B")
 
 
 def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Walks the dense tensors of which a tensor is made.
+    """Iterates over the dense tensors inside a sparse, nested, quantized or wrapper tensor.
 
-    Itself, or those inside a sparse, nested, quantized or wrapper tensor.
+    The only part of a dense tensor is the tensor itself.
     """
     tensor = full_tensor(tensor)
     if tensor.is_nested:
@@ -191,9 +195,7 @@ def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
             yield torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
         else:
             yield from (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points())
-    elif hasattr(
-        tensor, "__tensor_flatten__"
-    ):  # a wrapper of other tensors, such as a quantized weight of torchao
+    elif hasattr(tensor, "__tensor_flatten__"):  # a wrapper, such as a quantized torchao weight
         names, _ = tensor.__tensor_flatten__()
         for name in names:
             yield from dense_parts(getattr(tensor, name))

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace on it."""
+"""Running a model without side effects on its state and the random state."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Snapshot:
 
     Args:
         model: The model.
-        values: Whether the values of buffers and gradients are copied too, not only which tensors
-            they are.
+        values: Whether the values of buffers and gradients are copied too, and not only references
+            to the tensors.
     """
 
     def __init__(self, model: nn.Module, values: bool = True) -> None:
@@ -58,7 +58,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts everything back."""
+        """Restores the recorded state."""
         for module, training in self._flags:
             module.training = training
         for module, before in self._buffers:
@@ -66,7 +66,7 @@ class Snapshot:
         for parameter, requires_grad, gradient, value in self._parameters:
             if parameter.requires_grad is not requires_grad:
                 parameter.requires_grad_(requires_grad)
-            # Of a sharded one, this process's shard alone: others may not be running this.
+            # Compares only the local shard: other processes may not run this code.
             if (
                 gradient is not None
                 and value is not None
@@ -82,19 +82,23 @@ def _restore_buffers(
     for key in [key for key in module._buffers if key not in before]:
         del module._buffers[key]
     for key, (buffer, value) in before.items():
-        module._buffers[key] = buffer  # the module may have put another one there
+        module._buffers[key] = buffer  # the module may have assigned another tensor
         if buffer is None or value is None or torch.equal(buffer, value):
             continue
         if buffer.shape == value.shape:
             buffer.copy_(value)
-        else:  # it was resized in place
+        else:  # resized in place
             module._buffers[key] = value
 
 
 def is_checkpointed() -> bool:
-    """Tells whether the caller runs inside of `torch.utils.checkpoint`, reentrant or not, for the first time or again."""
+    """Returns whether the caller runs inside `torch.utils.checkpoint`.
+
+    Detects the reentrant and the non-reentrant kind, in the first forward and in recomputation.
+    Only the call stack shows both kinds.
+    """
     frame = sys._getframe(1)
-    while frame:  # the calls that lead here: nothing else tells of both kinds, and nobody pays who does not ask
+    while frame:
         if frame.f_code.co_filename == checkpoint.__file__:
             return True
         frame = frame.f_back  # type: ignore[assignment]
@@ -103,20 +107,15 @@ def is_checkpointed() -> bool:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Runs the body in evaluation mode, eagerly and without gradients, and restores everything that
-    it may have moved.
+    """Runs the body in evaluation mode, eagerly and without gradients, and restores the state.
 
     Restored are training flags, buffers, `requires_grad`, gradients, and the random states.
     """
-    devices = {parameter.device for parameter in nn.Module.parameters(model)} or {
-        torch.device("cpu")
-    }
+    devices = {parameter.device for parameter in nn.Module.parameters(model)}
     snapshot = Snapshot(model)
     with random_states_kept(devices), torch.no_grad(), EAGERLY:
         try:
-            for module in nn.Module.modules(
-                model
-            ):  # not model.eval(), which a model may have made do more than this
+            for module in nn.Module.modules(model):  # not model.eval(), which may be overridden
                 module.training = False
             yield
         finally:
@@ -125,9 +124,9 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Runs the body as `restored` does, without autocast and with no norm folded.
+    """Runs the body as `restored` does, without autocast and without merged norms.
 
-    Outputs that two models can be compared by.
+    The outputs of two models can then be compared.
     """
     kinds = {parameter.device.type for parameter in nn.Module.parameters(model)} or {"cpu"}
     with restored(model), ExitStack() as stack:
@@ -139,20 +138,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def put_over(module: nn.Module, attribute: str, value: object) -> Iterator[None]:
-    """Runs the body with an attribute of a module's own, such as another forward, over what is there."""
-    before = module.__dict__.get(attribute, _NOTHING)
+    """Sets an instance attribute of a module, such as `forward`, inside the context."""
+    before = module.__dict__.get(attribute, _MISSING)
     module.__dict__[attribute] = value
     try:
         yield
     finally:
-        if before is _NOTHING:
+        if before is _MISSING:
             module.__dict__.pop(attribute, None)
         else:
             module.__dict__[attribute] = before
 
 
 def random_state() -> bytes:
-    """Returns what changes when a random number is drawn from torch, Python or NumPy, on the CPU."""
+    """Returns the CPU random states of torch, Python and NumPy as bytes."""
     numpy: Any = sys.modules.get("numpy")
     return pickle.dumps(
         (
@@ -165,8 +164,8 @@ def random_state() -> bytes:
 
 @contextmanager
 def random_states_kept(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Puts the random states of torch, Python and NumPy back after the body."""
-    numpy: Any = sys.modules.get("numpy")  # not imported: nothing has been drawn with it
+    """Restores the random states of torch, Python and NumPy after the body."""
+    numpy: Any = sys.modules.get("numpy")  # if it was not imported, it drew nothing
     before, numpy_before = random.getstate(), numpy.random.get_state() if numpy else None
     try:
         with torch.random.fork_rng(
@@ -180,7 +179,7 @@ def random_states_kept(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 def call(model: nn.Module, inputs: object) -> object:
-    """Calls a model with a tuple as its arguments, a dict as its keywords, or anything else as its one argument."""
+    """Calls a model with a tuple as ``*args``, a dict as ``**kwargs``, else with one argument."""
     if isinstance(inputs, tuple):
         return model(*inputs)
     if isinstance(inputs, dict):
@@ -189,11 +188,10 @@ def call(model: nn.Module, inputs: object) -> object:
 
 
 class _Eagerly:
-    """Runs compiled functions as they were before they were compiled, for as long as any thread is
-    inside.
+    """Context manager that runs compiled functions eagerly.
 
-    Whether functions run compiled is one switch for all threads: the first one in turns it off, the
-    last one out turns it on again.
+    Compilation has one switch for all threads. The first thread that enters turns compilation off,
+    the last thread that leaves turns it on again.
     """
 
     def __init__(self) -> None:
@@ -203,9 +201,8 @@ class _Eagerly:
 
     def __enter__(self) -> None:
         with self._lock:
-            if (
-                self._inside == 0 and "torch._dynamo" in sys.modules
-            ):  # else nothing is compiled; importing it takes a second
+            # Without torch._dynamo nothing is compiled, and the import takes a second.
+            if self._inside == 0 and "torch._dynamo" in sys.modules:
                 self._switch.enter_context(_compilation_off())
             self._inside += 1
 
@@ -217,12 +214,12 @@ class _Eagerly:
 
 
 EAGERLY = _Eagerly()
-_NOTHING = object()
+_MISSING = object()
 _inside: ContextVar[bool] = ContextVar("resadapt_undisturbed", default=False)
 
 
 def is_undisturbed() -> bool:
-    """Tells whether this is called inside of `undisturbed`."""
+    """Returns whether the caller runs inside `undisturbed`."""
     return _inside.get()
 
 
@@ -235,20 +232,17 @@ def _compilation_off() -> AbstractContextManager[object]:
 
 
 def outputs_of(model: nn.Module, inputs: object) -> dict[str, Tensor]:
-    """Runs a model in evaluation mode and returns every tensor of its output by its place there.
+    """Runs a model in evaluation mode and returns the tensors of the output by their places.
 
-    The model is left as it was.
+    The state of the model and the inputs do not change.
     """
-    own = map_tensors(inputs, torch.clone)  # which the model may change in place
+    copied = map_tensors(inputs, torch.clone)  # the model may write to its inputs in place
     with undisturbed(model):
-        return dict(_dense_outputs(call(model, own)))
+        return dict(_dense_outputs(call(model, copied)))
 
 
 def _dense_outputs(output: object) -> Iterator[tuple[str, Tensor]]:
-    """Walks the dense tensors of an output.
-
-    A sparse, nested or quantized one is walked part by part.
-    """
+    """Iterates over the dense tensors of an output, and the dense parts of its other tensors."""
     for place, tensor in named_in(output):
         parts = list(dense_parts(tensor))
         if len(parts) == 1:

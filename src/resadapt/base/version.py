@@ -1,4 +1,4 @@
-"""The version of the library, the one place that tells it."""
+"""The version of the library."""
 
 __all__ = ["__version__"]
 

@@ -1,1 +1,1 @@
-"""Taking a trained model where it is used."""
+"""Stock models from injected models: folded adapters and inference copies."""

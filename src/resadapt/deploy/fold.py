@@ -1,4 +1,4 @@
-"""Linear adapters folded into the backbone's own tensors."""
+"""Linear adapters merged into the weights of the backbone."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ __all__ = ["fold_adapters"]
 
 
 def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Returns a plain backbone that computes what the adapted one does, at no extra cost.
+    """Returns a stock backbone with the adapters of a set merged into its weights.
 
-    Each adapter becomes a change of the weight and bias of the module at its site; the set's head
-    and norms stand in their places. The names are those of the backbone, so the ``state_dict``
-    loads into an untouched one with ``strict=True``. The changes are computed in float64 and
-    rounded once: outputs differ from those of the adapted model, in evaluation, by rounding only,
-    as both are run to see on an input made up for them. The live model stays as it is.
+    Each adapter is merged into the weight and bias of the module at the site, and the set's head
+    and norms replace those of the backbone. Inference costs the same as for the backbone. The names
+    are those of the backbone, so an uninjected backbone loads the ``state_dict`` with
+    ``strict=True``. The merged weights are computed in float64 and rounded once. In evaluation mode
+    the outputs equal those of the injected model up to rounding, which is checked on a generated
+    input. The live model does not change.
 
     Args:
         model: An injected model.
-        name: The set; None is the active one.
+        name: Name of the set; None means the active set.
 
     Returns:
         The backbone, in evaluation mode, with `requires_grad` as before the injection.
@@ -38,8 +39,8 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
     Raises:
         InjectionError: Nothing was injected.
         AdapterKeyError: There is no such set.
-        AdapterError: An adapter is not linear, or its site has no tensor that could take it up; the
-            message names all of them. Or the outputs are others all the same.
+        AdapterError: Adapters are not linear, or cannot be merged into the modules at their sites;
+            the message lists all of them. Or the outputs differ after the merge.
 
     References:
         Rebuffi et al. 2018, arXiv:1803.10082; LoRA: Hu et al. 2021, arXiv:2106.09685.
@@ -48,10 +49,12 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
         >>> import torch
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
-        >>> model = inject_adapters(resnet18(), "layer*.*.conv2", 4, family="lora", init="normal").eval()
+        >>> model = inject_adapters(resnet18(), "layer*.*.conv2", 4, family="lora").eval()
         >>> folded, x = fold_adapters(model), torch.randn(1, 3, 64, 64)
-        >>> torch.allclose(folded(x), model(x), atol=1e-4), list(folded.state_dict()) == list(resnet18().state_dict())
-        (True, True)
+        >>> torch.allclose(folded(x), model(x), atol=1e-4)
+        True
+        >>> folded.state_dict().keys() == resnet18().state_dict().keys()
+        True
     """
     adapter_set = ledger_of(model).chosen(name)
     copied = stock_copy(model, adapter_set.spec.name)
@@ -65,26 +68,24 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
             with torch.no_grad():
                 changes[owner] = adapter.double().folded(copy.deepcopy(module).double())
             _check_shapes(module, changes[owner])
-            _check_alone(module, copied.later_hooks[owner])
+            _check_not_altered(module, copied.later_hooks[owner])
             for key, value in zip(("weight", "bias"), changes[owner], strict=True):
                 if value is not None and uses[address(getattr(module, key))] > 1:
-                    raise ValueError(f"another module has its {key} too")
-        except Exception as error:  # a family of one's own may raise anything
+                    raise ValueError(f"its {key} is shared with another module")
+        except Exception as error:  # custom families may raise anything
             reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             refused[site_at[owner]] = f"({type(module).__name__}): {reason}"
     if refused:
         raise AdapterError(
             f"Adapters of family {adapter_set.spec.family!r} cannot be folded at "
-            f"{quote_reasons(refused)}. resadapt.inference_copy(model) gives a model of plain "
-            "modules with any adapters."
+            f"{quote_reasons(refused)}. resadapt.inference_copy(model) keeps the adapters as stock "
+            "modules, for any family."
         )
     for owner, (weight, bias) in changes.items():
         module = find_module(copied.model, owner)
         for key, value in (("weight", weight), ("bias", bias)):
             if value is not None:
-                tensor = getattr(
-                    module, key
-                )  # a parameter, or a buffer as FrozenBatchNorm2d has it
+                tensor = getattr(module, key)  # a parameter, or a buffer of FrozenBatchNorm2d
                 tensor.data = value.to(tensor.dtype)
     for path, tensor in backbone_tensors(copied.model):
         if isinstance(tensor, nn.Parameter):
@@ -94,13 +95,13 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def _check_shapes(module: nn.Module, changed: object) -> None:
-    """Refuses what a family of one's own may return in place of a weight and a bias.
+    """Checks the result of `folded`, since custom families may return anything.
 
     Raises:
-        ValueError: It is not a tuple of both, with the shapes that the module has.
+        ValueError: The result is not a tuple of weight and bias with the module's shapes.
     """
-    there = tuple(getattr(module, key, None) for key in ("weight", "bias"))
-    shapes = [None if tensor is None else tuple(tensor.shape) for tensor in there]
+    current = [getattr(module, key, None) for key in ("weight", "bias")]
+    shapes = [None if tensor is None else tuple(tensor.shape) for tensor in current]
     given = (
         [tuple(part.shape) if isinstance(part, Tensor) else part for part in changed]
         if isinstance(changed, tuple)
@@ -113,22 +114,20 @@ def _check_shapes(module: nn.Module, changed: object) -> None:
         or given[1] not in (None, shapes[1])
     ):
         raise ValueError(
-            f"folded returned {given}, where a weight and a bias of shapes {shapes} are to be "
-            "changed"
+            f"folded returned {given}, expected a weight and a bias of shapes {shapes}"
         )
 
 
-def _check_alone(module: nn.Module, later: Collection[int]) -> None:
-    """Refuses a module whose adapter gets something else than what the module computes with its
-    weight and bias.
+def _check_not_altered(module: nn.Module, later: Collection[int]) -> None:
+    """Checks that the adapter reads the module's output as computed from weight and bias.
 
     Raises:
-        ValueError: Its forward was replaced, or a hook comes between it and the adapter.
+        ValueError: The module's forward was replaced, or a hook runs before the adapter.
     """
     if "forward" in module.__dict__:
-        raise ValueError("its forward was replaced on the instance, by one that may do more")
+        raise ValueError("its forward was replaced on the instance, and may compute something else")
     if set(module._forward_hooks) - set(later):
         raise ValueError(
-            "it has forward hooks from before the injection, which may change what the adapter "
-            "gets: remove them"
+            "it has forward hooks from before the injection, which may change the adapter's input: "
+            "remove them"
         )

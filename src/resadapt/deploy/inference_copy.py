@@ -1,4 +1,4 @@
-"""A copy of an injected model for tools that know only stock modules."""
+"""A copy of an injected model for tools that support only stock modules."""
 
 from __future__ import annotations
 
@@ -18,55 +18,52 @@ __all__ = ["inference_copy"]
 
 
 def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Returns an independent copy with one set, made of plain modules, for fusing, quantizing,
-    scripting and exporting.
+    """Returns a copy with a single set and stock modules, to fuse, quantize, script or export.
 
-    Norms have their stock classes, there are no hooks of this library and nothing to switch, and
-    everything is in evaluation mode and needs no gradient. Where a module carries an adapter, the
-    copy has a Sequential of the module and the adapter, so names inside that module get a ``.0``:
-    ``layer4.1.conv1`` becomes ``layer4.1.0.conv1``. A module that takes several arguments gets a
-    Sequential that passes them on, which torch.jit.script cannot read. The outputs are the same, as
-    both are run to see on an input made up for them.
+    The copy has stock norm classes, no hooks of this library, and no sets to switch. It is in
+    evaluation mode, and no parameter requires gradients. A module with an adapter becomes a
+    Sequential of module and adapter, so names inside that module get a ``.0``: ``layer4.1.conv1``
+    becomes ``layer4.1.0.conv1``. A module with several arguments becomes a Sequential with a custom
+    forward, which torch.jit.script does not support. The copy returns the same outputs as the
+    model, which is checked on a generated input.
 
     Args:
         model: An injected model.
-        name: The set; None is the active one.
+        name: Name of the set; None means the active set.
 
     Returns:
         The copy.
 
     Raises:
-        InjectionError: Nothing was injected, or a tensor has no values (offloaded).
+        InjectionError: Nothing was injected, or the model has meta tensors (offloaded).
         AdapterKeyError: There is no such set.
-        AdapterError: The model cannot be copied, or the copy does not give the same outputs.
+        AdapterError: The model cannot be copied, or the outputs of the copy differ.
 
     Example:
         >>> import torch
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
         >>> model = inject_adapters(resnet18()).eval()
-        >>> plain, x = inference_copy(model), torch.randn(1, 3, 64, 64)
-        >>> torch.equal(plain(x), model(x)), type(plain.bn1).__name__
+        >>> stock, x = inference_copy(model), torch.randn(1, 3, 64, 64)
+        >>> torch.equal(stock(x), model(x)), type(stock.bn1).__name__
         (True, 'BatchNorm2d')
     """
     name = ledger_of(model).chosen(name).spec.name
     copied = stock_copy(model, name)
-    plain, adapters = copied.model, copied.adapters
-    for owner in sorted(
-        adapters, reverse=True
-    ):  # the inner ones first: their names are still those of the backbone
+    stock, adapters = copied.model, copied.adapters
+    for owner in sorted(adapters, reverse=True):  # inner modules first, before their names change
         parent, _, key = owner.rpartition(".")
-        module = find_module(plain, owner)
+        module = find_module(stock, owner)
         adapter = adapters[owner]
         pair = _PAIRS[adapter.reads] if _takes_one_argument(module) else Adapted
-        adapted = find_module(plain, parent)._modules[key] = pair(module, adapter)
+        adapted = find_module(stock, parent)._modules[key] = pair(module, adapter)
         _move_hooks(module, adapted, copied.later_hooks[owner])
-    check_outputs(model, name, plain.eval().requires_grad_(False))
-    return plain
+    check_outputs(model, name, stock.eval().requires_grad_(False))
+    return stock
 
 
 class Adapted(nn.Sequential):
-    """A module that takes any arguments, and the adapter of what it returns."""
+    """A module with any arguments, and the adapter of its output."""
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +73,7 @@ class Adapted(nn.Sequential):
 
 
 class WithInput(nn.Sequential):
-    """A module that takes one tensor, and an adapter that reads it too; it can be scripted."""
+    """A module with one tensor as input, and an adapter that reads the input; scriptable."""
 
     @override
     def forward(self, input):  # type: ignore[no-untyped-def]
@@ -85,7 +82,7 @@ class WithInput(nn.Sequential):
 
 
 class WithWeight(nn.Sequential):
-    """A layer, and an adapter that reads its input and weight too; it can be scripted."""
+    """A layer, and an adapter that reads the layer's input and weight; scriptable."""
 
     @override
     def forward(self, input):  # type: ignore[no-untyped-def]
@@ -94,17 +91,17 @@ class WithWeight(nn.Sequential):
 
 
 _PAIRS = {"output": nn.Sequential, "input": WithInput, "weight": WithWeight}
-"""What makes one module of a module and an adapter, by what the adapter reads."""
+"""The container class of a module and an adapter, by the adapter's attribute `reads`."""
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
-    """Tells whether a stock Sequential, which can be scripted, can call a module."""
+    """Returns whether a module can run in a stock Sequential, which is scriptable."""
     kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
     return kinds in ([inspect.Parameter.POSITIONAL_ONLY], [inspect.Parameter.POSITIONAL_OR_KEYWORD])
 
 
 def _move_hooks(module: nn.Module, adapted: nn.Module, hooks: list[int]) -> None:
-    """Moves forward hooks that saw the adapted output to where that is now."""
+    """Moves the forward hooks that read the adapted output to the new container."""
     for place in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
-        there, here = getattr(module, place), getattr(adapted, place)
-        here.update({hook: there.pop(hook) for hook in hooks if hook in there})
+        source, target = getattr(module, place), getattr(adapted, place)
+        target.update({hook: source.pop(hook) for hook in hooks if hook in source})

@@ -1,4 +1,4 @@
-"""Whether a copy gives what its model gives, on an input made up for them."""
+"""Compares the outputs of a copy with those of the model, on a generated input."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from resadapt.injection.walk import backbone_modules, unwrap
 __all__ = ["check_outputs"]
 
 _COARSE = 1e-4
-"""Resolution of a dtype from which on rounding may decide what a model does."""
+"""Machine epsilon from which on a difference is only a warning: half precision."""
 
 
 def check_outputs(model: nn.Module, name: str, copied: nn.Module) -> None:
-    """Compares a copy with the model, running with one of its sets, up to rounding.
+    """Compares the outputs of a copy with those of the model and one set, up to rounding.
 
-    Both run as copies, so that they stay as they are; hooks of the user's run with them. Nothing is
-    compared where no input can be made up, or the model gives other outputs each time. In half
-    precision, where rounding may decide what a model does, a difference is a warning.
+    Both are copied before they run, so neither changes; hooks of the user run too. Nothing is
+    compared if no input can be generated, or if the model is not deterministic. In half precision
+    rounding can change the outputs much, so a difference is only a warning.
 
     Raises:
-        AdapterError: The outputs differ, or the copy does not run.
+        AdapterError: The outputs differ, or the copy raises an error.
     """
     live, copied = copy.deepcopy(unwrap(model)), copy.deepcopy(copied)
     ledger = ledger_of(live)
@@ -43,7 +43,7 @@ def check_outputs(model: nn.Module, name: str, copied: nn.Module) -> None:
         try:
             inputs = map_tensors(generate(form), lambda tensor: tensor.to(device))
             expected, again = outputs_of(live, inputs), outputs_of(live, inputs)
-        except Exception:  # not an input for it
+        except Exception:  # the model does not accept this input
             continue
         if not _difference(expected, again, 0.0) > 0.0:
             break
@@ -53,7 +53,7 @@ def check_outputs(model: nn.Module, name: str, copied: nn.Module) -> None:
         found = outputs_of(copied, inputs)
     except Exception as error:
         raise AdapterError(
-            f"The copy does not run where the model does: {type(error).__name__}: {error}"
+            f"The copy fails where the model runs: {type(error).__name__}: {error}"
         ) from error
     tensors = [*nn.Module.parameters(live), *expected.values()]
     eps = max(
@@ -62,22 +62,21 @@ def check_outputs(model: nn.Module, name: str, copied: nn.Module) -> None:
     )
     if _difference(expected, found, eps) > 1.0:
         message = (
-            "The copy gives other outputs than the model. A module's weight or attributes are used "
-            "elsewhere than in its own forward, or a site's module does not run as a module: "
-            "choose the module around it, or keep the adapters as they are."
+            "The outputs of the copy differ from the model's. A weight or attribute is used "
+            "outside its module's forward, or the model does not call a site's module. Choose "
+            "the module around it as the site, or do not fold or copy this model."
         )
         if eps < _COARSE:
             raise AdapterError(message)
         warnings.warn(
-            f"{message} Or it is the rounding of half precision.", AdapterWarning, stacklevel=3
+            f"{message} In half precision, rounding alone may be the cause.",
+            AdapterWarning,
+            stacklevel=3,
         )
 
 
 def _difference(expected: dict[str, Tensor], found: dict[str, Tensor], eps: float) -> float:
-    """Returns the largest difference, as a multiple of what rounding may bring about.
-
-    Infinite where the forms differ.
-    """
+    """Returns the largest difference as a multiple of the tolerance; inf if the forms differ."""
     if {key: tensor.shape for key, tensor in expected.items()} != {
         key: tensor.shape for key, tensor in found.items()
     }:
@@ -87,10 +86,10 @@ def _difference(expected: dict[str, Tensor], found: dict[str, Tensor], eps: floa
         if not tensor.is_floating_point() or not tensor.numel() or tensor.equal(found[key]):
             continue
         one, other = tensor.double(), found[key].double()
-        if not one.isfinite().all():  # nothing to compare with
+        if not one.isfinite().all():  # NaN and inf cannot be compared
             continue
-        # Relative to the output; and absolute, since what cancels out, of inputs between -1 and 1,
-        # leaves rounding alone.
+        # Relative to the output, and absolute, since outputs that cancel out consist of rounding
+        # alone; inputs are in [-1, 1).
         allowed = eps**0.5 * float(one.abs().max()) + 10 * eps
         difference = float((one - other).abs().max())
         worst = (

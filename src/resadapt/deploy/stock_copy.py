@@ -1,4 +1,4 @@
-"""A copy of an injected model with one set, from which everything of this library is taken off."""
+"""A copy of an injected model with one set, without hooks and attributes of this library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from resadapt.adapters import Adapter
 from resadapt.base.errors import AdapterError
-from resadapt.injection.freeze import thaw_norm, wake_norms
+from resadapt.injection.freeze import allow_statistics_reset, unfreeze_norm
 from resadapt.injection.hooks import detach, later_hooks, unwatch
 from resadapt.injection.installation import take_place
 from resadapt.injection.ledger import LEDGER, adapter_of, ledger_of
@@ -32,11 +32,10 @@ class StockCopy:
     """A copy of a model's backbone with a set's head and norms, in evaluation mode.
 
     Args:
-        model: The backbone, of stock modules, without hooks of this library.
-        adapters: The set's adapters by the modules that carried them.
-        later_hooks: The numbers of the forward hooks that came after the adapter, by the same
-            modules.
-        requires_grad: The parameters' flags from before the injection.
+        model: The backbone, with stock modules and without hooks of this library.
+        adapters: The set's adapters, by the name of the module that each adapts.
+        later_hooks: Ids of the forward hooks that run after the adapter, by the same names.
+        requires_grad: The parameters' flags from before the injection, by name.
     """
 
     model: nn.Module
@@ -49,7 +48,7 @@ def stock_copy(model: nn.Module, name: str) -> StockCopy:
     """Returns a copy of an injected model with one of its sets.
 
     Raises:
-        InjectionError: A tensor has no values (offloaded).
+        InjectionError: The model has meta tensors (offloaded).
         AdapterError: The model cannot be copied.
     """
     check_not_meta(
@@ -60,31 +59,31 @@ def stock_copy(model: nn.Module, name: str) -> StockCopy:
         }
     )
     try:
-        plain = copy.deepcopy(unwrap(model))
+        copied = copy.deepcopy(unwrap(model))
     except Exception as error:
         raise AdapterError(
             f"The model cannot be copied: {type(error).__name__}: {error}"
         ) from error
-    ledger = ledger_of(plain)
+    ledger = ledger_of(copied)
     spec = ledger.sets[name].spec
-    private = {path: private_module(plain, spec, path) for path in spec.private}
-    adapters = {site.owner: adapter_of(plain, spec, site) for site in spec.sites}
-    later = {owner: later_hooks(find_module(plain, owner)) for owner in adapters}
-    for _, module in list(backbone_modules(plain)):
+    private = {path: private_module(copied, spec, path) for path in spec.private}
+    adapters = {site.owner: adapter_of(copied, spec, site) for site in spec.sites}
+    later = {owner: later_hooks(find_module(copied, owner)) for owner in adapters}
+    for _, module in list(backbone_modules(copied)):
         if slot := find_slot(module):
             slot.routes.clear()
             detach(module)
     for adapter in adapters.values():
-        wake_norms(adapter)
+        allow_statistics_reset(adapter)
     for path, module in private.items():
-        take_place(plain, path, module)
-    for _, module in backbone_modules(plain):
+        take_place(copied, path, module)
+    for _, module in backbone_modules(copied):
         unroute(module)
-        thaw_norm(module)
-    unwatch(plain)
-    del plain.__dict__[LEDGER]
-    for _, module in list(backbone_modules(plain)):
+        unfreeze_norm(module)
+    unwatch(copied)
+    del copied.__dict__[LEDGER]
+    for _, module in list(backbone_modules(copied)):
         for key, child in module._modules.items():
             if child is not None:
                 module._modules[key] = behind_wrappers(child)
-    return StockCopy(plain.eval(), adapters, later, ledger.requires_grad)
+    return StockCopy(copied.eval(), adapters, later, ledger.requires_grad)

@@ -1,1 +1,1 @@
-"""Adapter files: bytes, and what they say."""
+"""Adapter files: container, manifest and atomic writes."""

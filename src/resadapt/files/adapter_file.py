@@ -1,4 +1,4 @@
-"""What an adapter file says: its manifest made, and read back with nothing in it trusted."""
+"""The manifest of an adapter file: written, and read back without trusting the content."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class ProbeRecord:
-    """The input on which outputs were recorded, and how.
+    """The probe: the input on which outputs were recorded, and the form of the outputs.
 
     Args:
         source: ``"generated"`` from the form, or ``"given"`` by the user.
-        form: Shapes and dtypes of a generated input, None for a given one.
+        form: Shapes and dtypes of a generated input, None for a given input.
         sha256: Digest of the input.
-        outputs: For each output tensor its shape, and the step between the recorded elements.
+        outputs: The shape of each output tensor, and the step between the recorded elements.
     """
 
     source: str
@@ -57,19 +57,19 @@ class ProbeRecord:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter file says about itself.
+    """The content of an adapter file, without the values of the tensors.
 
     Args:
-        path: The file.
-        size: Its size in bytes.
+        path: Path of the file.
+        size: Size in bytes.
         format_version: Version of the file format.
-        versions: Versions of resadapt, torch and torchvision that wrote it.
+        versions: Versions of resadapt, torch and torchvision that wrote the file.
         set: Description of the adapter set.
         backbone: Fingerprint of the backbone without the head.
-        tensors: The file's own tensors.
+        tensors: Records of the tensors in the file.
         example: Form of the example input at injection, None if there was none.
-        probe: What is known of the probe, None if there was none.
-        metadata: The user's own entries.
+        probe: Record of the probe, None if there was none.
+        metadata: The user's metadata.
     """
 
     path: Path
@@ -85,23 +85,24 @@ class AdapterInfo:
 
 
 def read_adapter_info(path: str | bytes | os.PathLike[str]) -> AdapterInfo:
-    """Reads what an adapter file says, without a model and without executing anything in it.
+    """Reads the description of an adapter file, without a model and without executing code.
 
     Args:
-        path: The file.
+        path: Path of the file.
 
     Returns:
-        Its description.
+        The description.
 
     Raises:
-        AdapterFileError: The file is missing, damaged, of another kind, or of a newer format.
+        AdapterFileError: The file is missing, damaged, of another kind, or of another format.
 
     Example:
         >>> import os, tempfile
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters, save_adapters
         >>> path = os.path.join(tempfile.mkdtemp(), "adapters.pt")
-        >>> report = save_adapters(inject_adapters(resnet18(), "layer4", 8), path, metadata={"f1": 0.5})
+        >>> model = inject_adapters(resnet18(), "layer4", 8)
+        >>> report = save_adapters(model, path, metadata={"f1": 0.5})
         >>> info = read_adapter_info(path)
         >>> info.set.sites[0].name, info.metadata
         ('layer4', {'f1': 0.5})
@@ -112,7 +113,7 @@ def read_adapter_info(path: str | bytes | os.PathLike[str]) -> AdapterInfo:
 def read_adapter_file(
     path: str | bytes | os.PathLike[str],
 ) -> tuple[AdapterInfo, dict[str, Tensor]]:
-    """Reads a file and compares every tensor with its digest.
+    """Reads a file and compares every tensor with the recorded digest.
 
     Raises:
         AdapterFileError: As `read_adapter_info`.
@@ -120,24 +121,25 @@ def read_adapter_file(
     try:
         path = Path(os.fsdecode(path))
         if path.exists() and not path.is_file():
-            raise OSError("it is no ordinary file")
+            raise OSError("not a regular file")
         data = path.read_bytes()
     except (OSError, TypeError, ValueError, MemoryError) as error:
         raise AdapterFileError(
-            f"{path!r}: cannot be read: {error or 'it is too large'}. Check the path."
+            f"{path!r}: cannot be read: {error or 'too large'}. Check the path."
         ) from error
     manifest, tensors = decode(data, path)
     number = manifest.get("format_version")
-    if type(number) is not int or not 1 <= number <= FORMAT_VERSION:
+    if type(number) is int and number < FORMAT_VERSION:
+        raise AdapterFileError(
+            f"{path}: written in format {number}. Formats before {FORMAT_VERSION} were never "
+            "released and are not read: save the file again with this version."
+        )
+    if type(number) is not int or number > FORMAT_VERSION:
         raise AdapterFileError(
             f"{path}: written in format {number!r} by resadapt {manifest.get('versions', {})}; "
-            f"this version reads formats up to {FORMAT_VERSION}. Install a newer resadapt."
+            f"this version reads format {FORMAT_VERSION}. Install a newer resadapt."
         )
     try:
-        if number == 1:
-            manifest = _from_format_1(manifest)
-        if number < 3:
-            manifest = {**manifest, "set": {**manifest["set"], "norms": [], "blueprints": {}}}
         info = AdapterInfo(
             path=path,
             size=len(data),
@@ -152,13 +154,13 @@ def read_adapter_file(
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(
-            f"{path}: its manifest is not one of format {number}: {error!r}. Save it again."
+            f"{path}: the manifest is not valid for format {number}: {error!r}. Save it again."
         ) from error
     if strange := [
         name for name in tensors if not name.startswith(("adapters.", "head.", "norms.", "probe."))
     ]:
         raise AdapterFileError(
-            f"{path}: it has tensors of no known kind: {quote_names(strange)}. Save it again."
+            f"{path}: it has tensors of an unknown kind: {quote_names(strange)}. Save it again."
         )
     if info.probe and (
         lost := [place for place in info.probe.outputs if f"probe.{place}" not in tensors]
@@ -168,8 +170,7 @@ def read_adapter_file(
         )
     if wrong := tensor_differences(tensors, info.tensors):
         raise AdapterFileError(
-            f"{path}: its tensors are not those of its manifest: {quote_reasons(wrong)}. Save it "
-            "again."
+            f"{path}: the tensors differ from the manifest: {quote_reasons(wrong)}. Save it again."
         )
     return info, tensors
 
@@ -184,7 +185,7 @@ def encode_adapter_file(
     probe: ProbeRecord | None,
     metadata: Mapping[str, Any],
 ) -> bytes:
-    """Returns the bytes of an adapter file for a target, whose name chooses the container.
+    """Returns the bytes of an adapter file; the target's suffix selects the container.
 
     Raises:
         AdapterFileError: The container's package is not installed, or the container cannot hold a
@@ -208,16 +209,16 @@ def encode_adapter_file(
 
 
 def as_json(metadata: object, target: Path) -> dict[str, Any]:
-    """Returns a user's entries as a file will give them back.
+    """Returns a user's metadata after a JSON round trip, which must not change them.
 
     Raises:
-        AdapterFileError: They are no JSON object.
+        AdapterFileError: The metadata are not a JSON object, or the round trip changes them.
     """
     if metadata is None:
         return {}
     if not isinstance(metadata, Mapping):
         raise AdapterFileError(
-            f"{target}: metadata is {type(metadata).__name__}: give a dict with str keys."
+            f"{target}: metadata is {type(metadata).__name__}: pass a dict with str keys."
         )
     try:
         text = json.dumps(dict(metadata), allow_nan=False)
@@ -230,7 +231,7 @@ def as_json(metadata: object, target: Path) -> dict[str, Any]:
         ) from error
     if not same:
         raise AdapterFileError(
-            f"{target}: metadata would come back as {back}. Use str keys, and lists in place of "
+            f"{target}: JSON would change metadata to {back}. Use str keys, and lists instead of "
             "tuples."
         )
     return back
@@ -241,21 +242,12 @@ def _probe(data: Any) -> ProbeRecord | None:
         return None
     record = ProbeRecord(**data)
     if not isinstance(record.outputs, dict) or not isinstance(record.sha256, str):
-        raise ValueError("no record of a probe")
+        raise ValueError("not a probe record")
     for output in record.outputs.values():
         if (
             set(output) != {"shape", "step"}
             or type(output["step"]) is not int
             or output["step"] < 1
         ):
-            raise ValueError(f"no record of an output: {output!r}")
+            raise ValueError(f"not an output record: {output!r}")
     return record
-
-
-def _from_format_1(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Returns the manifest of a file of format 1 as one of format 2."""
-    spec = manifest["set"]
-    sites = [{**site, "channel_dim": 1} for site in spec["sites"]]
-    options = {key: value for key, value in spec["options"].items() if key != "init"}
-    backbone = {"tensors": manifest["backbone"], "modules": None, "caches": []}
-    return {**manifest, "set": {**spec, "sites": sites, "options": options}, "backbone": backbone}

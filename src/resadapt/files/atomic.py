@@ -1,4 +1,4 @@
-"""Writing a file all or nothing: beside the target first, over it when it has been found good."""
+"""Atomic file writes: a temporary file is verified first, then replaces the target."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from resadapt.base.errors import AdapterFileError
 
 try:
     import fcntl
-except ImportError:  # Windows, where nobody can remove a file that is open
+except ImportError:  # Windows, where open files cannot be removed
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["atomic_write", "target_of"]
 
 
 def target_of(path: object) -> Path:
-    """Returns where a file is to be written, links followed, after looking whether that can be
-    done.
+    """Returns the path to write to, with symbolic links resolved.
 
     Raises:
-        AdapterFileError: It cannot.
+        AdapterFileError: The path is not a valid file path, or the directory does not exist.
     """
     try:
         target = Path(os.path.realpath(os.fsdecode(path)))  # type: ignore[arg-type]
         exists = target.exists()
     except (OSError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path!r}: is no path of a file: {error}.") from error
+        raise AdapterFileError(f"{path!r}: is not a file path: {error}.") from error
     if exists and not target.is_file():
-        kind = "a directory" if target.is_dir() else "no ordinary file"
-        raise AdapterFileError(f"{target}: is {kind}. Give the path of a file.")
+        kind = "a directory" if target.is_dir() else "not a regular file"
+        raise AdapterFileError(f"{target}: is {kind}. Pass the path of a file.")
     if not target.parent.is_dir():
         raise AdapterFileError(
             f"{target}: the directory {target.parent} does not exist. Create it first."
@@ -44,19 +43,20 @@ def target_of(path: object) -> Path:
 
 @contextmanager
 def atomic_write(target: Path, data: bytes) -> Iterator[Path]:
-    """Writes a temporary file beside the target for the body to examine; it takes the target's
-    place when the body ends well.
+    """Writes a temporary file, which replaces the target if the body raises nothing.
 
-    The file reaches the disk before the body runs. Whatever fails, the target is what it was and
-    nothing else is left. Temporary files that killed processes left for this target are removed.
+    The file is in the target's directory and is flushed to disk before the body runs. After an
+    error the target is unchanged and the temporary file is removed. Temporary files that killed
+    processes left for this target are removed too.
 
     Yields:
         The path of the temporary file.
 
     Raises:
-        AdapterFileError: The disk refuses.
+        AdapterFileError: The file cannot be written, or cannot replace the target.
     """
-    prefix = f".resadapt-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"  # short, whatever the target's name
+    # A digest, so that the prefix is short for every target name.
+    prefix = f".resadapt-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
     _remove_leftovers(target.parent, prefix)
     try:
         file = _created(target.parent, prefix)
@@ -93,19 +93,18 @@ def atomic_write(target: Path, data: bytes) -> Iterator[Path]:
 
 
 def _created(directory: Path, prefix: str) -> BinaryIO:
-    """Returns a new temporary file, which stays locked for as long as this process has it open."""
+    """Returns a new temporary file, which is locked as long as this process has it open."""
     while True:
         path = directory / f"{prefix}{secrets.token_hex(8)}.tmp"
         file = open(path, "xb")  # noqa: SIM115 - the caller closes it
-        # Not yet locked, another process may take it for one that was left behind: it has the lock
-        # now, or has removed the file.
+        # Before the lock, another process may take the file for a leftover, and lock or remove it.
         if _lock(file) is not False and path.exists():
             return file
         file.close()
 
 
 def _remove_leftovers(directory: Path, prefix: str) -> None:
-    """Removes temporary files that no process has locked: those that wrote them were killed."""
+    """Removes temporary files without a lock: the processes that wrote them were killed."""
     for path in directory.glob(f"{prefix}*.tmp"):
         if path.is_file():
             with suppress(OSError), open(path, "rb") as file:
@@ -114,25 +113,22 @@ def _remove_leftovers(directory: Path, prefix: str) -> None:
 
 
 def _lock(file: BinaryIO) -> bool | None:
-    """Locks an open file.
-
-    Tells whether this process has the lock now, None where there are no locks.
-    """
+    """Locks an open file; returns whether that succeeded, None if locks are not supported."""
     if fcntl is None:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
         return None
     return True
 
 
 def _flush_directory(directory: Path) -> None:
-    """Has a renaming reach the disk, where directories can be flushed."""
+    """Flushes a renaming to disk, where the system supports it."""
     if os.name == "posix":
-        with suppress(OSError):  # a directory that may be written but not read
+        with suppress(OSError):  # the directory may be writable but not readable
             descriptor = os.open(directory, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

@@ -1,9 +1,8 @@
-"""An adapter file as bytes: a manifest and tensors in a .safetensors or .pt file, sealed by a
-digest over every byte.
+"""Bytes of an adapter file: manifest and tensors in .safetensors or .pt, sealed by a digest.
 
-The seal is 64 hexadecimal digits inside the file: SHA-256 of the file with those digits taken as
-zeros. A .safetensors file has it, before the manifest, in its metadata entry ``resadapt``; a .pt
-file has it in the comment at the end of its zip archive.
+The seal is 64 hexadecimal digits inside the file: SHA-256 of all bytes, with zeros in place of the
+digits. In a .safetensors file the seal precedes the manifest in the metadata entry ``resadapt``; in
+a .pt file it is in the comment at the end of the zip archive.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ _OPENING = f'"{_ENTRY}":"'.encode()
 _COMMENT = b"resadapt:"
 _DIGITS = 64
 _GLOBALS = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_tensor_v[23]|torch(\.storage)? \w+Storage|torch u?int\d+|torch float\w+"
+    r"collections OrderedDict|torch\._utils _rebuild_tensor_v[23]|torch(\.storage)? \w+Storage"
+    r"|torch u?int\d+|torch float\w+"
 )
 _OPCODES = frozenset(
     {
@@ -66,11 +66,10 @@ _BLANK = b"0" * _DIGITS
 
 
 def format_for(path: Path) -> str:
-    """Returns the format that a file name asks for: by its suffix, or the better one that is
-    installed.
+    """Returns the container for a path's suffix; for other suffixes safetensors if installed.
 
     Raises:
-        AdapterFileError: The name ends in .safetensors and that package is not installed.
+        AdapterFileError: The suffix is .safetensors and the package is not installed.
     """
     installed = find_spec("safetensors") is not None
     match path.suffix.lower():
@@ -85,7 +84,7 @@ def format_for(path: Path) -> str:
 
 
 def encode(manifest: dict[str, Any], tensors: dict[str, Tensor], format: str) -> bytes:
-    """Returns the bytes of a file; the same content gives the same bytes."""
+    """Returns the bytes of a file; equal content results in equal bytes."""
     text = json.dumps(manifest, separators=(",", ":"))
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())
@@ -118,16 +117,14 @@ def _zip_bytes(text: str, tensors: dict[str, Tensor]) -> bytes:
 
 
 def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the manifest and tensors of a file, of which every byte is checked and nothing is
-    executed.
+    """Returns the manifest and tensors of a file; verifies every byte and executes no code.
 
     Args:
         data: The bytes of the file.
-        path: Where they are from, for messages.
+        path: The path of the file, for messages.
 
     Raises:
-        AdapterFileError: The bytes are not those of an adapter file, or not all of them are as they
-            were written.
+        AdapterFileError: The bytes are not an adapter file, or were changed after writing.
     """
     try:
         at = _seal_position(data)
@@ -155,14 +152,14 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = _load_safetensors(data, path)
         manifest = json.loads(text)
         if not isinstance(manifest, dict) or not all(isinstance(name, str) for name in tensors):
-            raise TypeError("no manifest, or tensors without names")
-        if not all(_is_plain(tensor) for tensor in tensors.values()):
-            raise TypeError("something that is no plain tensor")
+            raise TypeError("no manifest, or unnamed tensors")
+        if not all(_is_dense(tensor) for tensor in tensors.values()):
+            raise TypeError("an entry that is not a dense tensor")
         if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > len(data):
             raise ValueError("tensors that share memory, which resadapt never writes")
     except AdapterFileError:
         raise
-    except Exception as error:  # whatever the readers make of bytes that somebody sealed
+    except Exception as error:  # readers raise anything for sealed but malformed bytes
         raise AdapterFileError(
             f"{path}: sealed, but its content cannot be read: {error}. Save it again."
         ) from error
@@ -170,11 +167,12 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_pickle(data: bytes) -> None:
-    """Refuses a pickle that would make anything but a dictionary of texts and tensors: even an
-    empty bytearray can be large.
+    """Checks that a pickle builds only dictionaries of strings and tensors.
+
+    Even a harmless class can allocate much memory, such as a bytearray of zeros.
 
     Raises:
-        ValueError: It has what resadapt never writes.
+        ValueError: The pickle has an opcode or global that resadapt never writes.
     """
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name not in _OPCODES or (
@@ -185,11 +183,11 @@ def _check_pickle(data: bytes) -> None:
             )
 
 
-def _is_plain(tensor: object) -> bool:
-    """Tells whether something is a dense tensor with as many elements as it has memory for."""
+def _is_dense(tensor: object) -> bool:
+    """Returns whether an object is a dense tensor whose storage holds all elements."""
     return (
         type(tensor) is Tensor
-        and not tensor.__dict__  # attributes that could take the place of its methods
+        and not tensor.__dict__  # attributes could shadow methods
         and tensor.layout is torch.strided
         and not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
         and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -197,18 +195,17 @@ def _is_plain(tensor: object) -> bool:
 
 
 def _seal(data: bytes | bytearray, at: int) -> bytes:
-    whole = hashlib.sha256(memoryview(data)[:at])
-    whole.update(_BLANK)
-    whole.update(memoryview(data)[at + _DIGITS :])
-    return whole.hexdigest().encode()
+    digest = hashlib.sha256(memoryview(data)[:at])
+    digest.update(_BLANK)
+    digest.update(memoryview(data)[at + _DIGITS :])
+    return digest.hexdigest().encode()
 
 
 def _seal_position(data: bytes | bytearray) -> int:
     if data[:2] == b"PK":
         at = len(data) - _DIGITS
-        end = (
-            at - len(_COMMENT) - 22
-        )  # the zip format's end record, whose last two bytes are the length of the comment
+        # The end record of a zip archive has 22 bytes; the last two are the comment's length.
+        end = at - len(_COMMENT) - 22
         length = (len(_COMMENT) + _DIGITS).to_bytes(2, "little")
         if end < 0 or data[end : end + 4] != b"PK\5\6" or data[end + 20 : at] != length + _COMMENT:
             raise ValueError("no seal at the end")

@@ -1,10 +1,10 @@
-"""From a set's description to its adapters: the family by name, and an adapter built for its place."""
+"""Building a set's adapters from its description."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,62 +39,62 @@ __all__ = [
 
 
 def family_named(name: str) -> type[Adapter]:
-    """Returns a family.
+    """Returns the family registered under a name.
 
     Raises:
-        InjectionError: There is none of that name.
+        InjectionError: No family has that name.
     """
     if not isinstance(name, str) or name not in FAMILIES:
         raise InjectionError(
-            f"family={name!r} does not exist; there is {quote_names(FAMILIES)}. A family of your "
-            f"own must be registered first, with @resadapt.register_family({name!r}) on its class."
+            f"family={name!r} does not exist; there is {quote_names(FAMILIES)}. Register a custom "
+            f"family first, with @resadapt.register_family({name!r}) on its class."
         )
     return FAMILIES[name]
 
 
 def json_options(family: type[Adapter], given: dict[str, Any]) -> dict[str, Any]:
-    """Returns a family's options as a file gives them back, where tuples are lists.
+    """Returns a family's options as loaded from a file: JSON values, with lists for tuples.
 
     Raises:
-        InjectionError: One is no JSON value.
+        InjectionError: An option is not a JSON value.
     """
     if misplaced := sorted({"bottleneck", "dropout", "site"} & given.keys()):
-        raise InjectionError(f"{quote_names(misplaced)} is no option of a family. Leave it out.")
+        raise InjectionError(f"{quote_names(misplaced)} is not a family option. Remove it.")
     options = options_of(family, given)
     for name, value in options.items():
         try:
             options[name] = json.loads(json.dumps(value, allow_nan=False))
             if _lists(value) != options[name]:
-                raise ValueError(f"it would come back as {options[name]!r:.100}")
+                raise ValueError(f"it would be loaded as {options[name]!r:.100}")
         except (TypeError, ValueError, RecursionError) as error:
             raise InjectionError(
-                f"{family.__name__}: {name}={value!r:.100} is no JSON value, and options travel in "
-                f"the file: {error}. Use dict, list, str, int, finite float, bool, None."
+                f"{family.__name__}: {name}={value!r:.100} is not a JSON value, but options are "
+                f"saved as JSON: {error}. Use dict, list, str, int, finite float, bool, None."
             ) from error
     return options
 
 
 def _lists(value: Any) -> Any:
-    """Returns a value with lists in place of tuples."""
+    """Returns a value with every tuple converted to a list."""
     if isinstance(value, dict):
         return {key: _lists(each) for key, each in value.items()}
     return [_lists(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def build(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
-    """Returns a new adapter for a site, in the device and dtype of what is there.
+    """Returns a new adapter for a site, on the device and in the dtype of the site's module.
 
     Args:
         model: The model.
         spec: The set.
         site: The site.
-        start: Options that only say how the adapter starts.
+        start: Options that only affect the initial values.
 
     Raises:
-        InjectionError: The family does not exist, does not take the options, or has no meaning at
-            the site.
+        InjectionError: The family does not exist, does not take the options, or cannot adapt the
+            site.
     """
-    with torch.device("cpu"):  # the same numbers from the same seed, wherever the model is
+    with torch.device("cpu"):  # a seed gives the same values for a model on any device
         adapter = _checked(model, spec, site, start)
     owner = find_module(model, site.owner)
     near = [
@@ -104,19 +104,16 @@ def build(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, A
         if isinstance(t, nn.Parameter) and t.is_floating_point()
     ]
     if not type(adapter).__module__.startswith("resadapt."):
-        meta_adapter(
-            model, spec, site
-        )  # as it will be when a file is saved or loaded: better now than after training
+        # Loading a file builds the adapter on the meta device: fail before training, not after.
+        meta_adapter(model, spec, site)
     if near:
-        like = near[0]
-        adapter._apply(
-            lambda t: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype)
-        )  # type: ignore[no-untyped-call]
+        device, dtype = near[0].device, near[0].dtype
+        adapter._apply(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))  # type: ignore[no-untyped-call]
     return adapter.train(model.training)
 
 
 def saved_tensors(adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Walks the parameters and persistent buffers of an adapter, also those that have two names."""
+    """Yields the parameters and persistent buffers of an adapter, once for each name."""
     for key, module in adapter.named_modules(remove_duplicate=False):
         yield from persistent_tensors(module, key)
 
@@ -127,19 +124,19 @@ def saved_shapes(adapter: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def meta_adapter(model: nn.Module, spec: SetSpec, site: SiteSpec, **start: Any) -> Adapter:
-    """Returns an adapter whose tensors have sizes but no values, and take no memory.
+    """Returns an adapter with meta tensors, which take no memory.
 
     Raises:
         InjectionError: As `build`.
     """
-    with torch.device("meta"), _NoStart():
+    with torch.device("meta"), _SkipMetaInit():
         return _checked(model, spec, site, start)
 
 
 def buildable(model: nn.Module, spec: SetSpec, site: SiteSpec) -> bool:
-    """Returns whether a set's family has an adapter for a site, of the site's width."""
+    """Tells whether a set's family can build an adapter for a site."""
     try:
-        with torch.device("meta"), _NoStart():
+        with torch.device("meta"), _SkipMetaInit():
             _new(model, spec, site, {})
     except Exception:  # a family's constructor may raise anything
         return False
@@ -147,9 +144,9 @@ def buildable(model: nn.Module, spec: SetSpec, site: SiteSpec) -> bool:
 
 
 def fitting_places(model: nn.Module, spec: SetSpec) -> str:
-    """Says what in a model a set's family can adapt, as far as modules tell their shapes.
+    """Returns a sentence that lists the modules a set's family can adapt; "" if there are none.
 
-    Empty if nowhere.
+    Only modules whose type gives the output shape are considered.
     """
     found = []
     bottleneck = max((site.bottleneck for site in spec.sites), default=1)
@@ -176,34 +173,32 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
         ) from error
     except ValueError as error:
         kind = type(find_module(model, site.name)).__name__
+        message = f"family {spec.family!r} cannot adapt site {site.name!r} ({kind}): {error}."
+        raise InjectionError(f"{message} {fitting_places(model, spec)}".rstrip()) from error
+    except Exception as error:  # sizes read from a file or a custom family may raise anything
+        where = " on the meta device, where the constructor must run too, without tensor values"
         raise InjectionError(
-            f"family {spec.family!r} cannot adapt site {site.name!r} ({kind}): {error}. {fitting_places(model, spec)}".rstrip()
-        ) from error
-    except (
-        Exception
-    ) as error:  # whatever sizes out of a file, or a family of one's own, bring about
-        where = " on the meta device, where its constructor must run too and tensors have no values to read"
-        raise InjectionError(
-            f"family {spec.family!r}, bottleneck {site.bottleneck}: no adapter can be made for "
+            f"family {spec.family!r}, bottleneck {site.bottleneck}: cannot build an adapter for "
             f"site {site.name!r}{where if _is_on_meta() else ''}: {type(error).__name__}: {error}."
         ) from error
     _check_adapter(adapter, spec, find_module(model, site.owner))
     if adapter.reads != "output" and site.owner != site.name:
-        raise InjectionError(
-            f"Site {site.name!r} is a Sequential: its adapter sits at its last block "
-            f"{site.owner!r} and would read that "
-            f"block's input, not its own, which {spec.family!r} needs. Name a module itself. {fitting_places(model, spec)}".rstrip()
+        message = (
+            f"Site {site.name!r} is a Sequential: its adapter is attached to the last block "
+            f"{site.owner!r} and would read that block's input, but {spec.family!r} needs the "
+            "Sequential's input. Choose a module that is not a Sequential."
         )
+        raise InjectionError(f"{message} {fitting_places(model, spec)}".rstrip())
     return adapter
 
 
 def _is_on_meta() -> bool:
-    """Tells whether tensors that are made now have no values."""
+    """Tells whether the default device is the meta device."""
     return torch.empty(0).is_meta
 
 
 def _check_adapter(adapter: Adapter, spec: SetSpec, owner: nn.Module) -> None:
-    """Refuses what a family of one's own may get wrong."""
+    """Checks an adapter for mistakes that a custom family can make."""
     if "_parameters" not in adapter.__dict__:
         raise InjectionError(
             f"family {spec.family!r}: the constructor of {type(adapter).__name__} does not call "
@@ -211,49 +206,47 @@ def _check_adapter(adapter: Adapter, spec: SetSpec, owner: nn.Module) -> None:
         )
     if adapter.reads not in ("output", "input", "weight"):
         raise InjectionError(
-            f"family {spec.family!r}: reads={adapter.reads!r}, where it is 'output', 'input' or "
-            "'weight'."
+            f"family {spec.family!r}: reads={adapter.reads!r}: use 'output', 'input' or 'weight'."
         )
     if adapter.reads == "weight" and not (hasattr(owner, "weight") and hasattr(owner, "bias")):
         raise InjectionError(
-            f"family {spec.family!r} reads a weight and a bias, and {type(owner).__name__} has "
+            f"family {spec.family!r} reads a weight and a bias, but {type(owner).__name__} has "
             "none."
         )
     for path, tensor in (*adapter.named_parameters(), *adapter.named_buffers()):
         if is_lazy(tensor):
             raise InjectionError(
-                f"family {spec.family!r}: {path!r} has no size yet. Give lazy modules their sizes: "
-                "the constructor is told them by its site (channels, spatial_dims, module)."
+                f"family {spec.family!r}: {path!r} has no size yet. Lazy modules cannot be "
+                "used: the constructor gets sizes from its site (channels, spatial_dims, module)."
             )
         if tensor.is_meta and not _is_on_meta():
             raise InjectionError(
-                f"family {spec.family!r}: {path!r} is made on the meta device, without values. "
-                "Leave device out."
+                f"family {spec.family!r}: {path!r} is created on the meta device. Remove the "
+                "device argument."
             )
         if is_dense(tensor) and any(
             step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
         ):
             raise InjectionError(
-                f"family {spec.family!r}: elements of {path!r} share memory, as after expand: "
-                "clone it."
+                f"family {spec.family!r}: elements of {path!r} share memory, as after expand. "
+                "Clone the tensor."
             )
-    theirs = {
-        id(part)
-        for part in (
-            *nn.Module.modules(owner),
-            *nn.Module.parameters(owner),
-            *nn.Module.buffers(owner),
-        )
-    }
-    if any(
-        id(part) in theirs
-        for part in (*adapter.modules(), *adapter.parameters(), *adapter.buffers())
-    ):
+    owner_parts, adapter_parts = (
+        {id(part) for method in _PARTS for part in method(module)} for module in (owner, adapter)
+    )
+    if owner_parts & adapter_parts:
         raise InjectionError(
-            f"family {spec.family!r} keeps a module or tensor of its site, which would travel in "
-            "its file and be trained with it. Have its constructor only look at site.module; its "
-            "forward gets the weight with reads = 'weight'."
+            f"family {spec.family!r} stores a module or tensor of its site, which would be saved "
+            "and trained with the adapter. The constructor may read site.module but must not store "
+            "it; forward gets the weight with reads = 'weight'."
         )
+
+
+_PARTS: tuple[Callable[[nn.Module], Iterator[object]], ...] = (
+    nn.Module.modules,
+    nn.Module.parameters,
+    nn.Module.buffers,
+)
 
 
 def _new(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
@@ -269,13 +262,13 @@ def _new(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, An
         return family(Site(site.channels, site.spatial_dims, site.channel_dim, module), **arguments)
 
 
-class _NoStart(TorchFunctionMode):
-    """While this is active, tensors without values get no random ones either, which takes torch longer than all else there."""
+class _SkipMetaInit(TorchFunctionMode):
+    """Skips random initialisation of meta tensors, the slowest part of building on meta."""
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensor = args[0] if args else kwargs.get("tensor")  # as torch.nn.init has it
+        tensor = args[0] if args else kwargs.get("tensor")  # torch.nn.init passes it by keyword
         if (
             getattr(func, "__name__", "") in ("normal_", "uniform_")
             and isinstance(tensor, Tensor)

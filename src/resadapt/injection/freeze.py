@@ -1,12 +1,9 @@
-"""Freezing that holds.
-
-No gradients, and norms whose statistics cannot move whatever the training flag says.
-"""
+"""Freezing the backbone: no gradients, and no updates of running statistics in train mode."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,49 +17,51 @@ from resadapt.injection.walk import backbone_modules, is_leaf
 __all__ = [
     "NORM_POLICIES",
     "FrozenStatistics",
+    "allow_statistics_reset",
+    "block_statistics_reset",
     "drop_hook",
     "freeze_backbone",
     "freeze_norm",
     "hold_in_eval",
     "is_frozen",
     "norms_of",
-    "rest_norms",
-    "thaw_norm",
-    "wake_norms",
+    "unfreeze_norm",
 ]
 
 
 class FrozenStatistics(Overlay, nn.modules.batchnorm._BatchNorm):
-    """Normalises with the running statistics, in training too, and never updates them."""
+    """Normalises with the running statistics, in train mode too, and never updates them."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Normalises a batch ``[N, C, ...]``."""
-        # Only this call: the stock forward branches on the input's dimensions, which torch.fx
-        # cannot trace in a class that is not torch.nn's own.
+        if not isinstance(self, FrozenStatistics):  # bound before the class was restored
+            return cast(Tensor, type(self).forward(self, input))
+        # The stock forward branches on the input's dimensions, which torch.fx cannot trace in a
+        # class that torch.nn does not define.
         return F.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
 
     @override
     def reset_running_stats(self) -> None:
-        """Keeps the statistics: `torch.optim.swa_utils.update_bn`, for one, would start them anew."""
+        """Does nothing: `torch.optim.swa_utils.update_bn`, for one, resets the statistics."""
 
 
 class FrozenBatchNorm1d(FrozenStatistics, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` whose statistics cannot move."""
+    """`torch.nn.BatchNorm1d` with frozen running statistics."""
 
 
 class FrozenBatchNorm2d(FrozenStatistics, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` whose statistics cannot move."""
+    """`torch.nn.BatchNorm2d` with frozen running statistics."""
 
 
 class FrozenBatchNorm3d(FrozenStatistics, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` whose statistics cannot move."""
+    """`torch.nn.BatchNorm3d` with frozen running statistics."""
 
 
 class FrozenSyncBatchNorm(FrozenStatistics, nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` whose statistics cannot move."""
+    """`torch.nn.SyncBatchNorm` with frozen running statistics."""
 
 
 _FROZEN: dict[type[nn.Module], type[nn.Module]] = {
@@ -75,51 +74,55 @@ _AFFINE = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNor
 
 
 def hold_in_eval(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of other modules with statistics (a BatchNorm of one's own, spectral norm).
+    """Forward pre-hook that keeps a module in eval mode.
 
-    Runs them as in evaluation.
+    For modules with statistics but no frozen class: a custom BatchNorm, spectral norm.
     """
     module.training = False
 
 
 def freeze_norm(module: nn.Module) -> None:
-    """Fixes the statistics of a module, if it has any."""
-    if type(module) in _FROZEN and module._buffers["running_mean"] is not None:
+    """Stops updates of a module's running statistics, if it has any."""
+    has_class_forward = "forward" not in module.__dict__
+    if (
+        type(module) in _FROZEN
+        and has_class_forward
+        and module._buffers["running_mean"] is not None
+    ):
         put_class(module, _FROZEN[type(module)], None)
     elif _keeps_statistics(module) and not _is_held(module):
-        # First of all hooks: torch.nn.utils.spectral_norm updates its buffers in a pre-hook of its
-        # own.
+        # Before all other hooks: torch.nn.utils.spectral_norm updates its buffers in a pre-hook.
         module.register_forward_pre_hook(hold_in_eval, prepend=True)
 
 
-def thaw_norm(module: nn.Module) -> None:
-    """Gives a module its own class and forward again."""
+def unfreeze_norm(module: nn.Module) -> None:
+    """Undoes `freeze_norm`."""
     uncover(module)
     drop_hook(module._forward_pre_hooks, hold_in_eval)
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Tells whether a module's statistics are fixed."""
+    """Tells whether a module's running statistics are frozen."""
     return isinstance(module, FrozenStatistics) or _is_held(module)
 
 
 def _is_held(module: nn.Module) -> bool:
-    """Tells whether a module is held in evaluation, so that its training flag says nothing."""
+    """Tells whether `hold_in_eval` keeps a module in eval mode, whatever its training flag."""
     return hold_in_eval in module._forward_pre_hooks.values()
 
 
 NORM_POLICIES = ("frozen", "affine", "stats", "affine+stats")
-"""What a set has of its own of the backbone's norms outside its head.
+"""What a set has a private copy of in the backbone's norms outside its head.
 
 Nothing, weights and biases, running statistics, or both.
 """
 
 
 def norms_of(model: nn.Module, policy: str, head: Collection[str]) -> tuple[str, ...]:
-    """Returns the names of the norms of which a set with this policy has its own.
+    """Returns the names of the norms that a set with this policy has private copies of.
 
     Raises:
-        InjectionError: The policy does not exist, or there is no such norm.
+        InjectionError: The policy does not exist, or the backbone has no such norm.
     """
     if policy not in NORM_POLICIES:
         raise InjectionError(
@@ -141,14 +144,16 @@ def norms_of(model: nn.Module, policy: str, head: Collection[str]) -> tuple[str,
             found.setdefault(id(module), name)
     if not found:
         raise InjectionError(
-            f"norm={policy!r}: the backbone has no norm outside the head that has these. Leave "
-            "norm out."
+            f"norm={policy!r}: no norm of the backbone outside the head has these. Remove norm=."
         )
     return tuple(found.values())
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Stops every gradient of the backbone, drops those that an optimizer could still apply, and fixes all statistics."""
+    """Freezes all parameters and running statistics of the backbone.
+
+    Drops gradients too, which an optimizer could still apply.
+    """
     for _, module in backbone_modules(model):
         freeze_norm(module)
         for parameter in module._parameters.values():
@@ -157,33 +162,36 @@ def freeze_backbone(model: nn.Module) -> None:
                 parameter.grad = None
 
 
-def rest_norms(module: nn.Module) -> None:
-    """Has the norms in a set's modules keep their statistics, which `torch.optim.swa_utils.update_bn` would start anew."""
+def block_statistics_reset(module: nn.Module) -> None:
+    """Makes `reset_running_stats` do nothing in a module's BatchNorms.
+
+    Keeps the statistics of an inactive set, which `torch.optim.swa_utils.update_bn` would reset.
+    """
     for each in module.modules():
         if isinstance(each, nn.modules.batchnorm._BatchNorm):
             each.__dict__["reset_running_stats"] = _keep_statistics
 
 
-def wake_norms(module: nn.Module) -> None:
-    """Undoes `rest_norms`."""
+def allow_statistics_reset(module: nn.Module) -> None:
+    """Undoes `block_statistics_reset`."""
     for each in module.modules():
         if each.__dict__.get("reset_running_stats") is _keep_statistics:
             del each.__dict__["reset_running_stats"]
 
 
 def drop_hook(hooks: dict[int, Any], hook: Any) -> None:
-    """Removes a hook by its function: a handle would not survive copying and pickling."""
+    """Removes a hook by its function, since handles do not survive copying and pickling."""
     for key in [key for key, value in hooks.items() if value is hook]:
         del hooks[key]
 
 
 def _keep_statistics() -> None:
-    """Stands for the method that starts a norm's statistics anew."""
+    """Replaces `reset_running_stats` on the instance."""
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    # Norms and leaves only: a whole network may own a buffer too (its input's mean, say), and must
-    # keep its training behaviour.
+    # Norms and leaves only: a network may have a buffer too (an input mean, say), and must keep
+    # its behaviour in train mode.
     owns_buffers = any(buffer is not None for buffer in module._buffers.values())
     norm = isinstance(module, nn.modules.batchnorm._NormBase)
     return owns_buffers and not isinstance(module, FrozenStatistics) and (norm or is_leaf(module))

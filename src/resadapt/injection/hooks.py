@@ -1,7 +1,7 @@
-"""The forward hook of every site, and how it is put on and taken off.
+"""Registering and removing the hooks that apply adapters and count runs.
 
-The functions are stateless and live at module level: they find the adapters through the module they
-are given, so a model that carries them can be copied, pickled, replicated and compiled.
+The hooks are stateless module-level functions that find the adapters through the hooked module, so
+a model with these hooks can be copied, pickled, replicated and compiled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def apply_adapter(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of a site's owner: the active adapter's result in place of the output."""
+    """Forward hook of a site's owner: replaces the output by the active adapter's result."""
     slot: AdapterSlot = module._modules[SLOT]  # type: ignore[assignment]
     if slot.active in slot.sites or slot.mixture is not None:
         count_run(slot)
@@ -47,7 +47,7 @@ def apply_adapter(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def slot_of(owner: nn.Module) -> AdapterSlot:
-    """Returns the slot of a module, which is made if it has none."""
+    """Returns a module's slot, and creates the slot if there is none."""
     slot = find_slot(owner)
     if slot is None:
         slot = AdapterSlot()
@@ -57,7 +57,7 @@ def slot_of(owner: nn.Module) -> AdapterSlot:
 
 
 def attach(owner: nn.Module) -> AdapterSlot:
-    """Returns the slot of a module that carries adapters, and has the hook apply them."""
+    """Returns a module's slot, and registers the hook that applies the slot's adapters."""
     slot = slot_of(owner)
     if apply_adapter not in owner._forward_hooks.values():
         owner.register_forward_hook(apply_adapter)
@@ -65,21 +65,21 @@ def attach(owner: nn.Module) -> AdapterSlot:
 
 
 def detach(owner: nn.Module) -> None:
-    """Takes the hook off a module that carries no adapter any more, and the slot if nothing else is in it."""
+    """Removes the adapter hook from a module, and the slot unless private modules are in it."""
     drop_hook(owner._forward_hooks, apply_adapter)
     if not owner._modules[SLOT].routes:  # type: ignore[union-attr]
         del owner._modules[SLOT]
 
 
 def later_hooks(owner: nn.Module) -> list[int]:
-    """Returns the numbers of the forward hooks that come after the adapter."""
+    """Returns the ids of the forward hooks that run after the adapter hook."""
     numbers = list(owner._forward_hooks)
     ours = next(number for number, hook in owner._forward_hooks.items() if hook is apply_adapter)
     return numbers[numbers.index(ours) + 1 :]
 
 
 def watch(root: nn.Module) -> None:
-    """Has every forward of the whole model watched."""
+    """Registers the hooks that watch every forward of the whole model."""
     if begin_forward not in root._forward_pre_hooks.values():
         root.register_forward_pre_hook(begin_forward)
         root.register_forward_hook(check_first_forward)
@@ -87,7 +87,7 @@ def watch(root: nn.Module) -> None:
 
 
 def unwatch(root: nn.Module) -> None:
-    """Ends the watch."""
+    """Removes the hooks of `watch`."""
     drop_hook(root._forward_pre_hooks, begin_forward)
     drop_hook(root._forward_hooks, check_first_forward)
     drop_hook(root._forward_hooks, end_forward)
@@ -96,10 +96,10 @@ def unwatch(root: nn.Module) -> None:
 
 
 def watch_private(module: nn.Module) -> None:
-    """Has the runs of a set's private module counted."""
+    """Registers the hook that counts the runs of a private module."""
     module.register_forward_pre_hook(count_private)
 
 
 def unwatch_private(module: nn.Module) -> None:
-    """Ends that."""
+    """Removes the hook of `watch_private`."""
     drop_hook(module._forward_pre_hooks, count_private)

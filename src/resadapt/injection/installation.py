@@ -1,4 +1,4 @@
-"""Putting a set into a model and taking it out again, all or nothing."""
+"""Installing a set in a model and uninstalling it, all or nothing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from resadapt.base.spec import SetSpec, SiteSpec, within
 from resadapt.base.undisturbed import Snapshot
 from resadapt.injection.building import build, family_named, saved_shapes
 from resadapt.injection.freeze import (
+    allow_statistics_reset,
     freeze_backbone,
     freeze_norm,
     is_frozen,
     norms_of,
-    thaw_norm,
-    wake_norms,
+    unfreeze_norm,
 )
 from resadapt.injection.hooks import (
     attach,
@@ -52,10 +52,11 @@ __all__ = ["check_model", "install", "take_place", "uninstall"]
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuses what cannot be injected into at all.
+    """Checks that a model can be injected into at all.
 
     Raises:
-        InjectionError: It is no module, a wrapper, or has parts that cannot be read or frozen.
+        InjectionError: The model is not a module, is a wrapper, or has parts that cannot be read or
+            frozen.
     """
     if unwrap(model) is not model:
         raise InjectionError(
@@ -65,28 +66,27 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise InjectionError(
                 f"{f'Module {path!r}' if path else 'The model'} is compiled TorchScript, which "
-                "cannot be frozen or hooked. Inject into the model that it was made from; "
-                "resadapt.inference_copy(model) gives one that can be scripted."
+                "cannot be frozen or hooked. Inject into the Python model before scripting; "
+                "resadapt.inference_copy(model) returns a model that can be scripted."
             )
     if sharded_tensors(model):
         raise InjectionError(
-            "The model is sharded already, and adapters that come later would be left out of "
-            "gradient averaging. Inject first, then call fully_shard."
+            "The model is sharded already, and gradients of adapters injected now would not be "
+            "averaged. Inject first, then call fully_shard."
         )
     for path, tensor in backbone_tensors(model):
         if is_lazy(tensor) or tensor.is_meta:
             raise InjectionError(
                 f"Tensor {path!r} has no values yet. Load the weights, run the model once, or undo "
-                "its offloading, then inject."
+                "offloading, then inject."
             )
         if tensor.layout is not torch.strided:
             raise InjectionError(
-                f"Tensor {path!r} is {tensor.layout}, of which no fingerprint can be taken. Make "
-                "it dense."
+                f"Tensor {path!r} is {tensor.layout} and cannot be fingerprinted. Make it dense."
             )
 
 
-@torch.inference_mode(False)  # what is made here is to be trained
+@torch.inference_mode(False)  # inference tensors could not be trained later
 def install(
     model: nn.Module,
     spec: SetSpec,
@@ -96,17 +96,17 @@ def install(
     fill: Callable[[], None] = lambda: None,
     **start: Any,
 ) -> None:
-    """Injects the set that a description tells, all or nothing, and makes it the active one.
+    """Injects a set by its description, all or nothing, and makes the set active.
 
     Args:
         model: The model.
         spec: The set.
         example: Form of the example input, None if there is none.
-        heads: The modules of which the set gets copies for its head, by their places.
-        fingerprint: Of the model as it is now, if it is known; it counts for the first set.
-        fill: Called once the set is in the model, to put values into it; if it fails, the set is
-            taken out again.
-        **start: Options that only say how the adapters start.
+        heads: The modules to copy for the set's head, by name in the model.
+        fingerprint: Fingerprint of the model now, if known; used for the first set only.
+        fill: Called once the set is in the model, to load values; if `fill` raises, the set is
+            uninstalled.
+        **start: Options that only affect the adapters' initial values.
 
     Raises:
         InjectionError: The model cannot take the set.
@@ -120,7 +120,7 @@ def install(
         _check_set(model, spec)
         adapters = {site: build(model, spec, site, start) for site in spec.sites}
         private = _private_copies(model, spec, heads)
-        _check_apart(adapters)
+        _check_unique_names(adapters)
     shapes = {
         f"{site.name}.{key}": shape
         for site, adapter in adapters.items()
@@ -161,7 +161,7 @@ def install(
 def _private_copies(
     model: nn.Module, spec: SetSpec, heads: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """Returns the modules that a set runs in place of the backbone's, with flags as its norm policy says."""
+    """Returns a set's private modules, with `requires_grad` as the norm policy says."""
     copies = private_copies(model, spec.private, heads)
     for name in spec.norms:
         for parameter in copies[name].parameters():
@@ -182,9 +182,9 @@ def _insert_private(model: nn.Module, spec: SetSpec, name: str, module: nn.Modul
 
 
 def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
-    """Takes a set out; after the last one the model is what it was before the first.
+    """Removes a set; after the last set, restores the model as it was before the first.
 
-    It does not look whether it can: call `check_switchable` first.
+    Does not check whether removal can succeed: call `check_switchable` first.
     """
     if ledger.active == name:
         activate(model, ledger, None)
@@ -192,7 +192,7 @@ def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
     ledger.trained.discard(name)
     for _, module in list(backbone_modules(model)):
         if slot := find_slot(module):
-            slot.take_out(name)
+            slot.remove(name)
             if not slot.sites:
                 detach(module)
     used = {
@@ -208,25 +208,25 @@ def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
 
 
 def take_place(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a set's private module into the model for good, in place of one of the backbone, whose hooks it takes over."""
+    """Replaces a module of the backbone by a private module for good, and keeps the hooks."""
     place = find_module(model, name)
     computing = computing_hooks(place)
     for kind in HOOKS:
         getattr(module, kind).update(
             {key: hook for key, hook in getattr(place, kind).items() if key not in computing}
         )
-    for parent in nn.Module.modules(model):  # which may have it under several names
+    for parent in nn.Module.modules(model):  # a shared module has several names
         parent._modules.update(
             {key: module for key, child in parent._modules.items() if child is place}
         )
     unwatch_private(module)
-    wake_norms(module)
+    allow_statistics_reset(module)
 
 
 def _restore_backbone(model: nn.Module, ledger: Ledger) -> None:
-    """Makes a model that has no sets any more what it was before it had any."""
+    """Restores a model without sets as it was before the first injection."""
     for _, module in backbone_modules(model):
-        thaw_norm(module)
+        unfreeze_norm(module)
     unwatch(model)
     for path, module in backbone_modules(model):
         module.training = ledger.training.get(path, module.training)
@@ -234,21 +234,20 @@ def _restore_backbone(model: nn.Module, ledger: Ledger) -> None:
         wrapper.training = behind_wrappers(wrapper).training
     for path, tensor in backbone_tensors(model):
         if isinstance(tensor, nn.Parameter):
-            with torch.inference_mode(
-                tensor.is_inference()
-            ):  # in which alone such a tensor's flag may be set
+            # The flag of an inference tensor can only be set in inference mode.
+            with torch.inference_mode(tensor.is_inference()):
                 tensor.requires_grad_(ledger.requires_grad.get(path, tensor.requires_grad))
     model.__dict__.pop(LEDGER, None)
 
 
 def _check_untouched(model: nn.Module) -> None:
-    """Refuses a model that was injected into through another root."""
+    """Refuses a model that was injected into through a submodule or a parent module."""
     inside = [path for path, module in backbone_modules(model) if LEDGER in module.__dict__]
     if inside or next(slots_of(model), None) is not None:
         where = (
-            f"Its submodule {inside[0]!r} was injected into on its own"
+            f"Its submodule {inside[0]!r} was injected into separately"
             if inside
-            else "It is a part of an injected model"
+            else "It is part of an injected model"
         )
         raise InjectionError(
             f"This {type(model).__name__} carries adapters already. {where}: call remove_adapters "
@@ -256,8 +255,8 @@ def _check_untouched(model: nn.Module) -> None:
         )
     if shared := [path for path, module in backbone_modules(model) if is_frozen(module)]:
         raise InjectionError(
-            f"Module {shared[0]!r} was frozen by an injection into another model, which shares it. "
-            "Inject into a model that holds all, or into a copy.deepcopy of this one."
+            f"Module {shared[0]!r} was frozen by an injection into another model that shares the "
+            "module. Inject into a model that contains both, or into a copy.deepcopy of this one."
         )
 
 
@@ -269,16 +268,15 @@ def _check_new(ledger: Ledger, name: str) -> None:
         )
 
 
-def _check_apart(adapters: Mapping[SiteSpec, nn.Module]) -> None:
-    """Refuses adapters of which two tensors would have one name in a file."""
+def _check_unique_names(adapters: Mapping[SiteSpec, nn.Module]) -> None:
+    """Refuses adapters with two tensors of the same name in a file."""
     paths: set[str] = set()
     for site, adapter in adapters.items():
         for path in {f"{site.name}.{key}" for key in saved_shapes(adapter)}:
             if path in paths:
                 raise InjectionError(
                     f"The adapters at {site.name!r} and at the module around it both have a tensor "
-                    f"{path!r}. Choose one of the two sites, or rename what the family calls its "
-                    "parts."
+                    f"{path!r}. Choose one of the two sites, or rename the family's attributes."
                 )
             paths.add(path)
 
@@ -286,24 +284,23 @@ def _check_apart(adapters: Mapping[SiteSpec, nn.Module]) -> None:
 def _check_set(model: nn.Module, spec: SetSpec) -> None:
     if spec.norms != norms_of(model, spec.norm, spec.head):
         raise InjectionError(
-            f"norm={spec.norm!r}: norms {quote_names(spec.norms)}, are not those of this model."
+            f"norm={spec.norm!r}: the norms {quote_names(spec.norms)} are not those of this model."
         )
     family_named(spec.family)
     if not 0.0 <= spec.dropout < 1.0:
         raise InjectionError(f"dropout={spec.dropout!r} is not a probability in [0, 1).")
     if not re.fullmatch(r"\w[\w-]*", spec.name) or hasattr(AdapterSlot(), spec.name):
         raise InjectionError(
-            f"name={spec.name!r} cannot name a set: use letters, digits, '_' and '-', and no name "
-            "that torch.nn.Module uses itself."
+            f"name={spec.name!r} cannot name a set: use letters, digits, '_' and '-', and no "
+            "attribute name of torch.nn.Module."
         )
     for site in spec.sites:
         if (owner := owner_of(model, site.name)) != site.owner:
             raise InjectionError(
-                f"Site {site.name!r} is {owner!r} in this model, where {site.owner!r} was "
-                "described."
+                f"Site {site.name!r} is {owner!r} in this model, but {site.owner!r} in the file."
             )
         if within(site.owner, spec.head):
             raise InjectionError(
-                f"Site {site.name!r} lies in the head, which is trained anyway. Take it out of "
-                "layers or of head."
+                f"Site {site.name!r} is inside the head, which is trained anyway. Remove the site "
+                "from layers or the module from head."
             )

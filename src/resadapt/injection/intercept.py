@@ -1,6 +1,6 @@
-"""Standing between a model and its modules for a while.
+"""Intercepting the calls of a model's modules for a while.
 
-What comes before the first adapter need not be computed each time.
+Features computed before the first adapter can then be replayed instead of computed again.
 """
 
 from __future__ import annotations
@@ -23,40 +23,39 @@ __all__ = ["CallInterceptor", "Intercept", "intercepted", "replaced_forward"]
 
 
 class CallInterceptor:
-    """What happens to the calls of modules before a set's first own module, in the order of the
-    forward.
+    """Intercepts module calls that come before the first adapter or private module of a set.
 
-    Until then a forward is that of the plain backbone, whichever set runs. Only the outermost
-    modules without anything of a set's inside are called through this; the functions between them
-    run as they are.
+    Up to that point a forward equals the backbone's, whichever set is active. Only the outermost
+    modules that contain no adapter or private module are intercepted; functions called between
+    the modules run normally.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        """The set that runs."""
-        self.parted = False
-        """Whether something of its own has run."""
+        """The set that is active."""
+        self.diverged = False
+        """Whether an adapter or private module of the set has run."""
         self.position = 0
-        """Number of calls so far."""
+        """Number of intercepted calls so far."""
         self._inside = False
         self._thread = get_ident()
 
     @property
-    def is_here(self) -> bool:
-        """Whether this is the thread whose forward it is: others run the model as it is."""
+    def in_thread(self) -> bool:
+        """Whether this is the thread that intercepts: in other threads the model runs normally."""
         return get_ident() == self._thread
 
     def start(self, name: str | None) -> None:
         """Begins a forward with a set."""
-        self.name, self.parted, self.position, self._inside = name, False, 0, False
+        self.name, self.diverged, self.position, self._inside = name, False, 0, False
 
     def call(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Returns what stands for the output of a module: override it."""
+        """Returns the output to use for a module's call; subclasses override this."""
         return run(*args, **kwargs)
 
-    def arrive(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Passes a call on: to `call` if it is an outermost one of the prefix."""
-        if self.parted or self._inside:
+    def dispatch(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Passes an outermost call before the first adapter to `call`; runs all others."""
+        if self.diverged or self._inside:
             return run(*args, **kwargs)
         self._inside = True
         try:
@@ -68,59 +67,55 @@ class CallInterceptor:
 
 @dataclass(eq=False)
 class Intercept:
-    """What stands in the place of a module's forward.
+    """Replaces a module's forward on the instance.
 
     Args:
-        prefix: What decides.
+        interceptor: Handles the calls.
         place: Name of the module.
-        run: The module's own forward.
-        plain: Whether there is nothing of a set's inside.
-        own: Sets that have the module as their own.
-        adapted: Sets that adapt its output.
+        run: The replaced forward.
+        shareable: Whether the module contains no adapter or private module.
+        private_in: Sets that have a private copy of the module.
+        adapted_in: Sets that adapt the module's output.
     """
 
-    prefix: CallInterceptor
+    interceptor: CallInterceptor
     place: str
     run: Callable[..., Any]
-    plain: bool
-    own: Collection[str]
-    adapted: Collection[str]
+    shareable: bool
+    private_in: Collection[str]
+    adapted_in: Collection[str]
 
     @property
-    def only_passes_on(self) -> bool:
-        """Whether a module that is not called at all, because another computes it too, is nothing that this needs to know."""
-        return self.plain and not self.adapted and _is_of_class(self.run)
+    def can_be_skipped(self) -> bool:
+        """Whether the module need not be called when another module computes its output."""
+        return self.shareable and not self.adapted_in and _is_class_method(self.run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the module, or what stands for it."""
-        prefix = self.prefix
-        if not prefix.is_here:
+        """Runs the module, or returns the interceptor's output."""
+        interceptor = self.interceptor
+        if not interceptor.in_thread:
             return self.run(*args, **kwargs)
-        if prefix.name in self.own:
-            prefix.parted = True
-        output = (
-            prefix.arrive(self.place, self.run, args, kwargs)
-            if self.plain
-            else self.run(*args, **kwargs)
-        )
-        if prefix.name in self.adapted:
-            prefix.parted = True
+        if interceptor.name in self.private_in:
+            interceptor.diverged = True
+        if self.shareable:
+            output = interceptor.dispatch(self.place, self.run, args, kwargs)
+        else:
+            output = self.run(*args, **kwargs)
+        if interceptor.name in self.adapted_in:
+            interceptor.diverged = True
         return output
 
 
 def replaced_forward(module: nn.Module) -> Any:
-    """Returns what stands over a module's forward besides what is put there here.
-
-    None if nothing does.
-    """
+    """Returns the forward that user code has set on a module's instance, or None."""
     forward = module.__dict__.get("forward")
     if isinstance(forward, Intercept):
         forward = forward.run
-    return None if _is_of_class(forward) else forward
+    return None if _is_class_method(forward) else forward
 
 
-def _is_of_class(method: object) -> bool:
-    """Tells whether a method is that of its object's class, not one that was put over it."""
+def _is_class_method(method: object) -> bool:
+    """Tells whether a bound method is the one that its object's class defines."""
     return (
         isinstance(method, MethodType)
         and getattr(type(method.__self__), method.__func__.__name__, None) is method.__func__
@@ -128,40 +123,37 @@ def _is_of_class(method: object) -> bool:
 
 
 _ONE_AT_A_TIME = RLock()
-"""Held while something stands between models and their modules.
-
-What two threads put there would come off in the wrong order.
-"""
+"""Held while calls are intercepted: two threads would restore forwards in the wrong order."""
 
 
 @contextmanager
 def intercepted(
-    model: nn.Module, sets: Iterable[SetSpec], prefix: CallInterceptor
+    model: nn.Module, sets: Iterable[SetSpec], interceptor: CallInterceptor
 ) -> Iterator[None]:
-    """Runs the body with the calls of a model's modules passing through a prefix.
+    """Runs the body with the calls of a model's modules passing through an interceptor.
 
     Args:
         model: The unwrapped model.
-        sets: Those that the body runs.
-        prefix: What stands between.
+        sets: The sets that the body runs.
+        interceptor: Handles the calls.
     """
-    own: dict[str, set[str]] = {}
+    private: dict[str, set[str]] = {}
     adapted: dict[str, set[str]] = {}
     for spec in sets:
         for place in spec.private:
-            own.setdefault(place, set()).add(spec.name)
+            private.setdefault(place, set()).add(spec.name)
         for site in spec.sites:
             adapted.setdefault(site.owner, set()).add(spec.name)
     with _ONE_AT_A_TIME, ExitStack() as stack:
-        for place, module, plain in _places(model, {*own, *adapted}):
-            here = own.get(place, ())
+        for place, module, shareable in _places(model, {*private, *adapted}):
+            private_in = private.get(place, ())
             attribute = _entry(module)
             intercept = Intercept(
-                prefix,
+                interceptor,
                 place,
                 getattr(module, attribute),
-                plain and not here,
-                here,
+                shareable and not private_in,
+                private_in,
                 adapted.get(place, ()),
             )
             stack.enter_context(put_over(module, attribute, intercept))
@@ -171,27 +163,27 @@ def intercepted(
 def _places(
     model: nn.Module, special: Collection[str], name: str = ""
 ) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Walks the outermost modules without a special one inside, and the special ones.
+    """Yields the special modules, and the outermost modules without a special module inside.
 
-    The last entry tells which it is.
+    The last entry is True for modules without a special module inside.
     """
     model = behind_wrappers(model)
     callable_ = type(model).forward is not nn.Module.forward or "forward" in model.__dict__
-    plain = callable_ and not any(
+    shareable = callable_ and not any(
         place != name and (not name or within(place, (name,))) for place in special
     )
-    if plain or name in special:
-        yield name, model, plain
-    if not plain:
+    if shareable or name in special:
+        yield name, model, shareable
+    if not shareable:
         for key, child in model._modules.items():
             if child is not None and not isinstance(child, AdapterSlot):
                 yield from _places(child, special, f"{name}.{key}" if name else key)
 
 
 def _entry(module: nn.Module) -> str:
-    """Returns the method that all calls of a module end in.
+    """Returns the name of the method that every call of a module reaches.
 
-    A convolution may be computed together with the norm behind it.
+    ``_conv_forward`` for convolutions, which may be folded with the norm that follows.
     """
     stock = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     return "_conv_forward" if stock and "forward" not in module.__dict__ else "forward"

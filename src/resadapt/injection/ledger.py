@@ -1,6 +1,6 @@
-"""What an injected model remembers.
+"""The record of an injected model: its sets, and its state before the injection.
 
-Its sets, and what it was before. It refers to no module of the model.
+The record refers to no module of the model.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ LEDGER = "_resadapt"
 
 @dataclass
 class AdapterSet:
-    """One set: its description, and what was found out about it."""
+    """One set: the description, and the results of the checks made so far."""
 
     spec: SetSpec
     example: Any = None
-    """Form of the example input, from which a probe can be made."""
+    """Form of the example input, from which a probe can be generated."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """The shapes of its adapters' tensors as they were built, by ``site.tensor``."""
+    """Shapes of the adapters' tensors when built, by ``site.tensor``."""
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    """Flags of its tensors while it is not trained, by name in the model."""
+    """Flags of the set's tensors, saved while the set is not trained, by name in the model."""
     runs_checked: bool = False
-    """Whether a forward has shown which of its adapters and private modules run."""
+    """Whether a forward has shown which adapters and private modules run."""
     gradients_checked: bool = False
-    """Whether a forward in training has shown which of them get a gradient."""
+    """Whether a forward in train mode has shown which of them get a gradient."""
 
 
 @dataclass
@@ -70,18 +70,18 @@ class Ledger:
     sets: dict[str, AdapterSet] = field(default_factory=dict)
     active: str | None = None
     mixing: tuple[str, ...] | None = None
-    """The sets that the samples of a batch run with now, if they have one each."""
+    """The sets of the samples in the current batch, inside `adapters_for`; else None."""
     trained: set[str] = field(default_factory=set)
-    """The sets that are trained: the one that was chosen last, and those of mixed batches since."""
+    """The trainable sets: the set activated last, and the sets of mixed batches since."""
 
     @property
     def active_set(self) -> AdapterSet | None:
-        """The set that the model runs with now."""
+        """The active set, or None."""
         return None if self.active is None else self.sets[self.active]
 
     @property
     def needed_set(self) -> AdapterSet:
-        """The set that the model runs with now, where there must be one."""
+        """The active set; raises if no set is active."""
         if self.active is None:
             raise InjectionError(
                 "No adapter set is active. Call set_active_adapters(model, name) first."
@@ -90,21 +90,15 @@ class Ledger:
 
     @property
     def running(self) -> list[AdapterSet]:
-        """The sets that a forward runs with now.
-
-        The active one, in a mixed batch those of its samples.
-        """
-        return [
-            self.sets[name]
-            for name in ((self.active,) if self.mixing is None else self.mixing)
-            if name is not None
-        ]
+        """The sets that a forward uses now: the active set, or those of a mixed batch."""
+        names = (self.active,) if self.mixing is None else self.mixing
+        return [self.sets[name] for name in names if name is not None]
 
     def set_named(self, name: object) -> AdapterSet:
-        """Returns a set, or says which there are."""
+        """Returns a set by name; the error for an unknown name lists the sets."""
         if not isinstance(name, str):
             raise AdapterError(
-                f"name={name!r} is {type(name).__name__}: give the name of a set as text, one of "
+                f"name={name!r} is {type(name).__name__}: give the name of a set, a string, one of "
                 f"{quote_names(self.sets)}."
             )
         if name not in self.sets:
@@ -114,15 +108,12 @@ class Ledger:
         return self.sets[name]
 
     def chosen(self, name: object) -> AdapterSet:
-        """Returns the set that a call means.
-
-        The named one; without a name the active one, or the only one there is.
-        """
+        """Returns the named set; without a name the active set, or the only set."""
         if name is None:
             name = self.active or (next(iter(self.sets)) if len(self.sets) == 1 else None)
         if name is None:
             raise AdapterKeyError(
-                f"No adapter set is active; the model has {quote_names(self.sets)}. Say which one, "
+                f"No adapter set is active; the model has {quote_names(self.sets)}. Choose a set "
                 "with name=."
             )
         return self.set_named(name)
@@ -138,7 +129,7 @@ def ledger_of(model: nn.Module) -> Ledger:
     """Returns the ledger of a model.
 
     Raises:
-        InjectionError: Nothing was injected into this very model.
+        InjectionError: Nothing was injected, or a submodule or parent was injected into instead.
     """
     if ledger := find_ledger(model):
         return ledger
@@ -146,7 +137,7 @@ def ledger_of(model: nn.Module) -> Ledger:
     if inside:
         hint = f"Its submodule {inside[0]!r} was: pass model.get_submodule({inside[0]!r})."
     elif next(slots_of(model), None) is not None:
-        hint = "It is a part of an injected model: pass the whole model."
+        hint = "It is part of an injected model: pass the whole model."
     else:
         hint = "Call inject_adapters(model, ...) first."
     raise InjectionError(f"This {type(model).__name__} was not injected into. {hint}")
@@ -156,7 +147,7 @@ def adapter_of(model: nn.Module, spec: SetSpec, site: SiteSpec) -> Adapter:
     """Returns a set's adapter at a site.
 
     Raises:
-        InjectionError: It is no longer there.
+        InjectionError: The adapter is no longer there.
     """
     slot = find_slot(find_module(model, site.owner))
     if slot is None or spec.name not in slot.sites:
@@ -169,17 +160,17 @@ def adapter_of(model: nn.Module, spec: SetSpec, site: SiteSpec) -> Adapter:
 
 
 def adapter_tensors(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, Tensor]]:
-    """Walks the parameters and buffers of a set's adapters as ``site.tensor``."""
+    """Yields the parameters and buffers of a set's adapters as ``site.tensor``."""
     for site in spec.sites:
         for key, module in adapter_of(model, spec, site).named_modules(remove_duplicate=False):
             yield from named_tensors(module, f"{site.name}.{key}" if key else site.name)
 
 
 def set_modules(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, nn.Module]]:
-    """Walks a set's adapters, by site, and then its private modules, by the backbone's names.
+    """Yields a set's adapters by site, then the private modules by name in the backbone.
 
     Raises:
-        InjectionError: One is no longer there.
+        InjectionError: An adapter or private module is no longer there.
     """
     for site in spec.sites:
         yield f"adapter at {site.name}", adapter_of(model, spec, site)
@@ -188,7 +179,7 @@ def set_modules(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, nn.Modul
 
 
 def set_tensors(model: nn.Module, spec: SetSpec) -> dict[str, Tensor]:
-    """Returns the parameters and buffers of a set, by names that mean something within the set."""
+    """Returns the parameters and buffers of a set, by names that are unique within the set."""
     return {
         f"{name}: {path}": tensor
         for name, module in set_modules(model, spec)
@@ -204,8 +195,8 @@ def backbone_differences(
 
     Args:
         model: The whole model.
-        fingerprint: What the backbone is to be.
-        head: Modules that are not compared.
+        fingerprint: The fingerprint that the backbone should have.
+        head: Names of modules that are not compared.
     """
     return fingerprint.differences(
         dict(backbone_modules(model)), dict(backbone_tensors(model)), head

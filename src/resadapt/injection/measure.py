@@ -1,7 +1,4 @@
-"""What shape the outputs of sites have.
-
-Read off the modules where they tell, else measured in one forward.
-"""
+"""Shapes of site outputs, from the modules' types or else measured in one forward."""
 
 from __future__ import annotations
 
@@ -29,7 +26,11 @@ __all__ = ["Shape", "declared", "measure_sites"]
 class Shape:
     """The shape of a site's output.
 
-    C channels in dimension 1 or -1, and a number of spatial dimensions.
+    Args:
+        channels: Number of channels C.
+        spatial_dims: Number of dimensions besides batch and channels.
+        channel_dim: Dimension of the channels, 1 or -1.
+        sure: Whether every input gives this shape; False if only a forward can tell.
     """
 
     channels: int
@@ -45,14 +46,14 @@ def measure_sites(
 
     Args:
         model: The whole model.
-        owners: The sites, and the modules that carry their adapters.
-        example_input: What the model is called with; None for an input made up by its first
-            convolution, if one is needed.
-        channel_dim: Where the channels are, 1 or -1; None finds out.
+        owners: The sites, and the modules that their adapters are attached to.
+        example_input: The input to call the model with; None generates an input from the first
+            convolution, if a forward is needed.
+        channel_dim: Dimension of the channels, 1 or -1; None detects it.
 
     Raises:
-        InjectionError: A site does not run once, returns no feature map, or none of this can be
-            found out.
+        InjectionError: A site does not run exactly once, does not return a feature map, or its
+            shape cannot be detected.
     """
     known = {name: declared(find_module(model, name)) for name in owners}
     if example_input is not None:
@@ -61,26 +62,30 @@ def measure_sites(
         outputs = _outputs_of_a_guess(model, owners)
     else:
         outputs = {}
-    tokens = any(type(module).forward in _OVER_LAST for _, module in backbone_modules(model))
+    has_token_norms = any(
+        type(module).forward in _LAST_DIM_NORMS for _, module in backbone_modules(model)
+    )
     shapes = {}
     for name, shape in known.items():
         seen = outputs.get(name, [])
         if seen or example_input is not None:
             output = _single(name, seen)
-            dim = channel_dim or _channel_dim(name, find_module(model, name), output.shape, tokens)
+            dim = channel_dim or _channel_dim(
+                name, find_module(model, name), output.shape, has_token_norms
+            )
             shapes[name] = Shape(output.shape[dim], output.ndim - 2, dim)
         elif shape and channel_dim != -1:
             if any(parameter.is_complex() for parameter in find_module(model, name).parameters()):
                 raise InjectionError(
-                    f"Site {name!r} computes with complex numbers, but an adapter needs "
-                    "floating-point ones."
+                    f"Site {name!r} has complex parameters, but an adapter needs a real "
+                    "floating-point output."
                 )
             shapes[name] = shape  # the first forward with a real input checks it
         else:
             raise InjectionError(
-                f"Module {name!r} ({type(find_module(model, name)).__name__}) does not tell how "
-                "many channels it returns, and does not run on an input made up for the model. "
-                "Pass example_input=, an input that the model can be called with once."
+                f"Module {name!r} ({type(find_module(model, name)).__name__}) does not declare "
+                "its number of output channels, and does not run on an input generated for the "
+                "model. Pass example_input=, an input for one call of the model."
             )
     return shapes
 
@@ -88,7 +93,7 @@ def measure_sites(
 def _outputs(
     model: nn.Module, owners: Mapping[str, str], inputs: object
 ) -> dict[str, list[object]]:
-    """Returns what each site returned, run by run, in one forward."""
+    """Returns the outputs of each site in one forward, one entry per run of the site."""
     with _recording(model, owners) as outputs, undisturbed(model):
         try:
             call(model, map_tensors(inputs, torch.clone))
@@ -102,20 +107,17 @@ def _outputs(
 
 
 def _outputs_of_a_guess(model: nn.Module, owners: Mapping[str, str]) -> dict[str, list[object]]:
-    """Returns what each site returned on an input made up for the model.
-
-    Nothing if there is none that it takes.
-    """
+    """Returns the outputs of each site on a generated input; {} if the model accepts none."""
     device = next((tensor.device for tensor in nn.Module.parameters(model)), torch.device("cpu"))
     for form in guesses(module for _, module in backbone_modules(model)):
         inputs = map_tensors(generate(form), lambda tensor: tensor.to(device))
-        with _recording(model, owners) as outputs, undisturbed(model), suppress(*_NOT_TAKEN):
+        with _recording(model, owners) as outputs, undisturbed(model), suppress(*_REJECTIONS):
             call(model, inputs)
             return outputs
     return {}
 
 
-_NOT_TAKEN = (
+_REJECTIONS = (
     RuntimeError,
     ValueError,
     TypeError,
@@ -125,14 +127,14 @@ _NOT_TAKEN = (
     AssertionError,
     NotImplementedError,
 )
-"""What a model may raise on an input that is not for it."""
+"""Errors that a model may raise on an unsuitable input."""
 
 
 @contextmanager
 def _recording(model: nn.Module, owners: Mapping[str, str]) -> Iterator[dict[str, list[object]]]:
-    """Collects what each site returns while the body runs the model, with slots in place.
+    """Collects the outputs of each site while the body runs the model, with slots in place.
 
-    A module may stumble over its own.
+    The slots show whether a module with an extra child still runs.
     """
     outputs: dict[str, list[object]] = {name: [] for name in owners}
     with ExitStack() as stack:
@@ -149,10 +151,10 @@ def _recording(model: nn.Module, owners: Mapping[str, str]) -> Iterator[dict[str
 
 
 def _single(name: str, outputs: list[object]) -> Tensor:
-    """Returns what a site returned in the one run that it must have had."""
+    """Returns the output of a site that must have run exactly once."""
     if len(outputs) != 1:
         raise InjectionError(
-            f"Site {name!r} ran {len(outputs)} times in one forward, and an adapter needs a module "
+            f"Site {name!r} ran {len(outputs)} times in one forward, but an adapter needs a module "
             "that runs once. Choose another module, such as the block around it."
         )
     (output,) = outputs
@@ -169,22 +171,23 @@ def _single(name: str, outputs: list[object]) -> Tensor:
     return output
 
 
-_OVER_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
+_LAST_DIM_NORMS = (nn.LayerNorm.forward, nn.RMSNorm.forward)
 
 
-def _channel_dim(name: str, module: nn.Module, shape: torch.Size, tokens: bool) -> int:
-    """Tells where the channels are by the last layer inside a site that is as wide as one of the
-    two dimensions.
+def _channel_dim(name: str, module: nn.Module, shape: torch.Size, has_token_norms: bool) -> int:
+    """Returns the dimension of a site's channels, 1 or -1, detected from the layers inside.
+
+    The last layer whose width equals dimension 1 or -1 of the output decides.
 
     Args:
         name: The site.
-        module: Its module.
-        shape: The shape of its output.
-        tokens: Whether the model has norms over the last dimension, so that no layer inside does
-            not mean ``[N, C, ...]``.
+        module: The site's module.
+        shape: The shape of the site's output.
+        has_token_norms: Whether the model has norms over the last dimension. If not, a site whose
+            layers do not decide returns ``[N, C, ...]``.
 
     Raises:
-        InjectionError: No layer tells.
+        InjectionError: The channels may be in either dimension.
     """
     if len(shape) == 2:
         return 1
@@ -194,7 +197,7 @@ def _channel_dim(name: str, module: nn.Module, shape: torch.Size, tokens: bool) 
     ):
         raise InjectionError(
             f"Site {name!r} has a MultiheadAttention with batch_first=False, whose sequences are "
-            "[L, N, C], and an adapter needs the batch first. Build the model with "
+            "[L, N, C], but an adapter needs the batch first. Build the model with "
             "batch_first=True; if the site returns [N, L, C] anyway, pass channel_dim=-1."
         )
     for each in reversed(list(module.modules())):
@@ -203,28 +206,27 @@ def _channel_dim(name: str, module: nn.Module, shape: torch.Size, tokens: bool) 
                 if each.out_channels == shape[1]:
                     return 1
                 continue
-            case nn.modules.conv._ConvNd():  # its positions were made one dimension, as patches are
+            case nn.modules.conv._ConvNd():  # positions were flattened, as in a patch embedding
                 width = each.out_channels
             case nn.modules.batchnorm._NormBase() if each.num_features == shape[1]:
                 return 1
-            case nn.LayerNorm() | nn.RMSNorm() if (
-                type(each).forward in _OVER_LAST
-            ):  # a subclass may permute first
+            # A subclass with another forward may permute the dimensions first.
+            case nn.LayerNorm() | nn.RMSNorm() if type(each).forward in _LAST_DIM_NORMS:
                 width = each.normalized_shape[-1]
             case nn.Linear():
                 width = each.out_features
             case _:
                 continue
         if width == shape[1] == shape[-1]:
-            raise _either(name, shape)
+            raise _ambiguous(name, shape)
         if width in (shape[1], shape[-1]):
             return 1 if width == shape[1] else -1
-    if tokens:
-        raise _either(name, shape)
+    if has_token_norms:
+        raise _ambiguous(name, shape)
     return 1
 
 
-def _either(name: str, shape: torch.Size) -> InjectionError:
+def _ambiguous(name: str, shape: torch.Size) -> InjectionError:
     return InjectionError(
         f"Site {name!r} returned shape {list(shape)}, whose channels may be in dimension 1 or in "
         "the last one. Pass channel_dim=1 or channel_dim=-1, or an example_input= of another size."
@@ -246,7 +248,10 @@ _KEEPS_SHAPE = (
 
 
 def declared(module: nn.Module) -> Shape | None:
-    """Returns the shape of a module's output where its type tells; the first forward checks it."""
+    """Returns the output shape that a module's type declares, or None.
+
+    The first forward checks the declared shape.
+    """
     match module:
         case nn.Conv1d() | nn.ConvTranspose1d():
             return Shape(module.out_channels, 1)
@@ -261,7 +266,7 @@ def declared(module: nn.Module) -> Shape | None:
         case FrozenBatchNorm2d():
             return Shape(module.weight.numel(), 2)
         case nn.Linear():
-            return Shape(module.out_features, 0, sure=False)  # it may be given tokens, [N, L, C]
+            return Shape(module.out_features, 0, sure=False)  # the input may be tokens, [N, L, C]
         case SqueezeExcitation():
             return declared(module.fc2)
         case Bottleneck() | video.Bottleneck():
@@ -269,6 +274,6 @@ def declared(module: nn.Module) -> Shape | None:
         case BasicBlock() | video.BasicBlock():
             return declared(module.conv2)
         case nn.Sequential() if type(module).forward is nn.Sequential.forward:
-            telling = [child for child in module if not isinstance(child, _KEEPS_SHAPE)]
-            return declared(telling[-1]) if telling else None
+            deciding = [child for child in module if not isinstance(child, _KEEPS_SHAPE)]
+            return declared(deciding[-1]) if deciding else None
     return None

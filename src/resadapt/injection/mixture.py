@@ -1,4 +1,4 @@
-"""A batch whose samples run with different sets: rows taken apart and put together again."""
+"""Batches whose samples use different sets: rows are split by set and joined again."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from typing_extensions import override
 from resadapt.base.errors import InjectionError
 from resadapt.base.inputs import map_tensors
 
-__all__ = ["InTurns", "Mixture"]
+__all__ = ["Mixture", "OneOfMany"]
 
 
 class Mixture:
-    """The set of each sample in the batch that is running now.
+    """The set of each sample in the current batch.
 
     Args:
-        names: A set's name, or None for the plain backbone, for each sample.
+        names: For each sample the name of a set, or None for the backbone without adapters.
     """
 
     def __init__(self, names: Iterable[str | None]) -> None:
         self.names = tuple(names)
 
     def __reduce__(self) -> Any:
-        """Refuses: a copy of the model would go on mixing for ever."""
+        """Refuses: a copy of the model could never leave `adapters_for`."""
         raise InjectionError(
-            "Inside adapters_for a model can be neither copied nor pickled. Leave it first."
+            "Inside adapters_for a model cannot be copied or pickled. Leave the with block first."
         )
 
     @property
-    def turn(self) -> object:
-        """What runs now, to be compared: the same again gives the same numbers."""
+    def current(self) -> object:
+        """What runs now: forwards with equal values give equal results."""
         return self.names
 
     def run(
@@ -44,18 +44,17 @@ class Mixture:
         function: Callable[[str | None, Any], Any],
         values: Any,
     ) -> Any:
-        """Calls a function once for each set that is different at a place, with the rows of its
-        samples.
+        """Calls a function once for each set that changes a module, with the rows of its samples.
 
         Args:
             place: Name of the module, for messages.
-            sets: The sets that are different there.
-            function: Called with a set's name (None for all others) and the values with their rows.
+            sets: The sets that have an adapter or private module there.
+            function: Called with a set's name (None for all other sets) and that set's rows.
             values: Tensors with the whole batch in dimension 0, in tuples and dicts.
 
         Returns:
-            What the function returned, with the rows in the order of the batch; a list with an
-            entry for each sample where the rows of different sets have different shapes.
+            The function's results, with rows in batch order; a list with one entry per sample
+            where the results of different sets have different shapes.
 
         Raises:
             InjectionError: A tensor does not have a row for each sample.
@@ -66,30 +65,30 @@ class Mixture:
         map_tensors(values, lambda tensor: self._checked(place, tensor))
         if len(rows) == 1:
             return function(next(iter(rows)), values)
-        whole, results = self.names, []
-        for name, own in rows.items():
-            self.names = tuple(whole[row] for row in own)  # for what runs inside
+        batch_names, results = self.names, []
+        for name, chosen in rows.items():
+            self.names = tuple(batch_names[row] for row in chosen)  # for adapters inside
             try:
-                results.append(function(name, map_tensors(values, partial(_rows, own))))
+                results.append(function(name, map_tensors(values, partial(_rows, chosen))))
             finally:
-                self.names = whole
+                self.names = batch_names
         return _joined(place, results, list(rows.values()))
 
     def _checked(self, place: str, tensor: Tensor) -> Tensor:
         if tensor.ndim == 0 or tensor.shape[0] != len(self.names):
             raise InjectionError(
                 f"Module {place!r} runs on shape {list(tensor.shape)}, but adapters_for was given "
-                f"{len(self.names)} names. Give a name for each sample of the batch; a model that "
-                "changes the batch on the way cannot be mixed."
+                f"{len(self.names)} names. Give a name for each sample of the batch. Models that "
+                "change the batch size inside cannot run mixed batches."
             )
         return tensor
 
 
-class InTurns(Mixture):
-    """Several sets, of which one runs with the whole batch, whatever its form.
+class OneOfMany(Mixture):
+    """Several sets that run one after another, each with the whole batch.
 
     Args:
-        names: Names of sets, or None for the plain backbone.
+        names: Names of sets, or None for the backbone without adapters.
     """
 
     def __init__(self, names: Iterable[str | None]) -> None:
@@ -99,7 +98,7 @@ class InTurns(Mixture):
 
     @property
     @override
-    def turn(self) -> object:
+    def current(self) -> object:
         """The set that runs now."""
         return self.name
 
@@ -111,12 +110,12 @@ class InTurns(Mixture):
         function: Callable[[str | None, Any], Any],
         values: Any,
     ) -> Any:
-        """Calls a function once, with the set that runs now if it is different at a place."""
+        """Calls a function once, with the current set, or None if it changes nothing there."""
         return function(self.name if self.name in sets else None, values)
 
 
-class _Apart(list[Tensor]):
-    """Samples whose results have different shapes."""
+class _PerSample(list[Tensor]):
+    """Results of different shapes, one for each sample."""
 
 
 def _rows(rows: list[int], tensor: Tensor) -> Tensor:
@@ -125,19 +124,19 @@ def _rows(rows: list[int], tensor: Tensor) -> Tensor:
 
 def _joined(place: str, results: list[Any], rows: list[list[int]]) -> Any:
     if not all(
-        isinstance(result, Tensor | _Apart) and len(result) == len(own)
-        for result, own in zip(results, rows, strict=True)
+        isinstance(result, Tensor | _PerSample) and len(result) == len(chosen)
+        for result, chosen in zip(results, rows, strict=True)
     ):
         raise InjectionError(
-            f"Module {place!r} does not return one tensor with a row for each sample, and cannot "
-            "be mixed."
+            f"Module {place!r} does not return one tensor with a row for each sample, so it cannot "
+            "run in a mixed batch."
         )
-    order = [row for own in rows for row in own]
+    order = [row for chosen in rows for row in chosen]
     back = [order.index(row) for row in range(len(order))]
     if (
         all(isinstance(result, Tensor) for result in results)
         and len({result.shape[1:] for result in results}) == 1
     ):
         return torch.cat(results)[back]
-    apart = [sample for result in results for sample in result]
-    return _Apart(apart[position] for position in back)
+    samples = [sample for result in results for sample in result]
+    return _PerSample(samples[position] for position in back)

@@ -1,7 +1,4 @@
-"""A set's private modules.
-
-Where they run in place of the backbone's, and how they are copied from these.
-"""
+"""A set's private modules: copying modules of the backbone, and running the copies instead."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -47,19 +44,27 @@ __all__ = [
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PLACE = "_resadapt_place"
-"""Attribute of a module that routes.
+"""Attribute of a `Routed` module: the module's name in the model.
 
-Its name in the model. A slice of a Sequential has the class but not the name.
+A slice of a Sequential has the class but not this attribute.
 """
 
 
 class Routed(Overlay):
-    """Runs the active set's private module in place of the module's forward, if the set has one."""
+    """Runs the active set's private module, if any, in place of the module's forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output of the private module, or of the module itself."""
+        """Returns the output of the private module, or of the backbone's module."""
+        if not isinstance(self, Routed):  # bound before the class was restored
+            return type(self).forward(self, *args, **kwargs)
         slot = _slot(self)  # type: ignore[arg-type]
         if slot is None:
+            if _PLACE in self.__dict__:  # a slice of a Sequential has the class without the name
+                raise InjectionError(
+                    f"Module {self.__dict__[_PLACE]!r} has lost the private modules that sets run "
+                    "in place of it: its last module was replaced, or another one was appended. "
+                    "Undo that."
+                )
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         place: str = self._resadapt_place  # type: ignore[attr-defined]
         if slot.mixture is None:
@@ -77,82 +82,83 @@ class Routed(Overlay):
 
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles the class by the one beneath it: this one is made at run time."""
+        """Pickles the module by its stock class: this class is created at run time."""
         reduced: Any = super().__reduce_ex__(2)
         return _blank, (class_of(self),), *reduced[2:]  # type: ignore[arg-type]
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
-    """Returns a routed module of a class, without content."""
+    """Returns a routed module of a class, without attributes."""
     module = kind.__new__(kind)
     put_class(module, kind, Routed)
     return module
 
 
 def route(module: nn.Module, place: str) -> tuple[nn.Module, str]:
-    """Has a module run private modules.
+    """Makes a module run the active set's private module.
 
     Args:
         module: A module of the backbone.
-        place: A name of it.
+        place: A name of the module.
 
     Returns:
-        The module that is to carry the slot, and the name that private modules are to be known by:
-        one module may have several.
+        The module to put the slot on, and the name for private modules: a shared module keeps the
+        name of the first call.
 
     Raises:
-        InjectionError: Its class cannot be extended, or a forward on the instance would run before
-            the class's.
+        InjectionError: The module's class cannot be subclassed, or a forward set on the instance
+            would hide the class's.
     """
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and mixin_of(module) is not Routed:
         raise InjectionError(
-            f"The forward of {place!r} was replaced on the instance, and a set's module could not "
-            "run in its place. Take it off before the injection; it can be put on again afterwards."
+            f"The forward of {place!r} was replaced on the instance, so a set's private module "
+            "could not run. Restore the forward, inject, and then replace it again."
+        )
+    if isinstance(holder_of(module), fx.GraphModule):
+        raise InjectionError(
+            f"{place!r} is an fx.GraphModule, whose copies keep only what its graph uses and would "
+            "lose a set's private module. Inject before tracing, or name modules inside it."
         )
     if mixin_of(module) is not Routed:
         try:
             put_class(module, class_of(module), Routed)
         except TypeError as error:
             raise InjectionError(
-                f"{place!r}: {type(module).__name__} is a class that cannot be derived from: "
-                f"{error}."
+                f"{place!r}: the class {type(module).__name__} cannot be subclassed: {error}."
             ) from error
     return holder_of(module), module.__dict__.setdefault(_PLACE, place)
 
 
 def unroute(module: nn.Module) -> None:
-    """Has a module run itself again."""
+    """Undoes `route`."""
     if mixin_of(module) is Routed:
         put_class(module, class_of(module), None)
     module.__dict__.pop(_PLACE, None)
 
 
 def private_of(module: nn.Module, name: str) -> nn.Module | None:
-    """Returns what a set runs in place of a module of the backbone, None if it has nothing there."""
+    """Returns the module that a set runs in place of a module of the backbone, or None."""
     slot = _slot(module)
     return None if slot is None else slot.private(name, module.__dict__[_PLACE])
 
 
 def running_at(module: nn.Module) -> nn.Module | None:
-    """Returns what runs when a module is called.
+    """Returns the module that runs when a module is called: the module or a private module.
 
-    Itself, or a private module; None in a mixed batch, where each sample decides.
+    None in a mixed batch, where each sample decides.
     """
     slot = _slot(module)
     if slot is None:
         return module
-    return (
-        slot.private(slot.active, module.__dict__[_PLACE]) or module
-        if slot.mixture is None
-        else None
-    )
+    if slot.mixture is not None:
+        return None
+    return slot.private(slot.active, module.__dict__[_PLACE]) or module
 
 
 def holder_of(module: nn.Module) -> nn.Module:
-    """Returns the module that carries the slot for a place: itself, or for a container the last
-    module inside.
+    """Returns the module that carries the slot: the module, or a container's last module.
 
-    A container may run over its children, so a slot cannot be one of them.
+    A container may iterate over its children, so the slot cannot be one of them.
 
     Raises:
         InjectionError: The container is empty.
@@ -162,18 +168,15 @@ def holder_of(module: nn.Module) -> nn.Module:
         children = [child for child in module._modules.values() if child is not None]
         if not children:
             raise InjectionError(
-                f"An empty {type(module).__name__} cannot be a head: use torch.nn.Identity() in "
-                "its place."
+                f"An empty {type(module).__name__} cannot be a head: use torch.nn.Identity() "
+                "instead."
             )
         module = behind_wrappers(children[-1])
     return module
 
 
 def call_places(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Walks the outermost modules that are called.
-
-    The module itself, or those inside of a container without a forward.
-    """
+    """Yields the module, or the outermost modules with a forward inside a container without."""
     module = behind_wrappers(module)
     if type(module).forward is not nn.Module.forward or "forward" in module.__dict__:
         yield name, module
@@ -207,14 +210,14 @@ HOOKS = (
     ),
 )
 _COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
-"""Forward pre-hooks of torch that compute a module's tensors from others."""
+"""Forward pre-hooks of torch that compute a module's weights from other tensors."""
 
 
 def private_module(model: nn.Module, spec: SetSpec, name: str) -> nn.Module:
-    """Returns the module that a set runs in place of one of the backbone.
+    """Returns the module that a set runs in place of a module of the backbone.
 
     Raises:
-        InjectionError: It is no longer there.
+        InjectionError: The private module is no longer there.
     """
     private = private_of(find_module(model, name), spec.name)
     if private is None:
@@ -226,7 +229,7 @@ def private_module(model: nn.Module, spec: SetSpec, name: str) -> nn.Module:
 
 
 def private_modules(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, nn.Module]]:
-    """Walks the modules of a set's head and norms, with those inside them, by the backbone's names."""
+    """Yields the modules of a set's head and norms, with submodules, by name in the backbone."""
     for name in spec.private:
         yield from backbone_modules(private_module(model, spec, name), name)
 
@@ -234,7 +237,13 @@ def private_modules(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, nn.M
 def private_tensors(
     model: nn.Module, spec: SetSpec, names: Iterable[str] | None = None
 ) -> dict[str, Tensor]:
-    """Returns the parameters and buffers of a set's head and norms, or of some of them, by the backbone's names."""
+    """Returns parameters and buffers of a set's private modules, by name in the backbone.
+
+    Args:
+        model: The model.
+        spec: The set.
+        names: The private modules to include; None for all.
+    """
     chosen = spec.private if names is None else names
     return {
         path: tensor
@@ -244,7 +253,7 @@ def private_tensors(
 
 
 def lost_modules(model: nn.Module, spec: SetSpec) -> list[str]:
-    """Names the modules of the backbone that no longer run a set's private ones, since others were put there."""
+    """Returns the names of the private modules that were lost when their module was replaced."""
     lost = []
     for name in spec.private:
         try:
@@ -258,15 +267,19 @@ def lost_modules(model: nn.Module, spec: SetSpec) -> list[str]:
 def private_copies(
     model: nn.Module, names: Iterable[str], given: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """Returns copies of the backbone's modules, or of those given for their places, in which
-    everything can be trained.
+    """Returns trainable copies of modules of the backbone.
+
+    Args:
+        model: The model.
+        names: Names of the modules to copy.
+        given: Modules to copy instead, by name in the backbone.
 
     Raises:
         InjectionError: A module cannot be copied, has no values yet, or is given for two places.
     """
     sources = {name: given[name] if name in given else find_module(model, name) for name in names}
     _check_one_to_one(model, sources)
-    memo: dict[int, Any] = {}  # one for all, so that what was tied stays tied
+    memo: dict[int, Any] = {}  # shared by all copies, so that tied tensors stay tied
     for name, source in sources.items():
         for _, module in backbone_modules(source, name):
             for key, value in module.__dict__.items():
@@ -274,9 +287,7 @@ def private_copies(
                     memo[id(value)] = type(value)(
                         computing_hooks(module) if key == "_forward_pre_hooks" else ()
                     )
-                elif isinstance(
-                    value, Tensor
-                ):  # computed, as by weight_norm, and computed anew in every forward
+                elif isinstance(value, Tensor):  # computed in every forward, as by weight_norm
                     memo[id(value)] = value.detach().clone()
             if slot := find_slot(module):
                 memo[id(slot)] = nn.Identity()
@@ -286,11 +297,10 @@ def private_copies(
                     f"head: {path!r} has no values yet. Run the module once, or load its weights, "
                     "and then inject."
                 )
-            trains = tensor.is_floating_point() or tensor.is_complex()
             copied = tensor.clone()
-            memo[id(tensor)] = (
-                nn.Parameter(copied, trains) if isinstance(tensor, nn.Parameter) else copied
-            )
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, copied.is_floating_point() or copied.is_complex())
+            memo[id(tensor)] = copied
     copies = {}
     for name, source in sources.items():
         try:
@@ -308,14 +318,14 @@ def private_copies(
 
 
 def computing_hooks(module: nn.Module) -> dict[int, Any]:
-    """Returns a module's pre-hooks that compute its tensors."""
+    """Returns the pre-hooks that compute a module's weights."""
     return {
         key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _COMPUTING)
     }
 
 
 def _convert(copied: nn.Module, place: nn.Module) -> None:
-    """Brings a copy to the device and the floating-point dtype of the module in whose place it runs."""
+    """Moves a copy to the device and floating-point dtype of the backbone's module."""
     there = dict(backbone_tensors(place))
     usual = next((tensor for tensor in there.values() if tensor.is_floating_point()), None)
     for path, tensor in backbone_tensors(copied):
@@ -329,19 +339,19 @@ def _check_independent(name: str, source: nn.Module, other: nn.Module) -> None:
     parts = {id(part) for part in (*source.modules(), *source.parameters(), *source.buffers())}
     if any(id(part) in parts for part in (*other.modules(), *other.parameters(), *other.buffers())):
         raise InjectionError(
-            f"Module {name!r} cannot be copied: its own __deepcopy__ returns something that shares "
-            "its parts."
+            f"Module {name!r} cannot be copied: its __deepcopy__ returns a module that shares "
+            "modules or tensors with the original."
         )
 
 
 def _check_one_to_one(model: nn.Module, sources: Mapping[str, nn.Module]) -> None:
-    """Refuses one module for two places, and two modules for a place that has two names."""
+    """Refuses one module given for two modules, or two given for one that has two names."""
     pairs = [(find_module(model, name), source) for name, source in sources.items()]
     for number, (place, source) in enumerate(pairs):
         for other_place, other in pairs[:number]:
             if (place is other_place) is not (source is other):
                 raise InjectionError(
-                    f"head: {list(sources)[number]!r} cannot have a module that stands for another "
-                    "place too, or another one than its other name. Give each place one module of "
-                    "its own."
+                    f"head: {list(sources)[number]!r} is given a module that is given for another "
+                    "name too, or two names of one module are given different modules. Give each "
+                    "module of the backbone its own replacement."
                 )

@@ -1,4 +1,4 @@
-"""From what the user writes to modules: names and globs to sites and heads, bottlenecks to widths."""
+"""Resolving arguments: names and globs to sites and heads, bottlenecks to widths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["called_modules", "match", "names_in", "owner_of", "select_head", "se
 
 
 def names_in(names: object, argument: str) -> list[str]:
-    """Returns a names argument as a list, and refuses what is not text."""
+    """Returns a names argument as a list of strings, and refuses anything else."""
     if not isinstance(names, Iterable):
         raise InjectionError(
             f"{argument} takes names of modules, found {names!r}. Give a name, or a list of them."
@@ -37,11 +37,10 @@ def names_in(names: object, argument: str) -> list[str]:
 
 
 def match(modules: Mapping[str, nn.Module], pattern: str, argument: str) -> list[str]:
-    """Returns the module names that a name or glob matches; a star stands for anything between two
-    dots.
+    """Returns the module names that a name or glob matches; a star does not match dots.
 
     Raises:
-        InjectionError: Nothing matches; the message lists near misses.
+        InjectionError: Nothing matches; the message lists similar names.
     """
     if pattern and pattern in modules:
         return [pattern]
@@ -70,14 +69,13 @@ def match(modules: Mapping[str, nn.Module], pattern: str, argument: str) -> list
 
 
 def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
-    """Returns the outermost modules that `head` names, and for each the module that the set gets a
-    copy of.
+    """Returns the outermost modules that `head` names, each with the module to copy for the set.
 
-    Of those that a glob found some may have no parameters.
+    Modules without parameters are skipped if the pattern matches another module with parameters.
 
     Raises:
-        InjectionError: A name matches nothing, has nothing to train, or shares a tensor with what
-            stays frozen.
+        InjectionError: A name matches nothing, has nothing to train, or shares a tensor with the
+            frozen backbone.
     """
     modules = dict(backbone_modules(model))
     given: dict[str, nn.Module] = {}
@@ -89,12 +87,10 @@ def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
                 raise InjectionError(
                     f"head: {pattern!r} is given {module!r}, not a torch.nn.Module."
                 )
-            if any(
-                module is own for own in modules.values()
-            ):  # whose content is another one while a set is active
+            if any(module is other for other in modules.values()):
                 raise InjectionError(
-                    f"head: {pattern!r} is given a module of the model itself. Give its name "
-                    "alone, or a copy.deepcopy of it."
+                    f"head: {pattern!r} is given a module that is part of the model. Give only the "
+                    "name, or a copy.deepcopy of the module."
                 )
             found = match(modules, pattern, "head")
             given |= dict.fromkeys(found, module)
@@ -105,7 +101,7 @@ def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
         ]
         if not trained:
             raise InjectionError(
-                f"head: module {pattern!r} has no parameters to train. Choose one that has."
+                f"head: module {pattern!r} has no parameters to train. Choose a module that has."
             )
         asked.update(trained)
     outermost = tuple(
@@ -131,11 +127,12 @@ def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
 
 
 def called_modules(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """Returns names of modules, and in place of containers that are never called the modules inside
-    with parameters.
+    """Returns the modules' names, with containers without a forward replaced by their content.
+
+    Of the content, only modules with parameters count.
 
     Raises:
-        InjectionError: There is no such module, or none in it is ever called.
+        InjectionError: There is no such module, or no module inside has a forward.
     """
     found: list[str] = []
     for name in names:
@@ -148,7 +145,7 @@ def called_modules(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
         if not places:
             raise InjectionError(
                 f"head: module {name!r} ({type(module).__name__}) has no forward, so it never "
-                "runs. Choose another."
+                "runs. Choose another module."
             )
         found += places
     return tuple(found)
@@ -158,7 +155,7 @@ def _has_parameters(module: nn.Module) -> bool:
     return any(isinstance(tensor, nn.Parameter) for _, tensor in backbone_tensors(module))
 
 
-_USUAL = 64
+_DEFAULT_BOTTLENECK = 64
 
 
 def select_sites(
@@ -169,24 +166,24 @@ def select_sites(
     example_input: object = None,
     channel_dim: int | None = None,
 ) -> tuple[SiteSpec, ...]:
-    """Finds the sites that `layers` means.
+    """Returns the sites that `layers` selects.
 
     Args:
         model: The model.
-        family: What is to be there.
+        family: The kind of adapter.
         layers: Names or globs, or a mapping from them to bottlenecks.
         bottleneck: Size where `layers` gives none: a number of channels, or a fraction of the
             site's channels in (0, 1).
-        example_input: What the model is called with once to measure the sites' outputs; None for an
-            input made up if needed.
-        channel_dim: Where the sites' outputs have their channels, 1 or -1; None finds out.
+        example_input: An input for one call of the model that measures the sites' outputs; None
+            generates an input if needed.
+        channel_dim: Dimension of the channels in the sites' outputs, 1 or -1; None detects it.
 
     Returns:
-        The sites, perhaps none, in the order of ``model.named_modules()``.
+        The sites, possibly none, in the order of ``model.named_modules()``.
 
     Raises:
-        InjectionError: A pattern matches nothing, two meet at one place, or a module cannot be a
-            site.
+        InjectionError: A pattern matches nothing, two sites share an output, or a module cannot
+            be a site.
     """
     if channel_dim is not None and (type(channel_dim) is not int or channel_dim not in (1, -1)):
         raise InjectionError(
@@ -198,12 +195,12 @@ def select_sites(
     modules = dict(backbone_modules(model))
     wide = takes(family, "bottleneck")
     if not wide and (
-        bottleneck != _USUAL
+        bottleneck != _DEFAULT_BOTTLENECK
         or any(isinstance(layers, Mapping) and size != 0 for size in sizes.values())
     ):
         raise InjectionError(
-            f"{family.__name__} has no hidden layer, and so no width: leave bottleneck out, and "
-            "give layers as names."
+            f"{family.__name__} has no hidden layer: remove bottleneck=, and give layers as names "
+            "without sizes."
         )
     size_of: dict[str, int | float] = {}
     site_at: dict[str, str] = {}
@@ -213,8 +210,8 @@ def select_sites(
             owner = owner_of(model, name)
             if owner in site_at:
                 raise InjectionError(
-                    f"Layers {site_at[owner]!r} and {name!r} (pattern {pattern!r}) meet at the "
-                    f"output of {owner!r}. Keep one of them in layers."
+                    f"Layers {site_at[owner]!r} and {name!r} (pattern {pattern!r}) both "
+                    f"adapt the output of {owner!r}. Keep one of them in layers."
                 )
             site_at[owner] = name
             size_of[name] = checked
@@ -229,11 +226,10 @@ def select_sites(
 
 
 def owner_of(model: nn.Module, name: str) -> str:
-    """Returns the name of the module that carries a site's adapter: the last block for a
-    Sequential, else the site.
+    """Returns the module to attach a site's adapter to: the site, or a Sequential's last block.
 
-    A Sequential iterates over its children, so an adapter cannot be one of them; its last block's
-    output is its own.
+    A Sequential iterates over its children, so an adapter cannot be one of them; the last block
+    returns the same output.
 
     Raises:
         InjectionError: The module cannot be a site.
@@ -242,8 +238,7 @@ def owner_of(model: nn.Module, name: str) -> str:
     while type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__:
         if not module._modules:
             raise InjectionError(
-                f"Module {name!r} is an empty container with no output of its own. Choose another "
-                "layer."
+                f"Module {name!r} is an empty container without an output. Choose another layer."
             )
         name = f"{name}.{list(module._modules)[-1]}"
         module = find_module(model, name)
@@ -255,20 +250,20 @@ def owner_of(model: nn.Module, name: str) -> str:
         )
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise InjectionError(
-            f"Module {name!r} ({kind}) is a container with a forward of its own, which would meet "
-            "an adapter among its children. Choose a module inside it."
+            f"Module {name!r} ({kind}) is a container with a custom forward, which would call the "
+            "adapter as one of its children. Choose a module inside it."
         )
     if hasattr(module, SLOT) and find_slot(module) is None:
         raise InjectionError(
-            f"Module {name!r} ({kind}) has a child or attribute of its own called {SLOT!r}, the "
-            "name where adapters live. Rename it."
+            f"Module {name!r} ({kind}) has a child or attribute named {SLOT!r}, a name reserved "
+            "for adapters. Rename it."
         )
     aliases = [other for other, candidate in backbone_modules(model) if candidate is module]
     if len(aliases) > 1:
         raise InjectionError(
             f"Module {name!r} is shared: it is also "
-            f"{quote_names([a for a in aliases if a != name])}, and one adapter cannot serve "
-            "several places. Choose a module that has one name, or copy the shared one."
+            f"{quote_names([a for a in aliases if a != name])}, but an adapter needs a module that "
+            "runs once. Choose a module that has one name, or copy the shared module."
         )
     return name
 

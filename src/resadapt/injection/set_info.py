@@ -1,4 +1,4 @@
-"""What is injected where."""
+"""Descriptions of the injected sets."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["AdapterSetInfo", "list_adapters"]
 
 @dataclass(frozen=True)
 class AdapterSetInfo:
-    """What one set is and holds.
+    """Description of a set.
 
     Args:
         name: Name of the set.
-        active: Whether the model runs with it now.
+        active: Whether the set is active.
         family: Kind of adapter.
         sites: Each site with its channels and bottleneck.
-        head: Names of the modules trained with it.
+        head: Names of the head's modules.
         norm: Norm policy.
         adapter_parameters: Number of parameters in the adapters.
         head_parameters: Number of parameters in the head.
-        norm_parameters: Number of parameters trained in norms of its own.
+        norm_parameters: Number of trainable parameters in the set's private norms.
     """
 
     name: str
@@ -43,18 +43,19 @@ class AdapterSetInfo:
 
 
 def list_adapters(model: nn.Module) -> list[AdapterSetInfo]:
-    """Tells what is injected where.
+    """Lists the adapter sets of a model.
 
     Args:
         model: Any model.
 
     Returns:
-        One entry a set, in the order of injection; empty if nothing was injected.
+        One entry for each set, in the order of injection; empty if nothing was injected.
 
     Example:
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
-        >>> [(info.name, info.adapter_parameters) for info in list_adapters(inject_adapters(resnet18(), "layer4", 8))]
+        >>> model = inject_adapters(resnet18(), "layer4", 8)
+        >>> [(info.name, info.adapter_parameters) for info in list_adapters(model)]
         [('default', 8712)]
     """
     ledger = find_ledger(model)

@@ -52,39 +52,39 @@ def inject_adapters(
     channel_dim: int | None = None,
     **family_options: Any,
 ) -> ModelT:
-    """Puts small trainable adapters into a model, in place, and freezes everything else for real.
+    """Injects small trainable adapters into a model, in place, and freezes everything else.
 
-    The backbone's parameters get no gradients and its BatchNorm statistics stop moving, in training
-    mode too. The new set becomes the active one. A failing call leaves the model as it was.
+    The backbone's parameters get no gradients, and running statistics are not updated, in train
+    mode too. The new set becomes active. A failing call leaves the model unchanged.
 
     Args:
         model: Any module, usually a torchvision ResNet. Inject before wrapping it in DDP or
             torch.compile.
         layers: Names of the modules whose outputs ``[N, C, ...]`` or ``[N, ..., C]`` are adapted,
-            as in ``model.named_modules()``; globs, in which a star stands for anything between two
-            dots (``"layer*.*"`` is every block); or a mapping from either to a bottleneck. Empty
-            for a set that has only a head or norms.
+            as in ``model.named_modules()``; globs, in which a star does not match dots
+            (``"layer*.*"`` is every block); or a mapping from either to a bottleneck. Empty for a
+            set that has only a head or norms.
         bottleneck: Width of the adapters' hidden layer: a number of channels, or a fraction of the
-            site's channels in (0, 1). For ``"lora"`` it is the rank; families without a hidden
-            layer have none.
-        family: Kind of adapter, one of those that `list_families` tells.
-        name: Name of the set; several sets can live on one backbone.
-        head: Names or globs of modules that are trained with the adapters and saved with them, such
-            as ``"fc"``: the set gets copies of them. Modules without parameters that a glob matches
-            are passed over. Or a mapping from names to modules that stand there while the set is
-            active, such as ``{"fc": nn.Linear(512, 10)}``: the set gets copies of these.
-        norm: What the set has of its own of the backbone's norms outside the head: ``"frozen"``
-            nothing, and the running statistics do not move, in training too; ``"affine"`` trained
-            weights and biases; ``"stats"`` running statistics, which move in training;
-            ``"affine+stats"`` both. The backbone's own stay as they are.
-        dropout: Probability of dropping a hidden unit of an adapter in training, in [0, 1). None is
-            the family's own: 0.1 for ``"pooled"``.
-        example_input: An input the model is called with once (a tuple: its arguments; a dict: its
-            keywords), in evaluation mode, to see what the sites return. Without it an input is made
-            up where modules do not tell; an error says if none fits.
-        channel_dim: Where the sites' outputs have their channels: 1 for ``[N, C, ...]``, -1 for
-            ``[N, ..., C]``. None finds out, by the layers inside a site, and asks where they do not
-            tell.
+            site's channels in (0, 1). For ``"lora"`` it is the rank. Families without a hidden
+            layer do not take it.
+        family: Kind of adapter, one of `list_families`.
+        name: Name of the set; a model can have several sets.
+        head: Names or globs of modules to train and save with the adapters, such as ``"fc"``: the
+            set gets copies of them. Modules without parameters that a glob matches are skipped. Or
+            a mapping from names to modules that replace the named ones while the set is active,
+            such as ``{"fc": nn.Linear(512, 10)}``: the set gets copies of the given modules.
+        norm: What the set has a private copy of in the backbone's norms outside the head:
+            ``"frozen"`` nothing, and running statistics are not updated, in train mode too;
+            ``"affine"`` trainable weights and biases; ``"stats"`` running statistics, updated in
+            train mode; ``"affine+stats"`` both. The backbone's norms do not change.
+        dropout: Probability of dropping a hidden unit of an adapter in train mode, in [0, 1). None
+            is the family's default: 0.1 for ``"pooled"``.
+        example_input: An input for one call of the model (a tuple: positional arguments; a dict:
+            keyword arguments), in eval mode, which measures the sites' outputs. Without it, an
+            input is generated where the modules' types do not give the shapes.
+        channel_dim: Dimension of the channels in the sites' outputs: 1 for ``[N, C, ...]``, -1 for
+            ``[N, ..., C]``. None detects it from the layers inside a site, and raises where they
+            are ambiguous.
         **family_options: Options of the family, such as ``init="identity"``; the page "Families"
             lists them.
 
@@ -108,7 +108,7 @@ def inject_adapters(
     check_model(model)
     for argument, value in (("family", family), ("name", name), ("norm", norm)):
         if not isinstance(value, str):
-            raise InjectionError(f"{argument}={value!r} is {type(value).__name__}, not a text.")
+            raise InjectionError(f"{argument}={value!r} is {type(value).__name__}, not a string.")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float | None):
         raise InjectionError(
             f"dropout={dropout!r} is {type(dropout).__name__}: give a probability, a number in [0, "
@@ -130,39 +130,38 @@ def inject_adapters(
             head=tuple(heads),
             norms=norms_of(model, norm, heads),
             blueprints={
-                path: told
+                path: blueprint
                 for path, module in heads.items()
-                if (told := blueprint_of(module)) is not None
+                if (blueprint := blueprint_of(module)) is not None
             },
         )
     if not spec.sites and not spec.private:
         raise InjectionError(
-            "layers is empty, and the set has neither a head nor norms of its own: name at least "
-            "one module, such as layers=('layer4',), or head='fc'."
+            "layers is empty, and the set has no head and no private norms: name at least one "
+            "module, such as layers=('layer4',), or head='fc'."
         )
     install(model, spec, describe(example_input), heads, **start)
     return model
 
 
 def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool = False) -> ModelT:
-    """Takes adapters out again; with the last set, the model becomes what it was before the
-    injection.
+    """Removes adapters; removing the last set restores the model from before the injection.
 
-    Parameters, buffers, `requires_grad`, training flags, hooks and module types are put back as
-    they were, so a model that was injected in training mode is in training mode afterwards: call
-    ``model.eval()`` if you want it otherwise.
+    Parameters, buffers, `requires_grad`, training flags, hooks and module types are restored, so a
+    model that was injected in train mode is in train mode afterwards: call ``model.eval()`` for
+    eval mode.
 
     Args:
         model: An injected model.
         name: The set to remove; None removes all.
-        keep_head: Leaves the trained head (the removed set's; the active one's if all go) in the
-            model. Only for the last set.
+        keep_head: Keeps the trained head (the removed set's, or the active set's if all are
+            removed) in the model. Only if no set remains.
 
     Returns:
         The same model.
 
     Raises:
-        InjectionError: Nothing was injected, or `keep_head` with other sets left.
+        InjectionError: Nothing was injected, or `keep_head` while other sets remain.
         AdapterKeyError: There is no such set.
 
     Example:
@@ -180,8 +179,8 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
     check_switchable(inner, ledger)
     if are_sharded(module for _, module in backbone_modules(inner)):
         raise InjectionError(
-            "The model is sharded (fully_shard), which ties its parameters to it. Remove sets "
-            "before sharding."
+            "Sets cannot be removed from a sharded model (fully_shard). Remove sets before "
+            "sharding."
         )
     head = {}
     if kept is not None:
@@ -197,14 +196,14 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
 
 
 def set_active_adapters(model: nn.Module, name: str | None) -> None:
-    """Switches between named sets, their heads included; the backbone stays frozen throughout.
+    """Switches between named sets, with their heads; the backbone stays frozen.
 
-    Gradients of the sets that are left are dropped, so that an optimizer over all parameters cannot
-    apply them later.
+    Gradients of the other sets are dropped, so that an optimizer over all parameters cannot apply
+    them later.
 
     Args:
         model: An injected model.
-        name: The set to use; None is the plain backbone.
+        name: The set to use; None is the backbone without adapters.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -224,7 +223,7 @@ def set_active_adapters(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def adapters_disabled(model: ModelT) -> Iterator[ModelT]:
-    """Runs the body on the plain backbone, head included; its norms stay frozen.
+    """Runs the body without adapters, with the backbone's head; the norms stay frozen.
 
     Args:
         model: An injected model.
@@ -253,28 +252,28 @@ def adapters_disabled(model: ModelT) -> Iterator[ModelT]:
 def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]:
     """Runs the body with one set for each sample of a batch, in one pass through the backbone.
 
-    Every sample goes through its own set's adapters, norms and head, with the result of a forward
-    with that set alone, up to rounding. Where the heads' outputs have different shapes, what comes
-    back in their place is a list with an entry for each sample. Statistics of a set's own norms are
-    computed over its samples only.
+    Every sample goes through the adapters, norms and head of the named set; the result equals that
+    of a forward with that set alone, up to rounding. Where the heads' outputs have different
+    shapes, the model returns a list with one entry for each sample. Statistics of a set's private
+    norms are computed over the set's samples only.
 
-    In training, every set that is named is trained: give the optimizer the parameters of all. Call
+    In training, every named set is trainable: give the optimizer the parameters of all sets. Call
     ``backward`` inside the body if activations are checkpointed. Afterwards the sets stay trainable
-    until the active set is changed.
+    until the active set changes.
 
     Args:
         model: An injected model.
-        names: The name of a set, or None for the plain backbone, for each sample: as many as the
-            batch has.
+        names: For each sample of the batch the name of a set, or None for the backbone without
+            adapters.
 
     Yields:
         The same model.
 
     Raises:
-        InjectionError: Nothing was injected; or the model changes the batch on the way, so that
-            samples cannot be told apart.
+        InjectionError: Nothing was injected; or the model changes the batch size inside, so that
+            rows no longer belong to samples.
         AdapterKeyError: There is no such set.
-        AdapterError: `names` is no list of names.
+        AdapterError: `names` is not a list of names.
 
     Example:
         >>> import torch
@@ -299,7 +298,7 @@ def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]
 
 
 def _set_to_keep(ledger: Ledger, going: list[str], name: str | None) -> str:
-    """Returns the set whose head stays in the model."""
+    """Returns the name of the set whose head stays in the model."""
     if len(going) < len(ledger.sets):
         raise InjectionError(
             "keep_head would change the backbone under the other sets. Remove them first."
@@ -307,7 +306,7 @@ def _set_to_keep(ledger: Ledger, going: list[str], name: str | None) -> str:
     kept = name or ledger.active or (going[0] if len(going) == 1 else None)
     if kept is None:
         raise InjectionError(
-            f"keep_head: the model has {quote_names(going)}, and none of them is active to say "
-            "whose head to keep. Call set_active_adapters(model, name) first."
+            f"keep_head keeps the head of the active set, but none of {quote_names(going)} is "
+            "active. Call set_active_adapters(model, name) first."
         )
     return kept

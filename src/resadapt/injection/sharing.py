@@ -1,4 +1,4 @@
-"""Several sets over the same input, with what they share computed once."""
+"""Running several sets on the same input, with the shared modules computed once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from resadapt.base.inputs import map_tensors, named_in
 from resadapt.base.undisturbed import EAGERLY, call, is_checkpointed
 from resadapt.injection.intercept import CallInterceptor, intercepted
 from resadapt.injection.ledger import ledger_of
-from resadapt.injection.mixture import InTurns
+from resadapt.injection.mixture import OneOfMany
 from resadapt.injection.switching import mixed
 from resadapt.injection.walk import are_sharded, backbone_modules, unwrap
 
@@ -28,75 +28,76 @@ __all__ = ["forward_all"]
 def forward_all(
     model: nn.Module, inputs: object, names: Iterable[str | None] | None = None
 ) -> dict[str | None, Any]:
-    """Runs several sets over the same input, and what comes before a set's first adapter, norm or
-    head of its own only once.
+    """Runs several sets on one input; modules before a set's first adapter run only once.
 
-    Each output is that of a forward with that set alone, to the last bit; in an optimized backbone,
-    where a norm that one set has as its own is folded for none, up to rounding. What the sets share
-    is drawn once where it is random, and hooks inside a module that is shared run once. Compiled
-    modules run as they were before they were compiled.
+    Modules are shared up to the first adapter, private norm or head of a set. Each output equals
+    that of a forward with that set alone, bit for bit. In an optimized backbone they are equal up
+    to rounding, since a norm that one set has a private copy of is folded for none. Random modules
+    that are shared draw once, and hooks inside shared modules run once. Compiled modules run
+    uncompiled.
 
     In training, the sets become trainable, as in `adapters_for`, and one backward pass of the sum
-    of their losses reaches all of them. Checkpointed activations would be computed anew with the
-    active set, and are refused.
+    of their losses reaches all of them. Activation checkpointing is refused: it would recompute
+    with the active set.
 
     Args:
         model: An injected model.
-        inputs: What the model is called with: one input, a tuple of arguments or a dict of
-            keywords.
-        names: Names of sets, None for the plain backbone; all sets if left out.
+        inputs: The input of the model: one input, a tuple of positional arguments or a dict of
+            keyword arguments.
+        names: Names of sets, None for the backbone without adapters; by default all sets.
 
     Returns:
-        The output of each, by name, in the order of `names`.
+        The outputs by name, in the order of `names`.
 
     Raises:
-        InjectionError: Nothing was injected; or, in training, the model is in
-            DistributedDataParallel, which would average nothing, or checkpoints activations.
+        InjectionError: Nothing was injected; or, in training, the model is wrapped in
+            DistributedDataParallel or checkpoints activations.
         AdapterKeyError: There is no such set.
-        AdapterError: `names` is no list of names.
+        AdapterError: `names` is not a list of names.
 
     Example:
         >>> import torch
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
-        >>> model = inject_adapters(resnet18(), "layer4", name="day", head={"fc": nn.Linear(512, 3)})
-        >>> model = inject_adapters(model, "layer4", name="night", head={"fc": nn.Linear(512, 10)}).eval()
-        >>> outputs = forward_all(model, torch.randn(2, 3, 32, 32))
+        >>> heads = {"day": {"fc": nn.Linear(512, 3)}, "night": {"fc": nn.Linear(512, 10)}}
+        >>> model = inject_adapters(resnet18(), "layer4", name="day", head=heads["day"])
+        >>> model = inject_adapters(model, "layer4", name="night", head=heads["night"])
+        >>> outputs = forward_all(model.eval(), torch.randn(2, 3, 32, 32))
         >>> {name: tuple(output.shape) for name, output in outputs.items()}
         {'day': (2, 3), 'night': (2, 10)}
     """
     ledger = ledger_of(model)
     if isinstance(names, str) or not isinstance(names, Iterable | None):
         raise AdapterError(
-            f"names={names!r}: give a list of names of sets, None among them for the plain "
-            "backbone."
+            f"names={names!r}: give a list of names of sets, with None for the backbone without "
+            "adapters."
         )
     listed = list(ledger.sets if names is None else names)
     specs = {name: ledger.set_named(name).spec for name in listed if name is not None}
-    turns = InTurns(dict.fromkeys(listed))
+    mixture = OneOfMany(dict.fromkeys(listed))
     if isinstance(model, DistributedDataParallel) and torch.is_grad_enabled():
         raise InjectionError(
-            "DistributedDataParallel averages one forward at a time: run each set on its own, or "
-            "model.module."
+            "DistributedDataParallel averages one forward at a time: run the sets one by one, or "
+            "pass model.module."
         )
     inner = unwrap(model)
     if are_sharded(module for _, module in backbone_modules(inner)):
         raise InjectionError(
-            "The model is sharded (fully_shard), and gathers its parts call by call: run each set "
-            "on its own."
+            "The model is sharded (fully_shard) and gathers parameters for each call: run the sets "
+            "one by one."
         )
     shared = _Shared(site.owner for spec in specs.values() for site in spec.sites)
     outputs = {}
     with ExitStack() as stack:
         stack.enter_context(EAGERLY)
-        if torch.is_inference_mode_enabled():  # there, nothing tells of changes in place
+        if torch.is_inference_mode_enabled():  # inference tensors do not count in-place changes
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             inputs = map_tensors(inputs, torch.clone)
-        stack.enter_context(mixed(inner, ledger, turns))
+        stack.enter_context(mixed(inner, ledger, mixture))
         stack.enter_context(intercepted(inner, specs.values(), shared))
-        for name in turns.names:
-            turns.name = name
+        for name in mixture.names:
+            mixture.name = name
             ledger.mixing = () if name is None else (name,)
             shared.start(name)
             outputs[name] = call(inner, inputs)
@@ -105,19 +106,16 @@ def forward_all(
 
 @dataclass
 class _Call:
-    """A module's call in a forward of the plain backbone."""
+    """A module's call before any set diverged from the backbone."""
 
     place: str
     output: Any
     versions: tuple[int, ...] | None
-    """Of the tensors in the output when it was returned.
-
-    None if the call is to be made again each time.
-    """
+    """Version counters of the output's tensors when returned; None if the call must be repeated."""
 
 
 class _Shared(CallInterceptor):
-    """Remembers the calls of the plain backbone, for the sets that have not parted from it yet.
+    """Reuses the outputs of calls for all sets that have not diverged from the backbone yet.
 
     Args:
         owners: Names of the modules whose outputs a set adapts.
@@ -130,33 +128,29 @@ class _Shared(CallInterceptor):
         self._training = torch.is_grad_enabled()
 
     @override
-    def arrive(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Refuses a call that would be computed again in the backward pass, when no set's turn can be told."""
+    def dispatch(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Refuses checkpointed calls: the backward pass would recompute them with another set."""
         if self._training and is_checkpointed():
             raise InjectionError(
-                f"Module {place!r} runs in torch.utils.checkpoint, which computes it anew for the "
-                "backward pass, with the active set: run each set on its own, or call the model "
+                f"Module {place!r} runs in torch.utils.checkpoint, which would recompute it in the "
+                "backward pass with the active set: run the sets one by one, or call the model "
                 "without checkpointing."
             )
-        return super().arrive(place, run, args, kwargs)
+        return super().dispatch(place, run, args, kwargs)
 
     @override
     def call(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Returns the output of the first time, if nothing has changed it since."""
+        """Returns the first call's output, unless it was changed in place since."""
         if self.position < len(self._calls):
             known = self._calls[self.position]
             if known.place != place:
-                self.parted = True
+                self.diverged = True
             elif known.versions is not None and known.versions == _versions(known.output):
-                if (
-                    place in self._owners
-                ):  # an adapter may have saved it for backward, and the model may add to it in place
-                    return known.output.clone()
-                return (
-                    known.output
-                    if isinstance(known.output, torch.Tensor)
-                    else copy.copy(known.output)
-                )
+                output = known.output
+                # An adapter may have saved the output, and the model may add to it in place.
+                if place in self._owners:
+                    return output.clone()
+                return output if isinstance(output, torch.Tensor) else copy.copy(output)
             return run(*args, **kwargs)
         before = _versions((args, kwargs))
         output = run(*args, **kwargs)
@@ -168,22 +162,16 @@ class _Shared(CallInterceptor):
 
 
 def _versions(value: object) -> tuple[int, ...] | None:
-    """Tells how often each tensor in a value was changed in place; None if that cannot be known."""
+    """Returns the version counters of the tensors in a value; None for inference tensors."""
     tensors = [tensor for _, tensor in named_in(value)]
-    return (
-        None
-        if any(tensor.is_inference() for tensor in tensors)
-        else tuple(tensor._version for tensor in tensors)
-    )
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return tuple(tensor._version for tensor in tensors)
 
 
 def _is_simple(output: object) -> bool:
-    """Tells whether a copy of a value shares no more than tensors with it."""
-    items = (
-        output.values()
-        if isinstance(output, dict)
-        else output
-        if isinstance(output, list | tuple)
-        else [output]
-    )
+    """Tells whether a shallow copy of a value shares only tensors with the value."""
+    if isinstance(output, dict):
+        output = list(output.values())
+    items = output if isinstance(output, list | tuple) else [output]
     return all(isinstance(item, torch.Tensor) for item in items)

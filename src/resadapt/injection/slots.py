@@ -1,7 +1,4 @@
-"""Where adapters and a set's private modules live.
-
-A slot, the reserved child of a module of the backbone.
-"""
+"""Slots: reserved children of the backbone's modules that hold adapters and private modules."""
 
 from __future__ import annotations
 
@@ -24,48 +21,47 @@ SLOT = "resadapt"
 
 
 class AdapterSlot(nn.Module):
-    """Holds what sets have at one module: adapters of its output, by set name, and private modules
-    that run in its place.
+    """Holds the sets' adapters of one module's output, and private modules that replace the module.
 
-    The slot sits beside what it adapts, so that moving, copying, sharding or slicing the module
-    takes its content along.
+    The slot is a child of the adapted module, so moving, copying, sharding or slicing that module
+    includes the slot's content.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.sites: dict[str, SiteSpec] = {}
-        """The sets that have an adapter in this slot, and the sites that they adapt."""
+        """Sets with an adapter in this slot, and the sites that they adapt."""
         self.routes: dict[str, str] = {}
-        """The sets that have a private module in this slot, and the modules of the backbone that these run in place of."""
+        """Sets with a private module in this slot, and the backbone modules it replaces."""
         self.active: str | None = None
         self.mixture: Mixture | None = None
-        """Which set each sample runs with, while a batch is mixed."""
+        """The set of each sample, while a mixed batch runs."""
         self._last: object = None
-        """What ran in the last forward that a backward pass may follow."""
+        """The set or mixture of the last forward that a backward pass may follow."""
 
     def insert(self, name: str, site: SiteSpec, adapter: nn.Module) -> None:
-        """Takes in a set's adapter, which is not active yet."""
+        """Adds a set's adapter, inactive at first."""
         self.sites[name] = site
         self.add_module(name, adapter)
 
     def insert_private(self, name: str, place: str, module: nn.Module) -> None:
-        """Takes in the module that a set runs in place of one of the backbone.
+        """Adds the module that a set runs in place of a module of the backbone.
 
         Raises:
-            InjectionError: The set has one in this slot already.
+            InjectionError: The set has another private module in this slot already.
         """
         if name in self.routes and (
             self.routes[name] != place or self._modules[_key(name, place)] is not module
         ):
             raise InjectionError(
-                f"Set {name!r}: {self.routes[name]!r} and {place!r} end in one module that both "
-                "share, and each needs a module of its own there. Take one of them out of head."
+                f"Set {name!r}: {self.routes[name]!r} and {place!r} share their last module, so "
+                "they cannot both be in the head. Remove one of them from head."
             )
         self.routes[name] = place
         self.add_module(_key(name, place), module)
 
-    def take_out(self, name: str) -> None:
-        """Lets go of what a set has here, if it has anything."""
+    def remove(self, name: str) -> None:
+        """Removes a set's adapter and private module, if any."""
         if name in self.routes:
             del self._modules[_key(name, self.routes.pop(name))]
         if self.sites.pop(name, None):
@@ -73,30 +69,25 @@ class AdapterSlot(nn.Module):
         self.activate(self.active)
 
     def activate(self, name: str | None) -> None:
-        """Chooses the set that runs; one that has nothing here leaves the module as it is."""
+        """Activates a set, if the set has an adapter or private module in this slot."""
         self.active = name if name in self.sites or name in self.routes else None
 
     def private(self, name: str | None, place: str) -> nn.Module | None:
-        """Returns the module that a set runs in place of one of the backbone, None if it has none."""
+        """Returns the module that a set runs in place of a module of the backbone, or None."""
         return self._modules[_key(name, place)] if self.routes.get(name) == place else None  # type: ignore[arg-type]
 
     def site(self) -> SiteSpec:
-        """Returns the site that is adapted now: the active set's, in a mixed batch any set's."""
-        return (
-            self.sites[self.active]
-            if self.active in self.sites
-            else next(iter(self.sites.values()))
-        )
+        """Returns the active set's site; in a mixed batch the site of any set."""
+        return self.sites.get(self.active or "") or next(iter(self.sites.values()))
 
     def adapt(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Returns an adapter's result where the owner was called with some arguments and returned
-        an output.
+        """Returns the adapted output of a call of the slot's owner.
 
-        Which adapter it is, is decided here and nowhere else: the active set's, or in a mixed batch
-        that of each sample's set.
+        Only this method chooses the adapter: the active set's, or in a mixed batch that of each
+        sample's set.
         """
         if not torch.compiler.is_compiling():
-            self._check_again()
+            self._check_recomputation()
         if self.mixture is None:
             return self._adapted(self.active, owner, args, output)
         return self.mixture.run(
@@ -106,17 +97,17 @@ class AdapterSlot(nn.Module):
             (args, output),
         )
 
-    def _check_again(self) -> None:
-        """Refuses to compute checkpointed activations anew with another set than they were computed with."""
-        now = self.active if self.mixture is None else self.mixture.turn
-        if torch._C._current_graph_task_id() == -1:  # no backward pass is going on
+    def _check_recomputation(self) -> None:
+        """Refuses to recompute checkpointed activations with another set than in the forward."""
+        now = self.active if self.mixture is None else self.mixture.current
+        if torch._C._current_graph_task_id() == -1:  # outside of a backward pass
             if self.training or torch.is_grad_enabled():
                 self._last = now
         elif now != self._last and is_checkpointed():
             raise InjectionError(
-                f"Activations around {self.site().owner!r} are computed anew for the backward "
-                f"pass, with {now!r} where it was {self._last!r}: call backward before sets are "
-                "switched, and inside the body of adapters_for."
+                f"Checkpointed activations around {self.site().owner!r} are recomputed in the "
+                f"backward pass with {now!r}, but the forward ran with {self._last!r}: call "
+                "backward before switching sets, and inside the body of adapters_for."
             )
 
     def _adapted(
@@ -125,12 +116,12 @@ class AdapterSlot(nn.Module):
         if name not in self.sites:
             return output
         site, adapter = self.sites[name], self._modules[name]
-        if not isinstance(output, fx.Proxy):  # a symbolic value has no type or shape to look at
+        if not isinstance(output, fx.Proxy):  # symbolic values have no type or shape to check
             _check_output(output, site)
         if not args and adapter.reads != "output":  # type: ignore[union-attr]
             raise InjectionError(
-                f"Site {site.name!r} was given its input by keyword, where its adapter cannot see "
-                "it. Pass it as first argument."
+                f"Site {site.name!r} was called with keyword arguments only, but its adapter needs "
+                "the input. Pass the input as first positional argument."
             )
         adapted = apply(adapter, self.private(name, site.owner) or owner, args, output)
         if not isinstance(output, fx.Proxy):
@@ -139,19 +130,19 @@ class AdapterSlot(nn.Module):
 
     @override
     def forward(self, *args: object) -> None:
-        """Refuses: only the hook of the owner applies adapters."""
+        """Raises: only the owner's forward hook applies adapters."""
         names = sorted({site.name for site in self.sites.values()} | {*self.routes.values()})
         raise InjectionError(
-            f"The module at site {names} runs over its own children and met the adapter among "
-            "them. Choose a module inside it; if it was injected into already, call "
+            f"The module at site {names} iterates over its children and called the adapter as one "
+            "of them. Choose a module inside it; if adapters were injected there already, call "
             "remove_adapters(model) first."
         )
 
 
 def _key(name: str | None, place: str) -> str:
-    """Returns the child that a set's private module is, such as ``day@fc``.
+    """Returns the child name of a set's private module, such as ``day@fc``.
 
-    An adapter's has the name of the set alone.
+    An adapter's child name is the name of the set.
     """
     return f"{name}@{place.rpartition('.')[2]}"
 
@@ -161,9 +152,9 @@ def _check_adapted(adapted: object, output: Tensor, site: SiteSpec) -> None:
         return
     what = f"shape {list(adapted.shape)}" if isinstance(adapted, Tensor) else type(adapted).__name__
     raise InjectionError(
-        f"The adapter at site {site.name!r} returned {what} where its site returned shape "
-        f"{list(output.shape)}: the forward of a family returns the adapted output, of the same "
-        "shape."
+        f"The adapter at site {site.name!r} returned {what}, but its site returned shape "
+        f"{list(output.shape)}: the forward of a family must return the adapted output, of the "
+        "same shape."
     )
 
 

@@ -1,4 +1,4 @@
-"""Changing which sets run and which are trained."""
+"""Changing which sets are active and which are trainable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from resadapt.base.errors import InjectionError, quote_names
 from resadapt.base.overlay import stock_classes
-from resadapt.injection.freeze import rest_norms, wake_norms
+from resadapt.injection.freeze import allow_statistics_reset, block_statistics_reset
 from resadapt.injection.ledger import AdapterSet, Ledger, find_ledger, set_modules, set_tensors
 from resadapt.injection.mixture import Mixture
 from resadapt.injection.private import lost_modules
@@ -19,25 +19,24 @@ __all__ = ["activate", "activated", "check_switchable", "mixed", "on_backbone", 
 
 
 def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
-    """Makes one set, or none, the one that the model runs with; which ones are trained stays as it
-    is.
+    """Makes one set, or none, active; which sets are trainable does not change.
 
     Raises:
-        InjectionError: Something of the sets is no longer where it was put; nothing was changed.
+        InjectionError: A part of a set was lost; nothing was changed.
     """
     if name == ledger.active and ledger.mixing is None:
         return
     changing = [ledger.sets[each] for each in ledger.sets.keys() & {name, ledger.active}]
     check_switchable(model, ledger, changing)
     for adapter_set in changing:
-        _set_resting(model, adapter_set, adapter_set.spec.name != name)
+        _set_statistics_reset(model, adapter_set, adapter_set.spec.name == name)
     ledger.active = name
     for slot in slots_of(model):
         slot.activate(name)
 
 
 def switch(model: nn.Module, ledger: Ledger, name: str | None) -> None:
-    """Makes a set the active one for good, and the one that is trained.
+    """Makes a set the active set and the only trainable set.
 
     Raises:
         InjectionError: As `activate`.
@@ -47,17 +46,17 @@ def switch(model: nn.Module, ledger: Ledger, name: str | None) -> None:
 
 
 def train(model: nn.Module, ledger: Ledger, names: Collection[str]) -> None:
-    """Has some sets trained and no others, whose gradients go, so that no optimizer can apply them
-    later.
+    """Makes some sets trainable, and freezes all other sets.
+
+    Gradients of the frozen sets are dropped, so that no optimizer can apply them later.
 
     Raises:
-        InjectionError: A part of a set is no longer where it was put; nothing was changed.
+        InjectionError: A part of a set was lost; nothing was changed.
     """
     if changing := ledger.trained ^ {*names}:
         reshard(model)
-        for name, tensors in {
-            name: set_tensors(model, ledger.sets[name].spec) for name in changing
-        }.items():
+        by_name = {name: set_tensors(model, ledger.sets[name].spec) for name in changing}
+        for name, tensors in by_name.items():
             adapter_set, trained = ledger.sets[name], name not in ledger.trained
             if not trained:
                 adapter_set.requires_grad = {
@@ -76,7 +75,7 @@ def train(model: nn.Module, ledger: Ledger, names: Collection[str]) -> None:
 def activated(model: nn.Module, ledger: Ledger, name: str | None) -> Iterator[None]:
     """Runs the body with one set, or none, active.
 
-    The set that was active before becomes so again, if it is still there.
+    The previously active set becomes active again, if it is still there.
     """
     active = ledger.active
     activate(model, ledger, name)
@@ -89,12 +88,12 @@ def activated(model: nn.Module, ledger: Ledger, name: str | None) -> Iterator[No
 
 @contextmanager
 def on_backbone(model: nn.Module) -> Iterator[None]:
-    """Runs the body with no set active and every module of its stock class, whether anything was
-    injected or not.
+    """Runs the body with no set active and every module of its stock class.
+
+    The model may be injected or not.
 
     Raises:
-        InjectionError: As `check_switchable`, of all sets: the body is to put another one beside
-            them.
+        InjectionError: As `check_switchable`, for all sets, since the body adds another set.
     """
     ledger = find_ledger(model)
     if ledger:
@@ -108,9 +107,9 @@ def on_backbone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def mixed(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
-    """Runs the body with the sets of a mixture, all of them trained.
+    """Runs the body with the sets of a mixture, all of them trainable.
 
-    They stay so until the active set is changed.
+    The sets stay trainable until the active set changes.
     """
     mixing = tuple(name for name in dict.fromkeys(mixture.names) if name is not None)
     mixed_sets = [ledger.sets[name] for name in mixing]
@@ -118,8 +117,8 @@ def mixed(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
     train(model, ledger, ledger.trained | {*mixing})
     with activated(model, ledger, None), ExitStack() as stack:
         for adapter_set in mixed_sets:
-            _set_resting(model, adapter_set, False)
-            stack.callback(_set_resting, model, adapter_set, True)
+            _set_statistics_reset(model, adapter_set, True)
+            stack.callback(_set_statistics_reset, model, adapter_set, False)
         for slot in slots_of(model):
             slot.mixture = mixture
             stack.callback(setattr, slot, "mixture", None)
@@ -131,16 +130,20 @@ def mixed(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
 def check_switchable(
     model: nn.Module, ledger: Ledger, sets: Iterable[AdapterSet] | None = None
 ) -> None:
-    """Checks that some sets, or all, are whole and can be switched, so that what follows cannot
-    fail half-way.
+    """Checks that sets are complete and can be switched, so that a later step cannot fail half-way.
+
+    Args:
+        model: The model.
+        ledger: The model's ledger.
+        sets: The sets to check; None for all.
 
     Raises:
-        InjectionError: A part of a set is no longer where it was put, or a batch is being mixed.
+        InjectionError: A part of a set was lost, or the call is inside `adapters_for`.
     """
     if ledger.mixing is not None:
         raise InjectionError(
-            "Inside adapters_for sets cannot be switched, injected, removed or saved. Leave it "
-            "first."
+            "Inside adapters_for sets cannot be switched, injected, removed or saved. Leave the "
+            "with block first."
         )
     for adapter_set in ledger.sets.values() if sets is None else sets:
         list(set_modules(model, adapter_set.spec))
@@ -151,7 +154,7 @@ def check_switchable(
             )
 
 
-def _set_resting(model: nn.Module, adapter_set: AdapterSet, resting: bool) -> None:
-    """Fixes the statistics of the norms inside a set's modules, or has them move again."""
+def _set_statistics_reset(model: nn.Module, adapter_set: AdapterSet, allowed: bool) -> None:
+    """Allows or blocks `reset_running_stats` in a set's modules."""
     for _, module in set_modules(model, adapter_set.spec):
-        (rest_norms if resting else wake_norms)(module)
+        (allow_statistics_reset if allowed else block_statistics_reset)(module)

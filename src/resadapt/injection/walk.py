@@ -1,7 +1,4 @@
-"""Walking a model.
-
-Through what wraps it, past the adapters in it, and over the processes that share it.
-"""
+"""Iterating over a model's backbone: through wrappers, without adapters, also when sharded."""
 
 from __future__ import annotations
 
@@ -37,11 +34,15 @@ __all__ = [
     "unwrap",
 ]
 
-_PASSED_ON_TO = ("_orig_mod", "_checkpoint_wrapped_module")
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model inside DataParallel, DistributedDataParallel, AveragedModel, torch.compile or activation checkpointing."""
+    """Returns the model inside wrappers.
+
+    Known wrappers are DataParallel, DistributedDataParallel, AveragedModel, torch.compile and
+    activation checkpointing.
+    """
     if not isinstance(model, nn.Module):
         raise InjectionError(f"model is {type(model).__name__}, not a torch.nn.Module.")
     while True:
@@ -54,7 +55,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def backbone_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Walks the modules of the backbone as `nn.Module.named_modules` does, but once for each name of a shared module."""
+    """Yields the backbone's modules like `nn.Module.named_modules`, shared ones by every name."""
     model = behind_wrappers(model)
     yield prefix, model
     for key, child in model._modules.items():
@@ -63,30 +64,30 @@ def backbone_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def backbone_tensors(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Walks every parameter and buffer of the backbone, non-persistent buffers included."""
+    """Yields all parameters and buffers of the backbone, non-persistent buffers included."""
     for name, module in backbone_modules(model, prefix):
         yield from named_tensors(module, name)
 
 
 def named_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Walks the parameters and buffers of one module, without its children."""
+    """Yields the parameters and buffers of one module, without its children."""
     for key, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield f"{prefix}.{key}" if prefix else key, tensor
 
 
 def persistent_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Walks the parameters and buffers of one module that it saves, without its children."""
+    """Yields the parameters and persistent buffers of one module, without its children."""
     for path, tensor in named_tensors(module, prefix):
         if path.rpartition(".")[2] not in module._non_persistent_buffers_set:
             yield path, tensor
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """Returns the backbone's module of a name.
+    """Returns a module of the backbone by name.
 
     Raises:
-        InjectionError: There is none.
+        InjectionError: The backbone has no module of that name.
     """
     module = behind_wrappers(model)
     for part in name.split(".") if name else ():
@@ -100,34 +101,34 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
 
 
 def check_not_meta(tensors: Mapping[str, Tensor]) -> None:
-    """Checks that tensors have values.
+    """Checks that no tensor is on the meta device.
 
     Raises:
-        InjectionError: One is on the meta device: not loaded, or offloaded.
+        InjectionError: A tensor is on the meta device: not loaded, or offloaded.
     """
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise InjectionError(
-            f"Tensors have no values here (not loaded, or offloaded?): {quote_names(empty)}. Load "
-            "them, or undo the offloading: accelerate.hooks.remove_hook_from_submodules(model) "
-            "undoes accelerate's."
+            f"Tensors are on the meta device (not loaded, or offloaded?): {quote_names(empty)}. "
+            "Load them, or undo the offloading, for accelerate with "
+            "accelerate.hooks.remove_hook_from_submodules(model)."
         )
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Tells whether a module has no children of the backbone's."""
+    """Tells whether a module has no children besides a slot."""
     return all(
         child is None or isinstance(child, AdapterSlot) for child in module._modules.values()
     )
 
 
 def find_slot(owner: nn.Module) -> AdapterSlot | None:
-    """Returns the slot of a module, None if it has none."""
+    """Returns the slot of a module, or None."""
     slot = _child(owner, SLOT)
     return slot if isinstance(slot, AdapterSlot) else None
 
 
 def slots_of(model: nn.Module) -> Iterator[AdapterSlot]:
-    """Walks the slots of a model."""
+    """Yields the slots of a model."""
     for _, module in backbone_modules(model):
         if slot := find_slot(module):
             yield slot
@@ -138,28 +139,26 @@ def _child(module: nn.Module, key: str) -> nn.Module | None:
 
 
 def behind_wrappers(module: nn.Module) -> nn.Module:
-    """Returns what a wrapper passes its inputs on to; the module itself if it is no wrapper.
+    """Returns the module inside a wrapper; the module itself if it is not a wrapper.
 
     Raises:
-        InjectionError: The wrapper makes other parameters of those of the module.
+        InjectionError: The wrapper is FullyShardedDataParallel, which flattens parameters.
     """
     if "_fsdp_wrapped_module" in module._modules:
         raise InjectionError(
-            "FullyShardedDataParallel makes one flat parameter of many, of which no adapter can be "
-            "told. Inject first, and shard with torch.distributed.fsdp.fully_shard, which keeps "
-            "them apart."
+            "FullyShardedDataParallel flattens parameters, so adapters cannot be separated from "
+            "the backbone. Inject first, and shard with torch.distributed.fsdp.fully_shard, which "
+            "keeps parameters separate."
         )
-    for key in _PASSED_ON_TO:
+    for key in _WRAPPED:
         if key in module._modules:
             return behind_wrappers(module._modules[key])  # type: ignore[arg-type]
     return module
 
 
 def sharded_tensors(model: nn.Module) -> list[Tensor]:
-    """Returns the sharded parameters and buffers of a model; none if it is an ordinary one."""
-    if (
-        "torch.distributed.tensor" not in sys.modules
-    ):  # where sharded tensors are from: there can be none
+    """Returns the sharded parameters and buffers of a model; [] if nothing is sharded."""
+    if "torch.distributed.tensor" not in sys.modules:  # not imported: nothing can be sharded
         return []
     reshard(model)
     return [
@@ -170,35 +169,33 @@ def sharded_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def are_sharded(modules: Iterable[nn.Module]) -> bool:
-    """Tells whether one of some modules, without their children, has sharded tensors or shards them."""
+    """Tells whether any of the modules, without children, has sharded tensors or shards them."""
     for module in modules:
         tensors = [
             tensor
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None
         ]
-        if isinstance(module, _kind()) or any(map(is_sharded, tensors)):
+        if isinstance(module, _fsdp_class()) or any(map(is_sharded, tensors)):
             return True
     return False
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts every parameter back in its sharded form: after a forward without a backward some stay
-    gathered.
+    """Reshards parameters that are still gathered after a forward without a backward.
 
-    What is written into a gathered parameter would be lost.
+    Values written into a gathered parameter would be lost.
     """
-    kind = _kind()
-    if any(isinstance(module, kind) for _, module in backbone_modules(model)):
+    fsdp_class = _fsdp_class()
+    if any(isinstance(module, fsdp_class) for _, module in backbone_modules(model)):
         for module in nn.Module.modules(model):
-            if isinstance(module, kind):
+            if isinstance(module, fsdp_class):
                 module.reshard()
 
 
-def _kind() -> Any:
-    return getattr(
-        sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ()
-    )  # not imported: nothing can be sharded
+def _fsdp_class() -> Any:
+    """Returns the class of FSDP2 modules; () if not imported, when nothing can be sharded."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
 T = TypeVar("T")
@@ -208,22 +205,22 @@ def check_ranks(model: nn.Module) -> bool:
     """Tells whether a model is sharded over processes.
 
     Raises:
-        AdapterError: It is, but not over all of the default process group, which would then wait
-            for ever.
+        AdapterError: The model is sharded over a part of the default process group only, which
+            would deadlock.
     """
     meshes = [tensor.device_mesh for tensor in sharded_tensors(model)]  # type: ignore[attr-defined]
     if meshes and any(mesh.size() != dist.get_world_size() for mesh in meshes):
         raise AdapterError(
-            "The model is sharded over a part of the processes only, for which saving is not "
+            "The model is sharded over a part of the processes only. Saving such models is not "
             "supported."
         )
     return bool(meshes)
 
 
 def on_one_rank(sharded: bool, work: Callable[[], T]) -> T:
-    """Does work on rank 0 of a sharded model and gives its result or error to all.
+    """Runs a function on rank 0 if the model is sharded, and sends the result or error to all.
 
-    For any other model just does it.
+    If the model is not sharded, every process runs the function.
     """
     if not sharded:
         return work()

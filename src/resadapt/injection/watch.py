@@ -1,8 +1,8 @@
-"""Watching each forward of an injected model, so that nothing goes wrong in silence.
+"""Hooks that watch each forward of an injected model for silent mistakes.
 
-An adapter that runs twice, a head that was replaced and parameters that DDP leaves out of its
-averages are errors. An adapter that never runs or gets no gradient is a warning, given once; so are
-hooks that would take a layer and its adapter for one layer.
+Errors: an adapter runs twice, a head was replaced, DDP does not average a trainable parameter.
+Warnings, given once: an adapter never runs or gets no gradient, or a hook would treat a layer and
+its adapter as one layer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclass
 class _Forward:
-    """One forward of a whole model: how often each slot's owner ran in it so far."""
+    """One forward of a whole model, with the number of runs of each slot's owner so far."""
 
     root: int
     outer: _Forward | None
@@ -48,19 +48,17 @@ class _Forward:
 
 
 _AVERAGED = "_resadapt_averaged"
-"""Attribute of a DistributedDataParallel: the identities of the parameters that it averages."""
+"""Attribute of a DistributedDataParallel: ids of the averaged parameters."""
 _current: ContextVar[_Forward | None] = ContextVar("resadapt_forward", default=None)
-"""The forward that this thread is in."""
+"""The current forward of this thread."""
 
 
 def begin_forward(root: nn.Module, args: Any) -> None:
     """Forward pre-hook of the root.
 
-    Starts counting, and in training looks whether what is trained is in its place.
+    Starts counting, and in train mode checks that the trainable modules are still in place.
     """
-    if (
-        torch.compiler.is_compiling()
-    ):  # a count is a side effect that a compiled or exported graph must not have
+    if torch.compiler.is_compiling():  # a compiled or exported graph must not have side effects
         return
     outer = _current.get()
     _current.set(
@@ -74,10 +72,10 @@ def begin_forward(root: nn.Module, args: Any) -> None:
 
 
 def count_run(slot: AdapterSlot) -> None:
-    """Counts one run of a slot's owner in the forward of the whole model, if there is one.
+    """Counts one run of a slot's owner in the current forward of the whole model, if any.
 
     Raises:
-        InjectionError: It is not the first.
+        InjectionError: The owner ran before in this forward.
     """
     if torch.compiler.is_compiling():
         return
@@ -89,31 +87,27 @@ def count_run(slot: AdapterSlot) -> None:
     elif _is_running(forward.root):
         forward.runs[id(slot)] += 1
         raise InjectionError(
-            f"Site {slot.site().name!r} ran more than once in one forward, and one adapter cannot "
-            "serve several places. Call remove_adapters(model) and choose a module that runs once, "
-            "such as the block around it."
+            f"Site {slot.site().name!r} ran more than once in one forward, but an adapter needs a "
+            "module that runs once. Call remove_adapters(model) and choose another module, such as "
+            "the block around it."
         )
-    else:  # that forward was interrupted, and a part of the model is called on its own
+    else:  # that forward was interrupted, and a part of the model is now called directly
         _current.set(None)
 
 
 def count_private(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a set's private module.
-
-    Notes that it ran in the forward of the whole model, if there is one.
-    """
+    """Forward pre-hook of a private module: counts its runs in the current forward, if any."""
     if not torch.compiler.is_compiling() and (forward := _current.get()) is not None:
         forward.runs[id(module)] = forward.runs.get(id(module), 0) + 1
 
 
 def check_rules(owner: nn.Module, slot: AdapterSlot, later: Collection[int]) -> None:
-    """Warns of hooks on a layer that may stand for a rule of its gradient, as an attribution
-    method's do.
+    """Warns of hooks on a layer that may define a gradient rule, as attribution methods do.
 
     Args:
-        owner: The module that carries the slot.
-        slot: Its slot.
-        later: The forward hooks that come after the adapter.
+        owner: The module that has the slot.
+        slot: The slot.
+        later: Ids of the forward hooks that run after the adapter hook.
     """
     if owner.training or not torch.is_grad_enabled() or not is_leaf(owner):
         return
@@ -121,16 +115,16 @@ def check_rules(owner: nn.Module, slot: AdapterSlot, later: Collection[int]) -> 
     if around or owner._backward_hooks or owner._backward_pre_hooks:
         site = slot.site().name
         _warn(
-            f"The hooks on site {site!r} see the layer and its adapter as one. A method that has a "
-            "rule for the gradient of such a layer (DeepLift, deconvolution) is wrong there: use "
-            "it on resadapt.inference_copy(model)."
+            f"The hooks on site {site!r} see the layer and its adapter as one layer. A method with "
+            "a gradient rule for that layer (DeepLift, deconvolution) gives wrong results: use it "
+            "on resadapt.inference_copy(model)."
         )
 
 
 def check_first_forward(root: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the root.
 
-    After a set's first forward, names the adapters that did not run or get no gradient.
+    After a set's first forward, warns of adapters that did not run or get no gradient.
     """
     forward, ledger = (
         (None, None)
@@ -149,10 +143,8 @@ def _check_first_of(
     training = not adapter_set.gradients_checked and root.training and torch.is_grad_enabled()
     if not first and not training:
         return
-    adapter_set.runs_checked, adapter_set.gradients_checked = (
-        True,
-        adapter_set.gradients_checked or training,
-    )
+    adapter_set.runs_checked = True
+    adapter_set.gradients_checked |= training
     spec = adapter_set.spec
     idle = [
         site.name
@@ -166,25 +158,27 @@ def _check_first_of(
     ]
     if first and idle:
         _warn(
-            f"The adapters at {quote_names(idle)} did not run in the first forward: their modules "
-            "are not called, or not as modules. Unless they run later, take them out of layers, or "
-            "choose the modules around them."
+            f"The adapters at {quote_names(idle)} did not run in the first forward: the model does "
+            "not call these modules, or calls only their forward. Unless they run later, remove "
+            "them from layers, or choose the modules around them."
         )
     if first and unused:
         _warn(
             f"The head or norms {quote_names(unused)} of set {spec.name!r} did not run in the "
-            "first forward: the model does not call these modules, or reads their weights itself, "
-            "which are the backbone's. Unless they run later, choose the modules around them."
+            "first forward: the model does not call these modules, or reads the weights of "
+            "the backbone's modules directly. Unless they run later, choose the modules around "
+            "them."
         )
     if training and (cut_off := _cut_off(root, spec, output, {*idle, *unused})):
         _warn(
-            f"The adapters at {quote_names(cut_off)} get no gradient from the model's output: they "
-            "ran under no_grad, or what they returned was detached. They will not be trained."
+            f"Set {spec.name!r}: {quote_names(cut_off)} get no gradient from the model's output. "
+            "The forward runs under no_grad there, or detaches the result. They will not be "
+            "trained."
         )
 
 
 def end_forward(root: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook of the root, called after errors too: the forward is over."""
+    """Forward hook of the root, called after errors too: ends the forward."""
     if not torch.compiler.is_compiling():
         forward = _current.get()
         if forward is not None and forward.root == id(root):
@@ -196,9 +190,9 @@ def _warn(message: str) -> None:
 
 
 def _is_running(root: int) -> bool:
-    """Tells whether a forward of this module is on the stack.
+    """Tells whether a forward of the module with this id is on the call stack.
 
-    One that was interrupted has left its count behind.
+    An interrupted forward leaves its count behind.
     """
     frame = sys._getframe()
     while frame is not None:
@@ -212,19 +206,17 @@ def _check_private(root: nn.Module, adapter_set: AdapterSet) -> None:
     if gone := lost_modules(root, adapter_set.spec):
         raise InjectionError(
             f"The modules {quote_names(gone)} were replaced after the injection, so the set "
-            f"{adapter_set.spec.name!r} does not have them. Put the injected modules back, or "
-            "replace the head first and inject then."
+            f"{adapter_set.spec.name!r} does not train them. Put the injected modules back, or "
+            "replace the head before the injection."
         )
 
 
 def _check_averaged(root: nn.Module, adapter_set: AdapterSet) -> None:
-    """Refuses to train parameters that DistributedDataParallel, which was built for others, does not average."""
+    """Refuses to train parameters that DistributedDataParallel does not average."""
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is None or not torch.is_grad_enabled():
         return
-    if (
-        _AVERAGED not in ddp.__dict__
-    ):  # the buckets are made when the model is wrapped, of what requires a gradient then
+    if _AVERAGED not in ddp.__dict__:  # fixed when the model was wrapped
         buckets = ddp.reducer._get_zeros_like_grad_buckets()
         ddp.__dict__[_AVERAGED] = {
             id(parameter) for bucket in buckets for parameter in bucket.parameters()
@@ -251,20 +243,20 @@ def _ran(root: nn.Module, name: str, key: int, forward: _Forward) -> bool:
 
 
 def _is_compiled(root: nn.Module, name: str) -> bool:
-    """Tells whether a module is part of a compiled block, whose runs nobody can count."""
-    module, waiting = root, name.split(".")
+    """Tells whether a module is part of a compiled block, where runs cannot be counted."""
+    module, remaining = root, name.split(".")
     while True:
         forward = module.__dict__.get("forward")
         if hasattr(forward, "_torchdynamo_orig_callable") or module._compiled_call_impl:
             return True
-        passed_on = module._modules.get("_checkpoint_wrapped_module")
-        if passed_on is None and not waiting:
+        wrapped = module._modules.get("_checkpoint_wrapped_module")
+        if wrapped is None and not remaining:
             return False
-        module = passed_on or module._modules[waiting.pop(0)]  # type: ignore[assignment]
+        module = wrapped or module._modules[remaining.pop(0)]  # type: ignore[assignment]
 
 
 def _cut_off(root: nn.Module, spec: SetSpec, output: object, idle: set[str]) -> list[str]:
-    """Names the sites, head modules and norms of a set that a backward pass from the output would not reach."""
+    """Returns the sites and private modules that get no gradient from the output."""
     tensors = [tensor for _, tensor in named_in(output)]
     reached = _reached_from(tensors)
     if not tensors or reached is None:
@@ -280,9 +272,9 @@ def _cut_off(root: nn.Module, spec: SetSpec, output: object, idle: set[str]) -> 
 
 
 def _reached_from(tensors: Iterable[Tensor]) -> set[int] | None:
-    """Returns the identities of the parameters in a graph.
+    """Returns the ids of the parameters in the autograd graph of some tensors.
 
-    None where a node hides its part of it (reentrant checkpoints).
+    None if a node hides a part of the graph (reentrant checkpoints).
     """
     waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     reached, seen = set(), set(waiting)

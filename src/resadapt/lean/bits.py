@@ -1,4 +1,4 @@
-"""Eight elements in a byte: whether each of them is other than zero."""
+"""Packing tensors to one bit per element: whether the element is nonzero."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ _PACK, _SPREAD, _BIT_OF_BYTE = (
 
 
 def packed(x: Tensor) -> Tensor:
-    """Returns a bit for each element, whether it is other than zero: uint8, an eighth as many,
-    rounded up.
+    """Packs whether each element is nonzero into bits: uint8 of an eighth of the size, rounded up.
 
     Example:
         >>> packed(torch.tensor([1.0, 0.0, 0.0, 2.0, float("nan")])).tolist()
@@ -25,13 +24,12 @@ def packed(x: Tensor) -> Tensor:
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
     words[-1:] = 0
     torch.ne(x.reshape(-1), 0, out=words.view(torch.bool)[: x.numel()])
-    # Eight bytes of 0 or 1 times this number: their bits, next to each other, are the product's
-    # last byte.
+    # Multiplying eight bytes of 0 or 1 by _PACK collects their bits in the product's last byte.
     return words.mul_(_PACK).view(torch.uint8)[7::8].contiguous()
 
 
 def unpacked(bits: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Returns numbers greater than zero where there was a bit, else zeros: flat.
+    """Returns a 1-D tensor, positive where a bit is set and zero elsewhere.
 
     Example:
         >>> unpacked(torch.tensor([25], dtype=torch.uint8), 5, torch.float32).sign().tolist()
@@ -43,7 +41,7 @@ def unpacked(bits: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("resadapt::packed", mutates_args=(), schema="(Tensor x) -> Tensor")
 def packed_in_graph(x: Tensor) -> Tensor:
-    """Returns what `packed` does, as an operator that compilers leave as it is."""
+    """The same as `packed`, as an operator that is opaque to compilers."""
     return packed(x)
 
 
@@ -56,7 +54,7 @@ def _(x: Tensor) -> Tensor:
     "resadapt::unpacked", mutates_args=(), schema="(Tensor bits, Tensor like) -> Tensor"
 )
 def unpacked_in_graph(bits: Tensor, like: Tensor) -> Tensor:
-    """Returns what `unpacked` does, of a tensor's shape and dtype, as an operator that compilers leave as it is."""
+    """The same as `unpacked` in the shape and dtype of a tensor, opaque to compilers."""
     return unpacked(bits, like.numel(), like.dtype).reshape(like.shape)
 
 

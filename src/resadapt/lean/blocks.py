@@ -1,13 +1,11 @@
-"""Residual blocks of torchvision, and Sequentials, that compute each frozen convolution and the
-norm behind it in one step.
+"""Residual blocks and Sequentials that fold each frozen norm into the convolution before it.
 
-Each takes the place of a stock class by the class alone, as in `resadapt.lean.layers`, and runs as
-the stock one where it cannot.
+As in `resadapt.lean.layers`, only the class of a module changes, and a block that cannot fold runs
+like the stock class.
 
-On the CPU feature maps lie in channels_last between the folded convolutions of residual blocks,
-which is faster. Nobody else is to notice: before they are handed to a hook, to a module that may
-look at how they lie, or back to a caller that is none of these classes, they are laid out as they
-would be.
+On the CPU, feature maps are in channels_last between the folded convolutions of residual blocks,
+which is faster. This is invisible elsewhere: feature maps have the stock memory format again before
+a hook, a module that may depend on the memory format, or a caller outside these classes gets them.
 """
 
 from __future__ import annotations
@@ -45,81 +43,78 @@ _ANY_LAYOUT = frozenset(LEAN.values()) | {
     nn.Linear,
     nn.Flatten,
 }
-"""What gives the same numbers however its input lies in memory, and lays out its output as its input."""
+"""Modules whose results do not depend on the memory format, and whose output keeps it."""
 
 
 class _Inner(Overlay):
-    """A module whose output may lie in memory as it was computed, if one of these classes has called it."""
+    """A module that may return any memory format if one of these classes called it."""
 
     def inside(self, x: Any, given: InputLayout) -> Any:
-        """Computes the output for an input that lies in memory in another way, perhaps, than one that was given: override it."""
+        """Computes the output for an input in any memory format; subclasses override this."""
         raise NotImplementedError
 
     def forward(self, x: Any) -> Any:
-        """Returns the output, laid out as the stock module's unless one of these classes has called."""
+        """Returns the output, in the stock memory format unless one of these classes called."""
         if not is_ordinary(x):
-            return self.inside(x, _ANYTHING)
-        caller, knows = _caller.get()
-        if knows and caller is not None:
+            return self.inside(x, _ANY)
+        caller, any_format = _caller.get()
+        if any_format and caller is not None:
             return self.inside(x, caller)
         given = _given(self, x, caller)  # type: ignore[arg-type]
         return _as_given(self.inside(x, given), given)
 
 
-_ANYTHING = InputLayout(0, channels_last=True)
-"""Of what is no feature map, or not computed here: nothing is laid out anew."""
+_ANY = InputLayout(0, channels_last=True)
+"""For values that are not feature maps: the memory format is never changed."""
 _caller: ContextVar[tuple[InputLayout | None, bool]] = ContextVar(
     "resadapt_caller", default=(None, False)
 )
-"""What the outermost of these classes was given, and whether one of them calls, or another module in between."""
+"""The input layout of the outermost of these classes, and whether the caller takes any format."""
 
 
 def _given(module: nn.Module, x: Any, outer: InputLayout | None) -> InputLayout:
-    """Returns what is known of the input of the outermost of these classes."""
+    """Returns the layout of the input of the outermost of these classes."""
     if not is_ordinary(x) or x.ndim != 4:
-        return _ANYTHING
+        return _ANY
     size = max(min(x.shape[2:]), 0 if outer is None else outer.size)
-    # A convolution returns channels_last for such an input, and for such a weight.
+    # A convolution returns channels_last if the input or the weight is in channels_last.
     return InputLayout(size, is_channels_last(x) or any(map(is_channels_last, module.parameters())))
 
 
 def _as_given(x: Any, given: InputLayout) -> Any:
-    """Returns a feature map laid out as stock modules do it."""
-    if (
-        isinstance(x, Tensor)
-        and type(x) is not MetaStandIn
-        and not given.channels_last
-        and is_channels_last(x)
-    ):
-        return x.contiguous()
-    return x
+    """Returns a feature map in the memory format that stock modules would return."""
+    if not isinstance(x, Tensor) or type(x) is MetaStandIn or given.channels_last:
+        return x
+    return x.contiguous() if is_channels_last(x) else x
 
 
 def _run(module: nn.Module, x: Any, given: InputLayout) -> Any:
-    """Returns a module's output for a feature map that may lie in memory as it was computed."""
+    """Returns a module's output for a feature map in any memory format."""
     if not is_ordinary(x):  # nothing is folded then
         return module(x)
-    known = (
+    any_format = (
         not module._compiled_call_impl
         and not has_hooks(module, apply_adapter)
         and _takes_any(module)
     )
-    runs = running_at(module)
-    if known and isinstance(module, _Inner) and runs is module and "forward" not in module.__dict__:
+    runs, stock_forward = running_at(module), "forward" not in module.__dict__
+    if any_format and isinstance(module, _Inner) and runs is module and stock_forward:
         out = module.inside(x, given)
         return out if find_slot(module) is None else apply_adapter(module, (x,), out)
-    known = (
-        known and runs is not None and (isinstance(runs, _Inner) or class_of(runs) in _ANY_LAYOUT)
-    )
-    token = _caller.set((given, known))
+    if not isinstance(runs, _Inner):
+        any_format = any_format and runs is not None and class_of(runs) in _ANY_LAYOUT
+    token = _caller.set((given, any_format))
     try:
-        return module(x if known else _as_given(x, given))
+        return module(x if any_format else _as_given(x, given))
     finally:
         _caller.reset(token)
 
 
 def _takes_any(module: nn.Module) -> bool:
-    """Tells whether a module's forward and its adapter give the same numbers, and draw the same, however a feature map lies."""
+    """Tells whether a module's forward and adapter compute the same in any memory format.
+
+    Dropout does not: the elements that are dropped depend on the memory format.
+    """
     slot = find_slot(module)
     if replaced_forward(module) is not None or (slot is not None and slot.mixture is not None):
         return False
@@ -133,18 +128,18 @@ def _takes_any(module: nn.Module) -> bool:
 
 
 def _normalised(convolution: nn.Module, norm: nn.Module, x: Any, given: InputLayout) -> Any:
-    """Returns what a norm makes of a convolution's output."""
+    """Returns a norm's output for a convolution's output, folded where possible."""
     out = in_one_step(convolution, norm, x, given)
     return _run(norm, _run(convolution, x, given), given) if out is None else out
 
 
 def _shared(x: Any, given: InputLayout, first: nn.Module) -> Any:
-    """Returns the input of a block, of which hooks of its first module may change the elements."""
+    """Returns a block's input in the format for hooks of the first module, which may change it."""
     return _as_given(x, given) if has_hooks(first) else x
 
 
 def _beside(downsample: nn.Module | None, x: Any, given: InputLayout) -> Any:
-    """Returns what a block adds to its own output."""
+    """Returns the skip connection of a block."""
     if downsample is not None:
         return _run(downsample, x, given)
     return with_gradient_as_given(x, given) if is_ordinary(x) else x
@@ -155,7 +150,7 @@ class LeanSequential(_Inner, nn.Sequential):
 
     @override
     def inside(self, x: Any, given: InputLayout) -> Any:
-        """Runs the modules one after another."""
+        """Runs the modules in order."""
         modules = list(self)
         while modules:
             module, *modules = modules
@@ -232,11 +227,11 @@ FOLDING: dict[type[nn.Module], type[nn.Module]] = {
     Bottleneck: LeanBottleneck,
     ResNet: LeanResNet,
 }
-"""The class that takes the place of one that holds convolutions and norms."""
+"""Stock classes that contain convolutions and norms, and the classes that replace them."""
 
 
 def in_residual_blocks(modules: Iterable[nn.Module]) -> set[int]:
-    """Returns the identities of the modules of residual blocks, between which feature maps had better lie in channels_last."""
+    """Returns the ids of the modules in residual blocks, where channels_last is faster."""
     blocks = [module for module in modules if type(module) in (BasicBlock, Bottleneck, ResNet)]
     return {
         id(module)

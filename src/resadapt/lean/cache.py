@@ -1,4 +1,4 @@
-"""Features of a data set from before the first adapter, computed once and trained on for all epochs."""
+"""Caching the features before the first adapter, computed once for all epochs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from resadapt.lean.stand_in import NeededError
 
 __all__ = ["PrefixCache", "cache_prefix"]
 
-_TRIED = 3
-"""So many samples the model is tried on."""
+_TRIAL_SAMPLES = 3
+"""Number of samples that the cached forward is checked with."""
 _SETTINGS = (bool, int, float, str, tuple, type(None))
-"""Kinds of a module's attributes that it computes by."""
+"""Types of module attributes that are settings."""
 
 
 def cache_prefix(
@@ -47,40 +47,39 @@ def cache_prefix(
     variants: int = 1,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> PrefixCache:
-    """Computes once what comes before the active set's first adapter, norm or head, for every
-    sample of a data set.
+    """Caches the features before the active set's first adapter, norm or head, for a data set.
 
-    What is returned is a data set again, of features in place of inputs, and runs the model from
-    them: the later the first adapter, the less is left to compute in each epoch. What the model
-    needs besides the last features (a skip connection) is found by trying, and kept too. Outputs,
-    losses and gradients are those of the whole model; to the last bit on the CPU if the batches
-    that are trained on are full ones of the same `batch_size` (kernels may round differently for
-    another).
+    Returns a data set of features in place of inputs, which also runs the model from the features:
+    the later the first adapter, the less is left to compute in each epoch. Other tensors that the
+    model needs (a skip connection) are detected and cached too. Outputs, losses and gradients equal
+    those of the whole model; on the CPU bit for bit if training uses full batches of the same
+    `batch_size` (kernels may round differently for other sizes).
 
     Args:
-        model: An injected model, in the dtype, on the device and under the autocast that it is to
-            be trained with.
-        data: A data set with a length, whose samples are an input or a tuple of an input and what
-            else there is (a label), in tensors and numbers; or a loader, whose data set, batch
-            size, workers and collate function are taken, not its order.
-        path: A directory for the features, mapped into memory. If it has some, they are used; those
-            missing are computed. None keeps them in memory.
-        batch_size: Samples that are computed at once.
-        num_workers: Processes that load the data.
-        variants: Draws of each sample, where the data are random (augmentation): the features of
-            all are kept, as so many times more samples. 1 refuses random data.
-        progress: Called with the batches, to show how far it is, such as ``tqdm.tqdm``.
+        model: An injected model, in the dtype, on the device and under the autocast that training
+            will use.
+        data: A data set with a length, whose samples are an input or a tuple of an input and other
+            values (a label), all tensors or numbers; or a loader, of which the data set, batch
+            size, workers and collate function are used, but not the order.
+        path: A directory for the features, which are memory-mapped. Features already in the
+            directory are reused; missing features are computed. None keeps the features in memory.
+        batch_size: Number of samples per batch when computing features.
+        num_workers: Number of processes that load the data.
+        variants: Number of draws of each sample if the data are random (augmentation). The features
+            of all draws are cached, and the length is multiplied accordingly. 1 refuses random
+            data.
+        progress: Wraps the batches to show progress, such as ``tqdm.tqdm``.
 
     Returns:
         The features.
 
     Raises:
-        InjectionError: Nothing was injected or is active; nothing comes before the set; or the
-            model cannot be run from features.
-        BackboneMismatchError: The features in `path` are of another backbone.
-        AdapterFileError: What is in `path` is of other data, another set or not ours, or the disk
-            is full.
-        AdapterError: The data have no length, are random, or cannot be kept.
+        InjectionError: Nothing was injected or is active; no module runs before the set's first
+            adapter; or the model cannot be run from features.
+        BackboneMismatchError: The features in `path` are from another backbone.
+        AdapterFileError: The content of `path` is from other data or another set, or is not a
+            feature cache; or the disk is full.
+        AdapterError: The data have no length, are random, or cannot be cached.
 
     Example:
         >>> import torch
@@ -104,57 +103,56 @@ def cache_prefix(
     inner = unwrap(model)
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise InjectionError(
-            "The model is wrapped in data parallelism, which features would pass by. Give the "
-            "model inside."
+            "The model is wrapped in data parallelism, which running from features bypasses. Pass "
+            "the model inside the wrapper."
         )
     spec = ledger.needed_set.spec
     check_switchable(inner, ledger, [ledger.needed_set])
     if are_sharded(module for _, module in backbone_modules(inner)):
         raise InjectionError(
-            "The model is sharded (fully_shard), whose parts are gathered where it runs whole. "
-            "Cache before sharding."
+            "The model is sharded (fully_shard) and gathers parameters in whole forwards only. "
+            "Cache features before sharding."
         )
     if drifted := backbone_differences(inner, ledger.fingerprint):
         raise InjectionError(
-            f"The backbone is not what was injected into: {quote_reasons(drifted)}."
+            f"The backbone has changed since the injection: {quote_reasons(drifted)}."
         )
     _refuse_trained(inner)
     samples = Samples(data, batch_size, num_workers, variants)
     device = next(
         (parameter.device for parameter in nn.Module.parameters(inner)), torch.device("cpu")
     )
-    tried = _moved(map_tensors(samples.some[0], lambda tensor: tensor[:_TRIED]), device)
-    plan = plan_for(inner, spec, tried)
+    trial = _to_device(map_tensors(samples.some[0], lambda tensor: tensor[:_TRIAL_SAMPLES]), device)
+    plan = plan_for(inner, spec, trial)
     rows = FeatureRows(
         plan, samples, ledger.fingerprint.without(spec.head).to_json(), path, progress
     )
-    known = [] if samples.is_random else samples.numbers[:_TRIED]
+    known = [] if samples.is_random else samples.numbers[:_TRIAL_SAMPLES]
     if there := [number for number in known if number < rows.filled]:
         check_cached_values(
             inner,
             plan,
-            map_tensors(tried, lambda tensor: tensor[: len(there)]),
+            map_tensors(trial, lambda tensor: tensor[: len(there)]),
             rows.features(there, device),
         )
     for where, batch in samples.batches(rows.filled, progress):
         inputs, rest = split(batch)
-        values = values_for(inner, plan, _moved(inputs, device))
+        values = values_for(inner, plan, _to_device(inputs, device))
         rows.write(
             where,
             [*(values[number] for number in plan.needed), *rest],
             partial(samples.digests, batch),
         )
-    values = rows.features(known, device) if known else values_for(inner, plan, tried)
-    return PrefixCache(inner, plan, rows, ledger.fingerprint, (tried, values))
+    values = rows.features(known, device) if known else values_for(inner, plan, trial)
+    return PrefixCache(inner, plan, rows, ledger.fingerprint, (trial, values))
 
 
 class PrefixCache(Dataset[Any]):
-    """Features in place of a data set's inputs, and the model from there on; made by
-    `cache_prefix`.
+    """A data set of cached features, and the model from the features on; see `cache_prefix`.
 
-    As a data set, sample i is what sample i of the data was, with features in place of the input: a
-    tensor, or a tuple if the model needs several. With `variants`, draw v of sample i is number ``v
-    * length + i``.
+    Sample i is sample i of the data with the input replaced by features: a tensor, or a tuple if
+    the model needs several tensors. With `variants`, draw v of sample i has index
+    ``v * length + i``.
     """
 
     def __init__(
@@ -163,10 +161,10 @@ class PrefixCache(Dataset[Any]):
         plan: Plan,
         rows: FeatureRows,
         backbone: Fingerprint,
-        tried: tuple[Any, dict[int, Tensor]],
+        trial: tuple[Any, dict[int, Tensor]],
     ) -> None:
         self._model: nn.Module | None = model
-        self._plan, self._rows, self._backbone, self._tried = plan, rows, backbone, tried
+        self._plan, self._rows, self._backbone, self._trial = plan, rows, backbone, trial
         self._stamps = _stamps(model, plan)
 
     def __len__(self) -> int:
@@ -174,40 +172,40 @@ class PrefixCache(Dataset[Any]):
         return self._rows.total
 
     def __repr__(self) -> str:
-        """Says what is kept."""
+        """Returns the number of samples, the size and the names of the features."""
         kept = quote_names([self._plan.forms[number].name for number in self._plan.needed])
         return f"PrefixCache({len(self):,} samples, {self._rows.nbytes / 2**20:,.1f} MiB: {kept})"
 
     @override
     def __getitem__(self, index: int) -> Any:
-        """Returns the features of a sample, with what else the sample has."""
+        """Returns the features of a sample, with the sample's other values."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         features, rest = self._rows.read(index % len(self))
-        whole = features[0] if len(features) == 1 else tuple(features)
-        return (whole, *rest) if rest else whole
+        value = features[0] if len(features) == 1 else tuple(features)
+        return (value, *rest) if rest else value
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the model out, so that workers of a DataLoader do not copy it."""
-        return self.__dict__ | {"_model": None, "_tried": None}
+        """Leaves out the model, which workers of a DataLoader must not copy."""
+        return self.__dict__ | {"_model": None, "_trial": None}
 
     def forward(self, features: Any) -> Any:
         """Returns the model's output for the features of a batch.
 
         Args:
-            features: A batch of what the data set returns for an input, on the model's device.
+            features: A batch of features from this data set, on the model's device.
 
         Returns:
-            What the model returns for the inputs.
+            The model's output for the inputs that the features were computed from.
 
         Raises:
-            InjectionError: The backbone has changed, or a set is active that begins before the
+            InjectionError: The backbone has changed, or the active set has an adapter before the
                 features.
         """
         if self._model is None:
             raise InjectionError(
-                "This is a copy of the features without the model, as a worker of a DataLoader has "
-                "it."
+                "This copy of the features has no model (it was pickled, as for a DataLoader "
+                "worker). Call forward on the original."
             )
         model, plan = self._model, self._plan
         active = ledger_of(model).needed_set.spec
@@ -215,30 +213,30 @@ class PrefixCache(Dataset[Any]):
         tensors = list(features) if isinstance(features, list | tuple) else [features]
         forms = [plan.forms[number] for number in plan.needed]
         given = [
-            _told(tensor.dtype, tensor.shape[1:])
+            _describe(tensor.dtype, tensor.shape[1:])
             if isinstance(tensor, Tensor)
             else type(tensor).__name__
             for tensor in tensors
         ]
-        kept = [_told(form.dtype, form.shape[1:]) for form in forms]
+        kept = [_describe(form.dtype, form.shape[1:]) for form in forms]
         if given != kept or len({len(tensor) for tensor in tensors}) > 1:
             raise InjectionError(
-                f"The features are {quote_names(given)}, where {quote_names(kept)} was kept: give "
-                "a batch of what the data set has."
+                f"The features are {quote_names(given)}, but {quote_names(kept)} was cached: pass "
+                "a batch of this data set's features."
             )
         # Copies: the model may change them in place.
         values = {
             n: form.laid_out(tensor.clone())
             for n, form, tensor in zip(plan.needed, forms, tensors, strict=True)
         }
-        with EAGERLY:  # what is compiled cannot be told what is not there
+        with EAGERLY:  # compiled code could not handle the stand-ins for missing tensors
             output = continued(model, plan, [plan.spec, active], values, len(tensors[0]))
         if isinstance(output, NeededError):
             names = quote_names([plan.forms[number].name for number in output.numbers])
             raise InjectionError(
-                f"With the set {active.name!r} the model needs the {names}, which was not kept: "
-                f"the features were computed for {plan.spec.name!r}, and the modules that ran then "
-                "(optimize_backbone changes them). Make them anew."
+                f"With the set {active.name!r} the model needs the {names}, which was not cached: "
+                f"the features were computed for {plan.spec.name!r}, or before optimize_backbone "
+                "or restore_backbone. Compute the features again."
             )
         return output
 
@@ -248,25 +246,29 @@ class PrefixCache(Dataset[Any]):
         _refuse_trained(model)
         if drifted := backbone_differences(model, self._backbone):
             raise InjectionError(
-                f"The backbone has changed since its features were kept: {quote_reasons(drifted)}."
+                f"The backbone has changed since its features were cached: "
+                f"{quote_reasons(drifted)}."
             )
-        check_cached_values(model, self._plan, *self._tried)
+        check_cached_values(model, self._plan, *self._trial)
         self._stamps = today
 
 
-def _moved(inputs: Any, device: torch.device) -> Any:
+def _to_device(inputs: Any, device: torch.device) -> Any:
     return map_tensors(inputs, lambda tensor: tensor.to(device))
 
 
-def _told(dtype: torch.dtype, sizes: Iterable[int]) -> str:
+def _describe(dtype: torch.dtype, sizes: Iterable[int]) -> str:
     return f"{dtype_name(torch.empty(0, dtype=dtype))} [N, {', '.join(map(str, sizes))}]"
 
 
 def _stamps(model: nn.Module, plan: Plan) -> list[object]:
-    """Returns what changes when a tensor or a setting of the backbone does, or what stands around a module that is not run."""
+    """Returns a value that changes with every tensor and setting of the backbone.
+
+    For modules that are not run, hooks and replaced forwards are included.
+    """
     places = [place for place, _ in plan.calls]
     tensors = [(stamp(tensor), tensor.requires_grad) for _, tensor in backbone_tensors(model)]
-    settings = [  # of copies, since another thread may put something over a forward meanwhile
+    settings = [  # of copies, since another thread may replace a forward meanwhile
         (
             type(module),
             [
@@ -285,9 +287,9 @@ def _stamps(model: nn.Module, plan: Plan) -> list[object]:
 
 
 def _refuse_trained(model: nn.Module) -> None:
-    """Refuses a backbone of which something is to be trained, which no gradient would reach."""
+    """Refuses a backbone with trainable tensors: cached features pass no gradient to them."""
     if trained := [path for path, tensor in backbone_tensors(model) if tensor.requires_grad]:
         raise InjectionError(
-            f"{quote_names(trained)} of the backbone is to be trained, and from kept features no "
-            "gradient reaches it. Freeze it again, requires_grad_(False)."
+            f"{quote_names(trained)} of the backbone is trainable, but cached features pass no "
+            "gradient to the backbone. Freeze it again with requires_grad_(False)."
         )

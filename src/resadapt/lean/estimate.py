@@ -1,4 +1,4 @@
-"""What a training step takes, in bytes and operations, told without running one."""
+"""Estimating memory and operations of a training step on the meta device."""
 
 from __future__ import annotations
 
@@ -28,18 +28,17 @@ __all__ = ["StepCost", "TrainingEstimate", "cost_of_step", "estimate_training"]
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one training step takes, without the optimizer.
+    """Cost of one training step, without the optimizer.
 
     Args:
         trained: Number of parameters that get gradients.
-        saved_bytes: What the forward pass keeps for the backward pass, besides the input and the
-            model's own tensors.
-        peak_bytes: The most that all tensors take at once: the model, the input, what is saved,
-            gradients and what is just being computed. Memory that kernels use inside is not
-            counted.
-        forward_flops: Operations of convolutions and matrix products in the forward pass, a
-            multiplication and an addition being two.
-        backward_flops: The same of the backward pass.
+        saved_bytes: Bytes of the tensors saved for the backward pass, without the input and the
+            model's parameters and buffers.
+        peak_bytes: Largest sum of all tensors at one time, in bytes: the model, the input, saved
+            tensors, gradients and temporaries. Memory inside kernels is not counted.
+        forward_flops: Operations of convolutions and matrix products in the forward pass; a
+            multiply-add counts as two.
+        backward_flops: Operations in the backward pass, counted alike.
     """
 
     trained: int
@@ -51,19 +50,18 @@ class StepCost:
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """A training step of an injected model, beside full fine-tuning of its backbone; its text is a
-    table.
+    """Cost of a training step with adapters and with full fine-tuning; ``str`` gives a table.
 
     Args:
-        adapters: The model as it is.
-        full: The backbone with everything trained.
+        adapters: Cost with the injected model.
+        full: Cost with every parameter of the backbone trained.
     """
 
     adapters: StepCost
     full: StepCost
 
     def __str__(self) -> str:
-        """Shows a table."""
+        """Returns a table."""
         lines = [f"{'a training step':<20}{'this model':>16}{'full fine-tuning':>20}"]
         for what, name, unit, form in (
             ("trained parameters", "trained", 1, "{:,.0f}"),
@@ -72,20 +70,19 @@ class TrainingEstimate:
             ("forward", "forward_flops", 1e9, "{:,.2f} GFLOP"),
             ("backward", "backward_flops", 1e9, "{:,.2f} GFLOP"),
         ):
-            mine, theirs = getattr(self.adapters, name), getattr(self.full, name)
-            shown = [form.format(each / unit) for each in (mine, theirs)]
-            lines.append(f"{what:<20}{shown[0]:>16}{shown[1]:>20}  ({mine / max(1, theirs):.1%})")
+            adapters, full = getattr(self.adapters, name), getattr(self.full, name)
+            shown = [form.format(each / unit) for each in (adapters, full)]
+            lines.append(f"{what:<20}{shown[0]:>16}{shown[1]:>20}  ({adapters / max(1, full):.1%})")
         return "\n".join(lines)
 
 
 def estimate_training(
     model: nn.Module, input_shape: list[int] | tuple[int, ...]
 ) -> TrainingEstimate:
-    """Tells what a training step of an injected model takes, beside full fine-tuning, without
-    computing one.
+    """Estimates the cost of a training step, compared with full fine-tuning, without running one.
 
-    The step is run on a copy of the model without elements: it takes no memory to speak of, and the
-    time of the Python code.
+    The step runs on a copy of the model on the meta device, which takes almost no memory, and only
+    the time of the Python code.
 
     Args:
         model: An injected model, optimized or not.
@@ -95,14 +92,15 @@ def estimate_training(
         The estimate.
 
     Raises:
-        InjectionError: Nothing was injected or is active, or the model looks at the elements of
-            tensors on its way.
-        AdapterError: `input_shape` is no shape.
+        InjectionError: Nothing was injected or is active, or the model's forward reads tensor
+            values.
+        AdapterError: `input_shape` is not a shape.
 
     Example:
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
-        >>> estimate = estimate_training(inject_adapters(resnet18(num_classes=3), head="fc"), (8, 3, 224, 224))
+        >>> model = inject_adapters(resnet18(num_classes=3), head="fc")
+        >>> estimate = estimate_training(model, (8, 3, 224, 224))
         >>> round(estimate.adapters.saved_bytes / 2**20), round(estimate.full.saved_bytes / 2**20)
         (59, 165)
     """
@@ -124,16 +122,16 @@ def estimate_training(
                 cost_of_step(each.train(), torch.empty(shape, dtype=dtype, device="meta"))
                 for each in (adapted, full)
             ]
-    except Exception as error:  # a model of anyone's may raise anything
+    except Exception as error:  # a user's model may raise anything
         raise InjectionError(
-            "The model cannot be run without the elements of its tensors on an input of shape "
+            "The model cannot be run on the meta device with an input of shape "
             f"{list(shape)}: {type(error).__name__}: {error}"
         ) from error
     return TrainingEstimate(*costs)
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
-    """Returns a copy of a model on the meta device, made without copying an element."""
+    """Returns a copy of a model on the meta device, without copying values."""
     with torch.no_grad():
         memo: dict[int, Any] = {}
         for tensor in (*nn.Module.parameters(model), *nn.Module.buffers(model)):
@@ -147,13 +145,13 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 def cost_of_step(model: nn.Module, x: Tensor) -> StepCost:
-    """Runs a training step, with elements or without, and counts what it takes."""
+    """Runs a training step, on the meta device or not, and counts its cost."""
     parameters = list(nn.Module.parameters(model))
-    own = [x, *parameters, *nn.Module.buffers(model)]
-    model(x)  # what is folded, is folded
-    own += [tensor for module in nn.Module.modules(model) for tensor in _folded(module)]
-    memory, saved = _Memory(own), _Saved(own)
-    # torch's own formula for the gradient of a convolution takes no account of groups.
+    model_tensors = [x, *parameters, *nn.Module.buffers(model)]
+    model(x)  # fills the caches of folded weights
+    model_tensors += [tensor for module in nn.Module.modules(model) for tensor in _folded(module)]
+    memory, saved = _Memory(model_tensors), _Saved(model_tensors)
+    # torch's formula for the gradient of a convolution ignores groups.
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops}
     )
@@ -174,9 +172,9 @@ def cost_of_step(model: nn.Module, x: Tensor) -> StepCost:
 
 
 def _backward_flops(grad: Any, x: Any, weight: Any, *more: Any, out_shape: Any, **_: Any) -> int:
-    """Returns the operations of a convolution's gradients.
+    """Returns the operations of a convolution's backward.
 
-    As many as forward for each of those of input and weight.
+    The gradients of input and weight each take as many as the forward.
     """
     transposed, mask = more[4], more[7]
     positions = math.prod((x if transposed else grad)[2:])
@@ -189,33 +187,33 @@ def _folded(module: nn.Module) -> Iterable[Tensor]:
 
 
 class _Saved:
-    """Counts what is kept for the backward pass, each piece of memory once."""
+    """Counts the bytes saved for the backward pass, each storage once."""
 
-    def __init__(self, own: list[Tensor]) -> None:
-        self._own = {tensor.untyped_storage()._cdata for tensor in own}
+    def __init__(self, excluded: list[Tensor]) -> None:
+        self._excluded = {tensor.untyped_storage()._cdata for tensor in excluded}
         self.kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Counts a tensor."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._own:
+        if storage._cdata not in self._excluded:
             self.kept[storage._cdata] = storage
         return tensor
 
     @property
     def bytes(self) -> int:
-        """Sum of all."""
+        """Sum of all counted storages."""
         return sum(storage.nbytes() for storage in self.kept.values())
 
 
 class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows how much memory all tensors take that are there."""
+    """Tracks the memory of all live tensors."""
 
-    def __init__(self, own: list[Tensor]) -> None:
+    def __init__(self, present: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._there: dict[int, weakref.ref[Any]] = {}
+        self._live: dict[int, weakref.ref[Any]] = {}
         self._now = self.peak = 0
-        for tensor in own:
+        for tensor in present:
             self._add(tensor)
 
     @override
@@ -228,13 +226,13 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._there:
+        if key in self._live:
             return
 
         def gone(_: object) -> None:
             self._now -= size
-            del self._there[key]
+            del self._live[key]
 
-        self._there[key] = weakref.ref(storage, gone)
+        self._live[key] = weakref.ref(storage, gone)
         self._now += size
         self.peak = max(self.peak, self._now)

@@ -1,4 +1,7 @@
-"""Features and labels as arrays with a row for each sample, in memory or mapped from files that tell what they are of."""
+"""Arrays of features and labels with a row for each sample, in memory or memory-mapped.
+
+A manifest beside the mapped files describes the backbone, the data and the arrays.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,10 @@ _DIGEST = 32
 
 
 class FeatureRows:
-    """The features, and what else a sample has: arrays with a row for each sample, in memory or
-    mapped from files.
+    """Features and labels as arrays with a row for each sample, in memory or memory-mapped.
 
-    A row counts when its digest is there and is that of its content, so what a killed process or a
-    failing disk has left is computed again.
+    A row is valid if its stored digest matches its content, so rows that a killed process or a
+    failing disk left incomplete are computed again.
     """
 
     def __init__(
@@ -41,10 +43,10 @@ class FeatureRows:
         rest = samples.some[1]
         self._shapes = [(form.dtype, form.kept_shape) for form in self._forms]
         self._shapes += [(tensor.dtype, tuple(tensor.shape[1:])) for tensor in rest]
-        told = json.dumps(backbone, sort_keys=True).encode()
+        description = json.dumps(backbone, sort_keys=True).encode()
         manifest = {
             "resadapt_prefix": _FORMAT,
-            "backbone": hashlib.sha256(told).hexdigest(),
+            "backbone": hashlib.sha256(description).hexdigest(),
             "length": samples.length,
             "variants": samples.variants,
             "random": samples.is_random,
@@ -56,16 +58,16 @@ class FeatureRows:
             ],
         }
         if self._path is not None:
-            _agree(self._path, manifest)
+            _check_manifest(self._path, manifest)
         self._open()
         self.filled = 0
-        """How many rows, from the first on, have what was written into them."""
+        """Number of valid rows before the first invalid row."""
         if self._path is not None:
-            self.filled = self._good_rows()
-            self._compare(samples, progress)
+            self.filled = self._count_valid_rows()
+            self._check_data(samples, progress)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what is in files: a worker of a DataLoader maps them itself."""
+        """Leaves out mapped arrays, which a DataLoader worker maps again."""
         return self.__dict__ | ({} if self._path is None else {"_arrays": [], "_digests": None})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,14 +89,14 @@ class FeatureRows:
         return sum(array.nbytes for array in self._arrays)
 
     def write(self, where: slice, values: list[Tensor], digests: Callable[[], Tensor]) -> None:
-        """Writes rows, of which a batch may have more."""
+        """Writes rows; the batch may have more rows than the slice."""
         count = where.stop - where.start
         kept = len(self._forms)
         features = [
             form.kept(value) for form, value in zip(self._forms, values[:kept], strict=True)
         ]
-        arrived = [*features, *values[kept:]]
-        forms = [(value.dtype, tuple(value.shape[1:])) for value in arrived]
+        new_values = [*features, *values[kept:]]
+        forms = [(value.dtype, tuple(value.shape[1:])) for value in new_values]
         if forms != self._shapes:
             number, (found, known) = next(
                 (n, pair)
@@ -108,17 +110,17 @@ class FeatureRows:
             )
             raise AdapterError(
                 f"The {what} is {found[0]} {list(found[1])} in samples {where.start} to "
-                f"{where.stop - 1}, where it was {known[0]} {list(known[1])}. Have every sample "
-                "give tensors of one size, and numbers of one type."
+                f"{where.stop - 1}, but {known[0]} {list(known[1])} before. All samples must "
+                "have the same shapes and dtypes."
             )
-        for array, value in zip(self._arrays, arrived, strict=True):
+        for array, value in zip(self._arrays, new_values, strict=True):
             array[where] = value[:count].cpu()
         if self._path is not None:
             self._digests[where, _DIGEST:] = digests()[:count]
-            self._digests[where, :_DIGEST] = self._told_of(where)
+            self._digests[where, :_DIGEST] = self._row_digests(where)
 
     def read(self, row: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the features of a row, and the rest."""
+        """Returns the features of a row, and the sample's other values."""
         values = [array[row].clone() for array in self._arrays]
         kept = len(self._forms)
         return [
@@ -140,40 +142,39 @@ class FeatureRows:
                 return torch.zeros(sizes, dtype=dtype)
             except (RuntimeError, MemoryError) as error:
                 raise AdapterError(
-                    f"There is no memory for features of sizes {list(sizes)}: give a path for "
-                    "files."
+                    f"Not enough memory for features of shape {list(sizes)}: give a path to keep "
+                    "them in files."
                 ) from error
         size = torch.Size(sizes).numel()
         file = self._path / name
         try:
             with file.open("ab") as stream:
                 missing = size * dtype.itemsize - stream.tell()
-                if missing and hasattr(
-                    os, "posix_fallocate"
-                ):  # a full disk is an error here, and a crash once it is mapped
+                # Reserve the space now: writing to a mapped file on a full disk crashes.
+                if missing and hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(stream.fileno(), 0, size * dtype.itemsize)
         except OSError as error:
             raise AdapterFileError(f"{file}: cannot be written: {error.strerror}.") from error
         return torch.from_file(str(file), shared=True, size=size, dtype=dtype).reshape(sizes)
 
-    def _good_rows(self) -> int:
-        """Returns how many rows, from the first on, have the content that their digests are of."""
+    def _count_valid_rows(self) -> int:
+        """Returns the number of valid rows before the first invalid row."""
         for start in range(0, self.total, 1024):
             where = slice(start, start + 1024)
-            good = (self._digests[where, :_DIGEST] == self._told_of(where)).all(1)
-            if not good.all():
-                return start + int(good.long().argmin())
+            valid = (self._digests[where, :_DIGEST] == self._row_digests(where)).all(1)
+            if not valid.all():
+                return start + int(valid.long().argmin())
         return self.total
 
-    def _told_of(self, where: slice) -> Tensor:
-        """Returns the digest of each row's content, and of what is known of its sample."""
+    def _row_digests(self, where: slice) -> Tensor:
+        """Returns the digest of each row: of its arrays and of its sample's digest."""
         content = [*(array[where] for array in self._arrays), self._digests[where, _DIGEST:]]
         return row_digests(content, len(content[-1]))
 
-    def _compare(self, samples: Samples, progress: Progress) -> None:
+    def _check_data(self, samples: Samples, progress: Progress) -> None:
         """Refuses a directory with the features of other data.
 
-        Every sample is looked at, of what is random only the rest.
+        Compares every sample; of random data only the values besides the input.
         """
         end = min(self.filled, samples.length)
         for where, batch in samples.batches(0, progress, end):
@@ -182,8 +183,8 @@ class FeatureRows:
             if not same.all():
                 raise AdapterFileError(
                     f"{self._path}: sample {where.start + int(same.long().argmin())} of the data "
-                    "is not the one whose features are there. Give the same data in the same "
-                    "order, or another directory."
+                    "differs from the sample that the features were computed from. Give the same "
+                    "data in the same order, or another directory."
                 )
 
 
@@ -192,44 +193,42 @@ def _directory(path: object) -> Path:
         directory = Path(os.fsdecode(path))  # type: ignore[arg-type]
         directory.exists()
     except (OSError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path!r}: is no path of a directory: {error}.") from error
+        raise AdapterFileError(f"{path!r}: is not a path of a directory: {error}.") from error
     return directory
 
 
-def _agree(path: Path, manifest: dict[str, Any]) -> None:
-    """Makes a directory for features, or looks whether it is for the same ones.
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Creates a directory for features, or checks that its manifest is the same.
 
     Raises:
-        AdapterFileError, BackboneMismatchError: It is not.
+        AdapterFileError, BackboneMismatchError: The manifest differs or is missing.
     """
     file = path / "features.json"
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            if any(
-                each.name != "features.json.new" for each in path.iterdir()
-            ):  # which a killed run may have left
-                raise AdapterFileError(
-                    f"{path}: is a directory with other things in it. Give an empty or a new one."
-                )
             temporary = path / "features.json.new"
+            if any(each != temporary for each in path.iterdir()):  # a killed run may have left it
+                raise AdapterFileError(
+                    f"{path}: contains other files. Give an empty or a new directory."
+                )
             temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             temporary.replace(file)
         known = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise AdapterFileError(f"{path}: cannot be written: {error.strerror}.") from error
     except ValueError as error:
-        raise AdapterFileError(f"{file}: is no description of features: {error}.") from error
+        raise AdapterFileError(f"{file}: is not a manifest of features: {error}.") from error
     if not isinstance(known, dict) or known.get("resadapt_prefix") != _FORMAT:
         raise AdapterFileError(
-            f"{file}: is no description of features of this version. Give another directory."
+            f"{file}: is not a manifest of this version. Give another directory."
         )
     if known.get("backbone") != manifest["backbone"]:
         raise BackboneMismatchError(
-            f"{path}: the features there are of another backbone. Give another directory."
+            f"{path}: the features were computed with another backbone. Give another directory."
         )
     if other := [name for name in manifest if known.get(name) != manifest[name]]:
         raise AdapterFileError(
-            f"{path}: other features are there: {other[0]} is {known.get(other[0])!r:.200} and "
+            f"{path}: contains other features: {other[0]} is {known.get(other[0])!r:.200}, but "
             f"would be {manifest[other[0]]!r:.200}. Give another directory."
         )

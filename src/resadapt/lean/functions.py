@@ -1,7 +1,4 @@
-"""What a frozen layer's backward pass needs, and no more.
-
-Autograd functions that give the gradient of their input only.
-"""
+"""Autograd functions of frozen layers, which save only what the input's gradient needs."""
 
 from __future__ import annotations
 
@@ -32,12 +29,12 @@ __all__ = [
 
 Pair = tuple[int, int]
 
-STOCK_TENSORS = (Tensor, torch.nn.Parameter)  # not one that is made of others, or sharded
+STOCK_TENSORS = (Tensor, torch.nn.Parameter)  # no tensor subclasses, such as sharded tensors
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def can_be_lean(x: Tensor, *constants: Tensor | None) -> bool:
-    """Tells whether a layer is called in ordinary training, with constants, and an input of which a gradient is wanted."""
+    """Tells whether a layer in training has frozen tensors and an input that needs a gradient."""
     return (
         (is_ordinary(x) or is_compiled(x))
         and x.requires_grad
@@ -50,10 +47,13 @@ def can_be_lean(x: Tensor, *constants: Tensor | None) -> bool:
 
 
 def is_ordinary(x: object) -> bool:
-    """Tells whether a layer is called by ordinary Python, with a plain tensor, or with what stands for one."""
+    """Tells whether a layer is called eagerly with a stock tensor or a stand-in.
+
+    Compilers, tracers and torch.func handle the stock layers themselves.
+    """
     return (
         type(x) in (Tensor, MetaStandIn)
-        and not torch.compiler.is_compiling()  # compilers, tracers and torch.func take stock layers apart themselves
+        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -61,7 +61,7 @@ def is_ordinary(x: object) -> bool:
 
 
 def is_compiled(x: object) -> bool:
-    """Tells whether a layer is taken apart by torch.compile, which keeps what stock layers keep, and not by torch.export."""
+    """Tells whether torch.compile traces the layer, and not torch.export."""
     return (
         hasattr(torch.compiler, "is_exporting")  # from torch 2.7
         and torch.compiler.is_dynamo_compiling()
@@ -72,10 +72,7 @@ def is_compiled(x: object) -> bool:
 
 
 class FrozenConvolution(Function):
-    """A convolution whose weight is a constant.
-
-    It saves that weight, which it shares, and nothing of its input.
-    """
+    """A convolution with a frozen weight: saves a reference to the weight, not the input."""
 
     @override
     @staticmethod
@@ -88,7 +85,7 @@ class FrozenConvolution(Function):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:
-        """Computes what the stock convolution does, by the same kernels."""
+        """Computes the stock convolution, with the same kernels."""
         return _CONVOLUTIONS[x.ndim - 2](x, weight, bias, stride, padding, dilation, groups)
 
     @override
@@ -106,13 +103,12 @@ class FrozenConvolution(Function):
         """Returns the gradient of the input."""
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        like_input = grad.new_empty(1).expand(ctx.size)  # only its sizes count
-        if (
-            ctx.format is not torch.contiguous_format
-        ):  # the stock gradient lies as the input does, of which nothing else tells
+        like_input = grad.new_empty(1).expand(ctx.size)  # only its shape is used
+        if ctx.format is not torch.contiguous_format:
+            # The stock gradient has the input's memory format; like_input has none, so the weight
+            # must show it. A 1x1 weight is in both formats at once: set channels_last strides. With
+            # one input channel too, no strides show it: allocate like_input.
             weight = weight.contiguous(memory_format=ctx.format)
-            # A weight of one tap lies so in any case, but only its strides say it; of one channel
-            # too, nothing says it.
             weight = weight.as_strided(weight.shape, _strides_of_channels_last(weight.shape))
             if weight[0].numel() == 1:
                 like_input = torch.empty(
@@ -135,23 +131,20 @@ class FrozenConvolution(Function):
 
 
 class FrozenNorm(Function):
-    """A BatchNorm with fixed statistics and a constant affine.
-
-    A scale for each channel, computed from what it shares.
-    """
+    """A BatchNorm with frozen statistics, weight and bias: saves references to these only."""
 
     @override
     @staticmethod
     def forward(
         x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        """Computes what the stock norm does, by the same kernel."""
+        """Computes the stock norm, with the same kernel."""
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @override
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves the variance and the weight, which are the module's own."""
+        """Saves references to the module's variance and weight."""
         x, _, var, weight, _, ctx.eps = inputs
         ctx.format = memory_format(x)
         ctx.save_for_backward(var, weight)
@@ -164,25 +157,25 @@ class FrozenNorm(Function):
         scale = torch.rsqrt(var + ctx.eps)
         if weight is not None:
             scale = scale * weight
-        grad = _laid_out(grad, ctx.format)
+        grad = _to_format(grad, ctx.format)
         return grad * scale.to(grad.dtype).reshape(-1, *[1] * (grad.ndim - 2)), *[None] * 5
 
 
 class PackedReLU(Function):
-    """A ReLU that saves one bit an element: whether the gradient passes."""
+    """A ReLU that saves one bit per element: whether the gradient passes."""
 
     @override
     @staticmethod
     def forward(x: Tensor, inplace: bool) -> Tensor:
-        """Computes the positive part."""
+        """Computes the ReLU."""
         return x.relu_() if inplace else x.relu()
 
     @override
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves the bits, and whether channels come last in them.
+        """Saves the bits, and whether they are in channels_last order.
 
-        Checkpointed, an output may lie otherwise the second time.
+        Under checkpointing, the recomputed output may have another memory format.
         """
         x, inplace = inputs
         if inplace:
@@ -195,7 +188,7 @@ class PackedReLU(Function):
     @override
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradient where the output is positive, or not a number, as PyTorch does."""
+        """Returns the gradient where the output is positive or NaN, as PyTorch does."""
         bits, last = ctx.saved_tensors
         shape = ctx.shape
         flat = unpacked(bits, shape.numel(), grad.dtype)
@@ -204,24 +197,24 @@ class PackedReLU(Function):
             if last
             else flat.reshape(shape)
         )
-        # What the stock ReLU calls too, by some times faster than torch.where.
+        # The stock ReLU calls this too; several times faster than torch.where.
         return torch.ops.aten.threshold_backward(grad, out, 0), None
 
 
 class CompiledReLU(Function):
-    """The same for torch.compile, which knows what a number is but not how to pack bits."""
+    """`PackedReLU` for torch.compile, which cannot pack bits itself."""
 
     @override
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the positive part; and the bits, which are no output of the layer's."""
+        """Computes the ReLU, and the bits, which are not an output of the layer."""
         out = x.relu()
         return out, packed_in_graph(out)
 
     @override
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Saves the bits, in row-major order: compilers lay tensors out as they like."""
+        """Saves the bits, in row-major order, since compilers choose memory formats."""
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
 
@@ -235,37 +228,32 @@ class CompiledReLU(Function):
 
 
 class SmallIndexPool(Function):
-    """A 2-D max pooling that saves one byte an element: which place in its window the maximum had."""
+    """A 2-D max pooling that saves one byte per output: the maximum's index in its window."""
 
     @override
     @staticmethod
     def forward(
         x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
     ) -> tuple[Tensor, Tensor]:
-        """Computes what the stock pooling does, by the same kernel.
+        """Computes the stock pooling, with the same kernel, and the indices in the windows.
 
-        And the places, which are no output of the layer's.
+        The indices are not an output of the layer.
         """
         out, indices = torch.ops.aten.max_pool2d_with_indices(
             x, kernel, stride, padding, dilation, ceil_mode
         )
         top, left = _corners(out, stride, padding)
         width = x.shape[-1]
-        rows, columns = (
-            indices.div(width, rounding_mode="floor").sub_(top),
-            indices.remainder(width).sub_(left),
-        )
-        places = (
-            rows.div_(dilation[0], rounding_mode="floor")
-            .mul_(kernel[1])
-            .add_(columns.div_(dilation[1], rounding_mode="floor"))
-        )
+        rows = indices.div(width, rounding_mode="floor").sub_(top)
+        columns = indices.remainder(width).sub_(left)
+        rows.div_(dilation[0], rounding_mode="floor").mul_(kernel[1])
+        places = rows.add_(columns.div_(dilation[1], rounding_mode="floor"))
         return out, places.to(torch.uint8)
 
     @override
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Saves the places."""
+        """Saves the indices."""
         x, *ctx.geometry = inputs
         ctx.shape = x.shape
         ctx.format = memory_format(x)
@@ -275,7 +263,7 @@ class SmallIndexPool(Function):
     @override
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        """Returns the gradient of the input: each element's, where its maximum was."""
+        """Returns the input's gradient: each output's gradient at its maximum."""
         (places,) = ctx.saved_tensors
         kernel, stride, padding, dilation, _ = ctx.geometry
         top, left = _corners(grad, stride, padding)
@@ -287,23 +275,23 @@ class SmallIndexPool(Function):
         maps = (*ctx.shape[:2], -1)
         flat = grad.new_zeros(*ctx.shape[:2], ctx.shape[2] * ctx.shape[3])
         flat = flat.scatter_add(2, indices.reshape(maps), grad.reshape(maps))
-        return _laid_out(flat.reshape(ctx.shape), ctx.format), *[None] * 5
+        return _to_format(flat.reshape(ctx.shape), ctx.format), *[None] * 5
 
 
-def _laid_out(grad: Tensor, form: torch.memory_format) -> Tensor:
+def _to_format(grad: Tensor, memory_format: torch.memory_format) -> Tensor:
     """Returns a gradient in a memory format.
 
-    Compilers see to that themselves, and of gradients in batches nothing can be told.
+    Unchanged under compilers, which choose formats themselves, and under vmap, which hides formats.
     """
     if torch.compiler.is_compiling():
         return grad
     functorch = torch._C._functorch
     batched = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
-    return grad if batched else grad.contiguous(memory_format=form)
+    return grad if batched else grad.contiguous(memory_format=memory_format)
 
 
 def _corners(out: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
-    """Returns where the windows of a pooling's output begin: rows as a column, columns as a row."""
+    """Returns the top rows [H, 1] and left columns [W] of a pooling's windows."""
     height, width = out.shape[-2:]
     top = torch.arange(height, device=out.device) * stride[0] - padding[0]
     left = torch.arange(width, device=out.device) * stride[1] - padding[1]

@@ -1,8 +1,7 @@
-"""Stock layers, whose backward passes keep no more than they need while the layers are frozen.
+"""Layers that save only what the input's gradient needs while the layers are frozen.
 
-Each takes a stock layer's place by its class alone: parameters, buffers, hooks and names are the
-same objects as before. Wherever a layer is trained, exported, traced or transformed, it runs as the
-stock one.
+Only the class of a stock layer changes: parameters, buffers, hooks and names stay the same objects.
+A layer that is trained, exported, traced or transformed runs like the stock layer.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ __all__ = ["LEAN"]
 class _LeanConvolution(Overlay, _ConvNd):
     @override
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # A batch only: the stock forward makes one of a single sample, by views that cost nothing.
+        # Batches only: the stock forward turns an unbatched sample into a batch by views.
         if (
             not can_be_lean(input, weight, bias)
             or isinstance(self.padding, str)
@@ -74,11 +73,11 @@ class _LeanNorm(FrozenStatistics):
 
 
 class LeanReLU(Overlay, nn.ReLU):
-    """`torch.nn.ReLU` that saves one bit an element."""
+    """`torch.nn.ReLU` that saves one bit per element."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        """Returns the positive part."""
+        """Returns the ReLU of the input."""
         if not can_be_lean(input):
             return super().forward(input)
         if is_compiled(input):
@@ -89,7 +88,7 @@ class LeanReLU(Overlay, nn.ReLU):
 
 
 class LeanMaxPool2d(Overlay, nn.MaxPool2d):
-    """`torch.nn.MaxPool2d` that saves one byte an element of its output."""
+    """`torch.nn.MaxPool2d` that saves one byte per element of the output."""
 
     @override
     def forward(self, input: Tensor) -> Any:
@@ -116,39 +115,39 @@ def _pair(size: Any) -> Any:
 
 
 class LeanConv1d(_LeanConvolution, nn.Conv1d):
-    """`torch.nn.Conv1d` that saves nothing of its input."""
+    """`torch.nn.Conv1d` that does not save its input."""
 
 
 class LeanConv2d(_LeanConvolution, nn.Conv2d):
-    """`torch.nn.Conv2d` that saves nothing of its input."""
+    """`torch.nn.Conv2d` that does not save its input."""
 
 
 class LeanConv3d(_LeanConvolution, nn.Conv3d):
-    """`torch.nn.Conv3d` that saves nothing of its input."""
+    """`torch.nn.Conv3d` that does not save its input."""
 
 
 class LeanConv3DSimple(_LeanConvolution, Conv3DSimple):  # type: ignore[misc]
-    """torchvision's `Conv3DSimple` that saves nothing of its input."""
+    """torchvision's `Conv3DSimple` that does not save its input."""
 
 
 class LeanConv3DNoTemporal(_LeanConvolution, Conv3DNoTemporal):  # type: ignore[misc]
-    """torchvision's `Conv3DNoTemporal` that saves nothing of its input."""
+    """torchvision's `Conv3DNoTemporal` that does not save its input."""
 
 
 class LeanBatchNorm1d(_LeanNorm, FrozenBatchNorm1d):
-    """`torch.nn.BatchNorm1d` whose statistics cannot move, and that saves nothing of its input."""
+    """`torch.nn.BatchNorm1d` with frozen statistics that does not save its input."""
 
 
 class LeanBatchNorm2d(_LeanNorm, FrozenBatchNorm2d):
-    """`torch.nn.BatchNorm2d` whose statistics cannot move, and that saves nothing of its input."""
+    """`torch.nn.BatchNorm2d` with frozen statistics that does not save its input."""
 
 
 class LeanBatchNorm3d(_LeanNorm, FrozenBatchNorm3d):
-    """`torch.nn.BatchNorm3d` whose statistics cannot move, and that saves nothing of its input."""
+    """`torch.nn.BatchNorm3d` with frozen statistics that does not save its input."""
 
 
 class LeanSyncBatchNorm(_LeanNorm, FrozenSyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` whose statistics cannot move, and that saves nothing of its input."""
+    """`torch.nn.SyncBatchNorm` with frozen statistics that does not save its input."""
 
 
 LEAN: dict[type[nn.Module], type[nn.Module]] = {
@@ -164,4 +163,4 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {
     nn.MaxPool2d: LeanMaxPool2d,
     nn.ReLU: LeanReLU,
 }
-"""The class that takes a layer's place."""
+"""Stock and frozen layers, and the classes that replace them."""

@@ -1,4 +1,4 @@
-"""Having the frozen layers of a backbone keep no more for the backward pass than it needs, and undoing that."""
+"""Reducing the memory that frozen layers save for the backward pass, and undoing that."""
 
 from __future__ import annotations
 
@@ -18,27 +18,25 @@ __all__ = ["optimize_backbone", "restore_backbone"]
 
 
 def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module:
-    """Has the frozen layers of an injected model keep no more for the backward pass than the
-    gradient of their input needs.
+    """Makes frozen layers save only what the gradient of their input needs, in place.
 
-    A frozen convolution then saves its weight, which it has anyway, a norm its statistics, a ReLU
-    one bit an element, a max pooling one byte; stock ones save their inputs and outputs.
-    Parameters, names, hooks, files and fingerprints do not change, so this can be done and undone
-    at any time, and what is trained so loads anywhere.
+    A frozen convolution then saves a reference to its weight, a norm references to its statistics,
+    a ReLU one bit per element and a max pooling one byte; stock layers save inputs or outputs.
+    Parameters, names, hooks, files and fingerprints do not change, so the model can be optimized
+    and restored at any time, and its adapter files load into any copy of the backbone.
 
-    Convolutions, BatchNorms, ReLUs and 2-D max poolings of torch.nn are served, and torchvision's
-    3-D convolutions; other layers stay as they are. A layer that is trained (a head, a set's own
-    norms), exported, traced or transformed by torch.func runs as the stock one. Under torch.compile
-    nothing is folded but by the compiler.
+    Supported are convolutions, BatchNorms, ReLUs and 2-D max poolings of torch.nn, and
+    torchvision's 3-D convolutions; other layers do not change. A layer that is trained (a head, a
+    private norm), exported, traced or transformed by torch.func runs like the stock layer. Under
+    torch.compile only the compiler folds.
 
     Args:
-        model: An injected model; it is changed in place.
-        fold_norms: In torchvision's residual blocks and in Sequentials, compute a frozen norm and
-            the convolution before it in one step, with a weight and bias made from both in float64.
-            That is faster, takes the memory of the weights once more, and rounds differently. It is
-            left where anything could see what is between them: an adapter, a hook, a set's own
-            norm; and where files are proven. False: outputs are those of the plain backbone to the
-            last bit.
+        model: An injected model; changed in place.
+        fold_norms: In torchvision's residual blocks and in Sequentials, fold each frozen norm into
+            the convolution before it, with a weight and bias computed in float64. Folding is
+            faster, needs memory for a second copy of the weights, and rounds differently. A pair is
+            not folded if an adapter, a hook or a private norm needs the tensor between them, or
+            while a file is verified. False: outputs equal those of the stock layers bit for bit.
 
     Returns:
         The model.
@@ -47,17 +45,18 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
         InjectionError: Nothing was injected.
 
     References:
-        Saving what the gradients that are asked for need: Bhatia and Dangel 2024, arXiv:2404.12406.
+        Saving only the tensors that the requested gradients need: Bhatia and Dangel 2024,
+        arXiv:2404.12406.
 
     Example:
         >>> import torch
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
         >>> model, x = inject_adapters(resnet18()), torch.randn(1, 3, 64, 64)
-        >>> plain = model.eval()(x)
-        >>> torch.allclose(optimize_backbone(model)(x), plain, rtol=1e-4, atol=1e-4)
+        >>> expected = model.eval()(x)
+        >>> torch.allclose(optimize_backbone(model)(x), expected, rtol=1e-4, atol=1e-4)
         True
-        >>> torch.equal(optimize_backbone(model, fold_norms=False)(x), plain)
+        >>> torch.equal(optimize_backbone(model, fold_norms=False)(x), expected)
         True
     """
     check_flag("fold_norms", fold_norms)
@@ -69,7 +68,7 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
         if is_parametrized(module):
             continue
         if kind in LEAN:
-            if not issubclass(kind, Overlay):  # for torch.fx, a leaf is what torch.nn has
+            if not issubclass(kind, Overlay):  # torch.fx treats classes of torch.nn as leaves
                 module.__dict__["__module__"] = kind.__module__
             put_class(module, LEAN[kind], mixin)
             if fold_norms and isinstance(module, nn.modules.conv._ConvNd):
@@ -83,7 +82,7 @@ def restore_backbone(model: nn.Module) -> nn.Module:
     """Undoes `optimize_backbone`.
 
     Args:
-        model: An injected model, optimized or not; it is changed in place.
+        model: An injected model, optimized or not; changed in place.
 
     Returns:
         The model.
@@ -107,7 +106,7 @@ def restore_backbone(model: nn.Module) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules of the backbone, and those that sets run in place of them."""
+    """Returns the modules of the backbone, and the private modules of all sets."""
     ledger, inner = ledger_of(model), unwrap(model)
     found = {id(module): module for _, module in backbone_modules(inner)}
     for adapter_set in ledger.sets.values():

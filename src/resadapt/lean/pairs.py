@@ -1,4 +1,4 @@
-"""A frozen norm behind a frozen convolution, computed as one convolution."""
+"""Folding a frozen norm into the frozen convolution before it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 class InputLayout(NamedTuple):
-    """What is known of the input of the outermost module that runs pairs.
+    """Size and memory format of the input of the outermost module that folds norms.
 
     Args:
-        size: Pixels of its smaller side; 0 if it is no batch of images.
-        channels_last: Whether stock modules would have feature maps in channels_last.
+        size: Pixels of the smaller side; 0 if the input is not a batch of images.
+        channels_last: Whether stock modules would return feature maps in channels_last.
     """
 
     size: int
@@ -37,65 +37,63 @@ class InputLayout(NamedTuple):
 
 
 class FoldedPair:
-    """The weight and bias of a convolution with a norm behind it, and what they were made from.
+    """Cache of the weight and bias of a convolution with the norm after it folded in.
 
-    A copy of a module gets an empty one, and so does a pickled module.
+    Copies and pickles of a module have an empty cache.
 
     Args:
-        lays_out: Whether the weight, and with it what it gives, lies in channels_last for images of
-            some size, where the convolution's own does not.
+        use_channels_last: Whether the folded weight, and so the output, is in channels_last for
+            large images even if the convolution's weight is not.
     """
 
-    def __init__(self, lays_out: bool = False) -> None:
-        self._lays_out = lays_out
-        self._made: tuple[Any, Any, tuple[Tensor, ...]] = (
-            None,
-            None,
-            (),
-        )  # in one, which threads exchange at once
+    def __init__(self, use_channels_last: bool = False) -> None:
+        self._use_channels_last = use_channels_last
+        # Stamps of the sources, the sources, the folded tensors: one tuple, replaced atomically.
+        self._cached: tuple[Any, Any, tuple[Tensor, ...]] = (None, None, ())
 
     def __deepcopy__(self, memo: Any) -> FoldedPair:
-        """Returns an empty one."""
-        return FoldedPair(self._lays_out)
+        """Returns an empty cache."""
+        return FoldedPair(self._use_channels_last)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Returns how to make an empty one."""
-        return FoldedPair, (self._lays_out,)
+        """Pickles an empty cache."""
+        return FoldedPair, (self._use_channels_last,)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Weight and bias, once they are made."""
-        return self._made[2]
+        """Folded weight and bias, once computed."""
+        return self._cached[2]
 
     def of(self, convolution: nn.Module, norm: nn.Module, given: InputLayout) -> tuple[Tensor, ...]:
-        """Returns weight and bias, which are made anew when what they were made from was changed or moved."""
-        channels_last = self._lays_out and given.size >= _LARGE
+        """Returns folded weight and bias; recomputed if a source tensor was changed or moved."""
+        channels_last = self._use_channels_last and given.size >= _MIN_CHANNELS_LAST
         parts = [part for part in _parts(convolution, norm) if part is not None]
-        today = [channels_last, norm.eps, *map(stamp, parts)]
-        made_from, _, tensors = self._made
-        if made_from != today:
+        stamps = [channels_last, norm.eps, *map(stamp, parts)]
+        cached_stamps, _, tensors = self._cached
+        if cached_stamps != stamps:
             tensors = _fold(convolution, norm, channels_last)
-            # Their memory is held, so that nothing else can come to lie where it is and be taken
-            # for it.
-            self._made = today, [part.detach() for part in parts], tensors
+            # Keep the sources' memory alive: a new tensor at the same address would have the
+            # same stamp.
+            self._cached = stamps, [part.detach() for part in parts], tensors
         return tensors
 
 
-_LARGE = 96
-"""Pixels of an image from which on it is faster to have feature maps in channels_last."""
+_MIN_CHANNELS_LAST = 96
+"""Image size in pixels from which channels_last is faster."""
 
 
 def in_one_step(convolution: nn.Module, norm: nn.Module, x: Any, given: InputLayout) -> Any:
-    """Returns what a norm makes of a convolution's output, if both are frozen and nothing is
-    between them; else None.
+    """Returns the output of a convolution and norm, folded; None if they cannot be folded.
+
+    They can be folded if both are frozen and nothing can see the tensor between them.
 
     Args:
         convolution: The convolution.
-        norm: The norm behind it.
-        x: What the convolution is given.
-        given: What the outermost module that runs such pairs was given.
+        norm: The norm after the convolution.
+        x: The input of the convolution.
+        given: Layout of the input of the outermost module that folds norms.
     """
-    if not is_ordinary(x) or not _are_one(convolution, norm) or is_undisturbed():
+    if not is_ordinary(x) or not _can_fold(convolution, norm) or is_undisturbed():
         return None
     weight, bias = convolution.__dict__[FOLDED].of(convolution, norm, given)
     if is_channels_last(weight):
@@ -104,13 +102,13 @@ def in_one_step(convolution: nn.Module, norm: nn.Module, x: Any, given: InputLay
 
 
 def with_gradient_as_given(x: Tensor, given: InputLayout) -> Tensor:
-    """Returns a feature map whose gradient will lie in memory as that of stock modules, if the map does."""
+    """Returns a feature map whose gradient will have the memory format of stock modules."""
     wanted = x.requires_grad and not given.channels_last and not is_channels_last(x)
     return _ContiguousGradient.apply(x) if wanted else x
 
 
 class _ContiguousGradient(Function):
-    """Nothing, whose gradient lies in memory as that of an input of stock modules does."""
+    """The identity, with a contiguous gradient, as stock modules give."""
 
     @override
     @staticmethod
@@ -126,33 +124,33 @@ class _ContiguousGradient(Function):
     @override
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """Returns the gradient, laid out anew."""
+        """Returns the gradient, contiguous."""
         return grad.contiguous()
 
 
-def _are_one(convolution: nn.Module, norm: nn.Module) -> bool:
-    """Tells whether nothing can see, or change, what a convolution hands to the norm behind it."""
+def _can_fold(convolution: nn.Module, norm: nn.Module) -> bool:
+    """Tells whether a pair is frozen and nothing sees or changes the tensor between them."""
     return (
         FOLDED in convolution.__dict__
         and isinstance(convolution, Overlay)
         and isinstance(norm, FrozenStatistics)
         and norm.running_var is not None
-        and convolution.weight
-        is convolution._parameters.get("weight")  # not one that is computed anew each time
+        # A computed weight (weight_norm) is no parameter.
+        and convolution.weight is convolution._parameters.get("weight")
         and convolution.bias is convolution._parameters.get("bias")
         and all(part is None or _is_constant(part) for part in _parts(convolution, norm))
         and not (has_hooks(convolution) or has_hooks(norm))
-        and not (_runs_otherwise(convolution) or _runs_otherwise(norm))
+        and not (_has_replaced_forward(convolution) or _has_replaced_forward(norm))
     )
 
 
 def _is_constant(part: Tensor) -> bool:
-    """Tells whether a tensor is frozen, and shows when it is written to all the same."""
+    """Tells whether a tensor is frozen and counts in-place writes in its version counter."""
     return type(part) in STOCK_TENSORS and not part.requires_grad and not part.is_inference()
 
 
 def has_hooks(module: nn.Module, but: Any = None) -> bool:
-    """Tells whether something sees what a module is given or returns, besides one hook."""
+    """Tells whether a module has hooks besides one, or global hooks are registered."""
     return bool(
         any(
             hook is not but
@@ -166,23 +164,23 @@ def has_hooks(module: nn.Module, but: Any = None) -> bool:
     )
 
 
-def _runs_otherwise(module: nn.Module) -> bool:
-    """Tells whether something else runs in place of a module's forward."""
+def _has_replaced_forward(module: nn.Module) -> bool:
+    """Tells whether another function or module runs in place of a module's forward."""
     forward = module.__dict__.get("forward")
     return running_at(module) is not module or (
-        forward is not None and not (isinstance(forward, Intercept) and forward.only_passes_on)
+        forward is not None and not (isinstance(forward, Intercept) and forward.can_be_skipped)
     )
 
 
 def _parts(convolution: nn.Module, norm: nn.Module) -> list[Any]:
-    """Returns the tensors that a convolution and a norm compute with, None where they have none."""
+    """Returns the tensors of a convolution and a norm, None for missing ones."""
     return [convolution.weight, convolution.bias, *(getattr(norm, name) for name in _NORM)]
 
 
-@torch.inference_mode(False)  # it may be for training later
+@torch.inference_mode(False)  # the cache may be used in training later
 @torch.no_grad()
 def _fold(convolution: Any, norm: Any, channels_last: bool) -> tuple[Tensor, Tensor]:
-    """Returns the weight and bias of a convolution that a norm follows, computed in float64 and rounded once."""
+    """Returns the folded weight and bias, computed in float64 and rounded once."""
     weight: Any = convolution.weight
     bias: Any = 0.0 if convolution.bias is None else convolution.bias.double()
     scale: Any = 1.0 if norm.weight is None else norm.weight.double()
@@ -193,7 +191,6 @@ def _fold(convolution: Any, norm: Any, channels_last: bool) -> tuple[Tensor, Ten
     if weight.ndim == 4 and (
         (channels_last and weight.device.type in ("cpu", "meta")) or is_channels_last(weight)
     ):
-        folded = folded.contiguous(
-            memory_format=torch.channels_last
-        )  # oneDNN is faster so, and hands it on from layer to layer
+        # Faster in oneDNN, which keeps the format from layer to layer.
+        folded = folded.contiguous(memory_format=torch.channels_last)
     return folded, moved.to(weight.dtype)

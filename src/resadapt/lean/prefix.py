@@ -1,4 +1,4 @@
-"""Running a model from what its first modules returned, those that come before anything of a set's own."""
+"""Running a model from the outputs of the modules before the first adapter or private module."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ __all__ = ["Plan", "check_cached_values", "continued", "plan_for", "values_for"]
 
 
 class _DoneError(Exception):
-    """All that was wanted has been computed."""
+    """Stops a forward once all needed tensors are computed."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is run from what its first modules returned.
+    """How to run a model from the outputs of its first modules.
 
     Args:
-        spec: The set that it was made for.
-        inputs: The model's inputs, without elements.
-        calls: The modules that are called before anything of the set's own, with what they return,
-            without elements.
-        forms: Of the tensors in inputs and calls, numbered in this order.
-        needed: Numbers of the tensors that are used after that.
+        spec: The set that the plan was made for.
+        inputs: The model's inputs, as meta tensors.
+        calls: The modules called before the set's first adapter or private module, with their
+            outputs as meta tensors.
+        forms: Forms of the tensors in `inputs` and `calls`, numbered in this order.
+        needed: Numbers of the tensors that the rest of the forward uses.
     """
 
     spec: SetSpec
@@ -49,12 +49,12 @@ class Plan:
 
 
 class _Recorder(CallInterceptor):
-    """Keeps what the first modules return.
+    """Keeps the outputs of the first modules.
 
     Args:
-        stop: How many calls; None for all.
-        wanted: Numbers of the tensors that are kept; None for all.
         first: Number of the first tensor.
+        stop: Number of calls after which to stop; None for all.
+        wanted: Numbers of the tensors to keep; None for all.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class _Recorder(CallInterceptor):
 
     @override
     def call(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Runs the module."""
+        """Runs the module and keeps its output."""
         output = run(*args, **kwargs)
         _check_only_tensors(output, f"output of {place!r}")
         self.calls.append((place, map_tensors(output, self._keep)))
@@ -83,7 +83,7 @@ class _Recorder(CallInterceptor):
 
 
 class _Replay(CallInterceptor):
-    """Has the first modules return what they once did, without running them."""
+    """Replays the outputs of the first modules, without running the modules."""
 
     def __init__(self, plan: Plan, values: Mapping[int, Tensor], rows: int) -> None:
         super().__init__()
@@ -91,14 +91,14 @@ class _Replay(CallInterceptor):
         self._at = next((tensor.device for tensor in values.values()), torch.device("cpu"))
 
     def fill(self, value: Any) -> Any:
-        """Returns a value with tensors in it, with elements where they are there."""
+        """Replaces the meta tensors in a value by cached tensors, or by stand-ins if not cached."""
         return map_tensors(value, self._tensor)
 
     @override
     def call(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Returns what is known."""
+        """Returns the recorded output."""
         calls = self._plan.calls
-        if self.position >= len(calls):  # of a set that parts later
+        if self.position >= len(calls):  # the active set's first adapter comes later
             return run(*args, **kwargs)
         known, value = calls[self.position]
         if known != place:
@@ -113,17 +113,17 @@ class _Replay(CallInterceptor):
 
 
 def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
-    """Finds out what a model needs of its first modules to be run without them, and tries it.
+    """Finds the tensors needed to run a model without its first modules, and checks the result.
 
     Args:
-        model: The unwrapped model, whose active set this is.
+        model: The unwrapped model, with `spec` active.
         spec: The set.
         inputs: A few samples.
 
     Raises:
-        InjectionError: Nothing comes before the set, the first modules are random, or the model
-            cannot be run without them.
-        AdapterError: The model does not take the samples.
+        InjectionError: No module runs before the set's first adapter, these modules are random, or
+            the model cannot be run without them.
+        AdapterError: The model cannot be called with the samples.
     """
     _check_only_tensors(inputs, "input")
     with restored(model):
@@ -134,15 +134,15 @@ def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
                 expected = call(model, inputs)
         except AdapterError:
             raise
-        except Exception as error:  # a model of anyone's may raise anything
+        except Exception as error:  # a user's model may raise anything
             raise AdapterError(
-                f"The model does not take what the data give: {type(error).__name__}: {error}."
+                f"The model cannot be called with the samples: {type(error).__name__}: {error}."
             ) from error
-        if not recorder.calls or not recorder.parted:
-            what = "Nothing comes before" if recorder.parted else "The model did not run"
+        if not recorder.calls or not recorder.diverged:
+            what = "No module runs before" if recorder.diverged else "The model did not run"
             raise InjectionError(
                 f"{what} the adapters, norms and head of the set {spec.name!r}: there are no "
-                "features to keep."
+                "features to cache."
             )
         values = dict(enumerate(tensor for _, tensor in named_in(inputs))) | recorder.values
         batch = len(values[0])
@@ -170,34 +170,31 @@ def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
             if found.numbers <= {*plan.needed}:
                 raise InjectionError(
                     "The model does not call the same modules each time. Its features cannot be "
-                    "kept."
+                    "cached."
                 )
             plan = replace(plan, needed=tuple(sorted({*plan.needed, *found.numbers})))
     if ragged := [forms[number].name for number in plan.needed if not forms[number].has_rows]:
         raise InjectionError(
             f"The model needs the {quote_names(ragged)}, which has no row for each sample. Its "
-            "features cannot be kept."
+            "features cannot be cached."
         )
     one, other = ([tensor for _, tensor in named_in(value)] for value in (expected, found))
     if len(one) != len(other) or not all(map(same_bits, one, other)):
         raise InjectionError(
-            "From its features the model gives another output: it changes what its first modules "
-            "return in place, or is random in evaluation too. Its features cannot be kept."
+            "The model's output from features differs: the model changes outputs of its first "
+            "modules in place, or is random in eval mode. Its features cannot be cached."
         )
     return plan
 
 
 def values_for(model: nn.Module, plan: Plan, inputs: object) -> dict[int, Tensor]:
-    """Returns the tensors that a model needs of its first modules for a batch.
-
-    Nothing behind them is run.
-    """
+    """Returns the tensors needed for a batch, and runs only the modules that compute them."""
     given = dict(enumerate(tensor for _, tensor in named_in(inputs)))
     owner = [number for number, (_, output) in enumerate(plan.calls) for _ in named_in(output)]
-    behind = [owner[number - len(given)] for number in plan.needed if number >= len(given)]
-    recorder = _Recorder(len(given), max(behind, default=-1) + 1, plan.needed)
+    calls = [owner[number - len(given)] for number in plan.needed if number >= len(given)]
+    recorder = _Recorder(len(given), max(calls, default=-1) + 1, plan.needed)
     recorder.start(plan.spec.name)
-    if behind:
+    if calls:
         with (
             torch.no_grad(),
             EAGERLY,
@@ -211,70 +208,68 @@ def values_for(model: nn.Module, plan: Plan, inputs: object) -> dict[int, Tensor
 def check_cached_values(
     model: nn.Module, plan: Plan, inputs: object, values: Mapping[int, Tensor]
 ) -> None:
-    """Looks whether the first modules still return what they once did, in training too.
+    """Checks that the first modules still return the cached values, in train mode too.
 
     Raises:
-        InjectionError: They do not.
+        InjectionError: A value differs.
     """
     with restored(model):
         for training in (False, True, True):
             _set_training(model, training)
             today = values_for(model, plan, inputs)
-            found = {
-                number: today[number] for number in values if today[number] is not None
-            }  # others are missed when it goes on
+            # Missing tensors are reported when the model runs.
+            found = {number: today[number] for number in values if today[number] is not None}
             if other := [
                 number for number, value in found.items() if not _are_near(values[number], value)
             ]:
                 raise InjectionError(
-                    f"The {plan.forms[other[0]].name} is another one than was kept for the same "
+                    f"The {plan.forms[other[0]].name} differs from the cached value of the same "
                     "sample: a module, a forward or a hook before the adapters was changed since. "
-                    "Make the features anew."
+                    "Compute the features again."
                 )
 
 
 def continued(
     model: nn.Module, plan: Plan, sets: Iterable[SetSpec], values: Mapping[int, Tensor], rows: int
 ) -> Any:
-    """Returns a model's output for what its first modules returned; an exception if it needs more
-    of that.
+    """Returns a model's output from cached values, or the `NeededError` of missing values.
 
     Args:
         model: The unwrapped model.
-        plan: How.
-        sets: The set of the plan, and the active one, which comes last.
-        values: The tensors that are needed, by number.
+        plan: The plan.
+        sets: The set of the plan, and last the active set.
+        values: The cached values, by number.
         rows: Number of samples.
     """
     sets = list(sets)
-    given = _Replay(plan, values, rows)
-    given.start(sets[-1].name)
+    replay = _Replay(plan, values, rows)
+    replay.start(sets[-1].name)
     try:
-        with intercepted(model, sets, given):
-            return call(model, given.fill(plan.inputs))
+        with intercepted(model, sets, replay):
+            return call(model, replay.fill(plan.inputs))
     except NeededError as needed:
         return needed
 
 
 def _check_only_tensors(value: object, what: str) -> None:
-    """Refuses a value that may have tensors in it where nobody sees them.
+    """Refuses a value that may hide tensors in unknown types.
 
     Raises:
-        InjectionError: It has something in it besides tensors, dicts, lists, tuples, numbers and
-            texts.
+        InjectionError: The value contains anything but tensors, dicts, lists, tuples, numbers and
+            strings.
     """
     if isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             _check_only_tensors(item, what)
     elif not isinstance(value, Tensor | int | float | str | None):
         raise InjectionError(
-            f"The {what} has {type(value).__name__} in it, where only tensors in dicts and lists "
-            "can be kept."
+            f"The {what} contains {type(value).__name__}, but only tensors in dicts and lists can "
+            "be cached."
         )
 
 
 def _check_repeats(model: nn.Module, spec: SetSpec, inputs: object, once: _Recorder) -> None:
-    """Refuses first modules that do not return the same in training, where they must, or in another batch."""
+    """Refuses first modules whose output differs in train mode, on repetition or by batch."""
     _set_training(model, True)
     runs = [_run_again(model, spec, inputs, once) for _ in range(2)]
     _set_training(model, False)
@@ -289,14 +284,14 @@ def _check_repeats(model: nn.Module, spec: SetSpec, inputs: object, once: _Recor
                 number in run and same_bits(once.values[number], run[number]) for run in runs
             ):
                 raise InjectionError(
-                    f"Module {place!r} is not the same in training as in evaluation, or not twice "
-                    "the same (dropout?), so its output cannot be kept. Set its probability to "
+                    f"Module {place!r} returns something else in train mode than in eval mode, or "
+                    "is random (dropout?), so its output cannot be cached. Set its probability to "
                     "zero, or put an adapter before it."
                 )
             if not _is_near(once.values[number], alone.get(number)):
                 raise InjectionError(
                     f"Module {place!r} returns something else for a sample in another batch (a "
-                    "norm without running statistics?), so its output cannot be kept. Put an "
+                    "norm without running statistics?), so its output cannot be cached. Put an "
                     "adapter before it."
                 )
 
@@ -304,7 +299,7 @@ def _check_repeats(model: nn.Module, spec: SetSpec, inputs: object, once: _Recor
 def _run_again(
     model: nn.Module, spec: SetSpec, inputs: object, once: _Recorder
 ) -> dict[int, Tensor]:
-    """Returns what the first modules return another time."""
+    """Returns the outputs of the first modules in another run."""
     again = _Recorder(min(once.values), len(once.calls))
     again.start(spec.name)
     with intercepted(model, [spec], again), suppress(_DoneError):
@@ -313,7 +308,7 @@ def _run_again(
 
 
 def _is_near(batch: Tensor, other: Tensor | None) -> bool:
-    """Tells whether the first rows of two batches are the same, up to rounding."""
+    """Tells whether the first rows of two batches are equal up to rounding."""
     return (
         other is not None
         and batch.ndim > 0
@@ -323,7 +318,7 @@ def _is_near(batch: Tensor, other: Tensor | None) -> bool:
 
 
 def _are_near(one: Tensor, other: Tensor) -> bool:
-    """Tells whether two tensors are the same, up to rounding."""
+    """Tells whether two tensors are equal up to rounding."""
     if one.shape != other.shape or not one.is_floating_point():
         return torch.equal(one, other)
     allowed = torch.finfo(one.dtype).eps ** 0.5 * float(one.abs().max()) if one.numel() else 0.0

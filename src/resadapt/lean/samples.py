@@ -1,4 +1,4 @@
-"""A data set in batches that can be begun anywhere, or a refusal if it cannot be kept."""
+"""Batches of a data set from any row on, after checks that its features can be cached."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from resadapt.base.undisturbed import random_state, random_states_kept
 __all__ = ["Progress", "Samples", "split"]
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-_MOST = 1_000_000
-_LOOKED_AT = 16
-"""So many samples are drawn twice, to see whether they are random."""
+_MAX_OPTION = 1_000_000
+_TEST_DRAWS = 16
+"""Number of samples that are drawn twice, to detect random data."""
 
 
 class Samples:
-    """The data, in batches that can be begun anywhere.
+    """A data set in batches from any row on.
 
     Raises:
-        AdapterError: They have no length, are random, or cannot be kept.
+        AdapterError: The data have no length, are random, or cannot be cached.
     """
 
     def __init__(self, data: Any, batch_size: int, num_workers: int, variants: int) -> None:
@@ -41,9 +41,9 @@ class Samples:
             ("num_workers", num_workers, 0),
             ("variants", variants, 1),
         ):
-            if type(value) is not int or not least <= value <= _MOST:
+            if type(value) is not int or not least <= value <= _MAX_OPTION:
                 raise AdapterError(
-                    f"{name}={value!r}: give a whole number from {least} to {_MOST:,}."
+                    f"{name}={value!r}: give a whole number from {least} to {_MAX_OPTION:,}."
                 )
         if (
             isinstance(data, IterableDataset)
@@ -51,13 +51,13 @@ class Samples:
             or not hasattr(data, "__len__")
         ):
             raise AdapterError(
-                f"{type(data).__name__} has no samples by number, or no length: give a data set "
-                "with both."
+                f"{type(data).__name__} has no __getitem__ or no __len__: give a map-style data "
+                "set."
             )
         try:
             self.data, self.variants, self.length = data, variants, len(data)
             self.numbers = few = (
-                [n * self.length // _LOOKED_AT for n in range(_LOOKED_AT)] if self.length else []
+                [n * self.length // _TEST_DRAWS for n in range(_TEST_DRAWS)] if self.length else []
             )
             with random_states_kept([]):
                 before = random_state()
@@ -71,27 +71,29 @@ class Samples:
                 )
         except AdapterError:
             raise
-        except Exception as error:  # a data set of anyone's may raise anything
+        except Exception as error:  # a user's data set may raise anything
             raise AdapterError(
-                f"{type(data).__name__} gives no batch of samples: {type(error).__name__}: {error}."
+                f"{type(data).__name__} cannot be batched: {type(error).__name__}: {error}."
             ) from error
         if mixed:
             raise AdapterError(
-                "A sample is another one in a batch than alone: the collate function mixes "
-                "samples, or makes them as long as others."
+                "A sample in a batch differs from the same sample alone: the collate function "
+                "mixes samples, or pads them to the longest."
             )
         if self.is_random and variants == 1:
             raise AdapterError(
-                "The data are random: a sample draws random numbers, or is not twice the same "
-                "(augmentation?). Take that out, or give variants=, how many draws of each sample "
-                "to keep."
+                "The data are random: samples draw random numbers or differ when drawn again "
+                "(augmentation?). Remove the randomness, or give variants=, the number of draws of "
+                "each sample to cache."
             )
 
     def batches(
         self, row: int, progress: Progress, end: int | None = None
     ) -> Iterator[tuple[slice, Any]]:
-        """Walks the batches from a row on, with the rows that they are; the last of each draw has
-        more samples, to be full.
+        """Yields the batches from a row on, with their rows.
+
+        The last batch of each draw is padded to full size with its last sample, since kernels may
+        round differently for another batch size.
 
         Raises:
             AdapterError: `progress` does not return the batches.
@@ -102,16 +104,13 @@ class Samples:
             first = row % self.length
             stop = min(first + end - row, self.length)
             numbers = [*range(first, stop)]
-            numbers += [numbers[-1]] * (
-                -len(numbers) % size
-            )  # kernels may round differently for another number of samples
-            own = (
-                None if self.is_random else torch.Generator()
-            )  # else a loader draws from torch's, even where nothing is random
+            numbers += [numbers[-1]] * (-len(numbers) % size)
+            # Without a generator, a loader draws from torch's random state for its workers' seeds.
+            generator = None if self.is_random else torch.Generator()
             loader = DataLoader(
-                Subset(self.data, numbers), shuffle=False, generator=own, **self._options
+                Subset(self.data, numbers), shuffle=False, generator=generator, **self._options
             )
-            shown, there = progress(loader), row
+            shown, start = progress(loader), row
             if not isinstance(shown, Iterable):
                 raise AdapterError(
                     f"progress returned {type(shown).__name__}, not the batches that it was called "
@@ -121,11 +120,11 @@ class Samples:
                 until = min(row + size, row - row % self.length + stop)
                 yield slice(row, until), batch
                 row = until
-            if row - there != stop - first:
+            if row - start != stop - first:
                 raise AdapterError("progress did not return all batches that it was called with.")
 
     def digests(self, batch: Any) -> Tensor:
-        """Returns the digest of each sample of a batch; of what is not random of it."""
+        """Returns the digest of each sample of a batch, without the input if data are random."""
         inputs, rest = split(batch)
         parts = [*(() if self.is_random else (tensor for _, tensor in named_in(inputs))), *rest]
         return row_digests(parts, _count(inputs))
@@ -138,14 +137,14 @@ class Samples:
 
 
 def split(batch: Any) -> tuple[Any, list[Tensor]]:
-    """Divides a batch into the model's inputs and the rest."""
+    """Splits a batch into the model's inputs and the other values."""
     inputs, *rest = batch if isinstance(batch, list | tuple) else [batch]
     count = _count(inputs)
     for number, value in enumerate(rest, 1):
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != count:
             raise AdapterError(
-                f"Part {number} of a sample is {type(value).__name__} in a batch, where a tensor "
-                "with a row for each sample can be kept. Return tensors and numbers."
+                f"Part {number} of a sample is {type(value).__name__} in a batch, but only a "
+                "tensor with a row for each sample can be cached. Return tensors and numbers."
             )
     return inputs, rest
 

@@ -1,4 +1,4 @@
-"""A tensor without elements, which says so when something is computed with it."""
+"""Meta tensors that stand for cached tensors and report when their values are needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from resadapt.base.tensors import CHANNELS_LAST, is_channels_last
 
 __all__ = ["Form", "MetaStandIn", "NeededError"]
 
-_FORM = {
+_VALUE_FREE = {
     *(
         Tensor.size,
         Tensor.dim,
@@ -31,11 +31,11 @@ _FORM = {
         for name in ("shape", "ndim", "dtype", "layout", "requires_grad", "is_nested", "is_sparse")
     ),
 }
-"""What can be asked of a tensor without its elements."""
+"""Functions of a tensor that do not read values."""
 
 
 class NeededError(Exception):
-    """Something computed with tensors whose elements are not there."""
+    """An operation needs the values of stand-ins."""
 
     def __init__(self, numbers: Collection[int]) -> None:
         super().__init__(f"values {sorted(numbers)} are needed")
@@ -43,7 +43,7 @@ class NeededError(Exception):
 
 
 class MetaStandIn(Tensor):
-    """A tensor that has a form and no elements, and says so when something is computed with it."""
+    """A meta tensor that raises `NeededError` when an operation needs its values."""
 
     number: int
     at: torch.device
@@ -51,12 +51,11 @@ class MetaStandIn(Tensor):
 
     @classmethod
     def of(cls, form: Form, number: int, rows: int, at: torch.device) -> MetaStandIn:
-        """Makes one."""
-        absent = Tensor._make_subclass(
-            cls, torch.empty(form.sizes(rows), dtype=form.dtype, device="meta")
-        )
-        absent.number, absent.at, absent.channels_last = number, at, form.channels_last
-        return absent
+        """Returns a stand-in for a tensor of a form, with a number of rows, on a device."""
+        meta = torch.empty(form.sizes(rows), dtype=form.dtype, device="meta")
+        stand_in = Tensor._make_subclass(cls, meta)
+        stand_in.number, stand_in.at, stand_in.channels_last = number, at, form.channels_last
+        return stand_in
 
     @override
     @classmethod
@@ -67,7 +66,7 @@ class MetaStandIn(Tensor):
             return args[0].channels_last is (
                 (kwargs or {}).get("memory_format") in CHANNELS_LAST.values()
             )
-        if func in _FORM:
+        if func in _VALUE_FREE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise NeededError(
@@ -77,14 +76,14 @@ class MetaStandIn(Tensor):
 
 @dataclass(frozen=True)
 class Form:
-    """What is known of a tensor that one of the first modules returns.
+    """Shape, dtype and memory format of a tensor that one of the first modules returns.
 
     Args:
-        name: Where it comes from, for messages.
-        shape: Sizes, of a batch of `batch`.
+        name: Name of the tensor, for messages.
+        shape: Shape for a batch of `batch` samples.
         batch: Number of samples.
-        dtype: Of the elements.
-        channels_last: Whether its channels lie side by side in memory.
+        dtype: The dtype.
+        channels_last: Whether the tensor is in channels_last.
     """
 
     name: str
@@ -95,12 +94,12 @@ class Form:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, batch: int) -> Form:
-        """Looks at a tensor."""
+        """Returns the form of a tensor."""
         return cls(name, tuple(tensor.shape), batch, tensor.dtype, is_channels_last(tensor))
 
     @property
     def has_rows(self) -> bool:
-        """Whether there is a row for each sample."""
+        """Whether the tensor has a row for each sample."""
         return len(self.shape) > 0 and self.shape[0] == self.batch
 
     def sizes(self, rows: int) -> tuple[int, ...]:
@@ -109,21 +108,18 @@ class Form:
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
-        """Sizes of a row, in the order in which its dimensions lie in memory."""
+        """Shape of a row, with dimensions in memory order."""
         return (*self.shape[2:], self.shape[1]) if self.channels_last else self.shape[1:]
 
     def kept(self, batch: Tensor) -> Tensor:
-        """Returns a batch with its dimensions in the order in which they lie in memory."""
+        """Returns a batch with dimensions in memory order."""
         return batch.movedim(1, -1) if self.channels_last else batch
 
     def row(self, kept: Tensor) -> Tensor:
-        """Returns a row as the module has it."""
+        """Returns a row in the module's order of dimensions."""
         return kept.movedim(-1, 0) if self.channels_last else kept
 
     def laid_out(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor of this form as the module would have it in memory."""
-        return tensor.contiguous(
-            memory_format=CHANNELS_LAST[tensor.ndim]
-            if self.channels_last
-            else torch.contiguous_format
-        )
+        """Returns a tensor in this form's memory format."""
+        memory_format = CHANNELS_LAST[tensor.ndim] if self.channels_last else None
+        return tensor.contiguous(memory_format=memory_format or torch.contiguous_format)

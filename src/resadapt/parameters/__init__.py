@@ -1,1 +1,1 @@
-"""What is trained: iterated, grouped, counted, and as a table."""
+"""Trainable parameters: iterated, grouped, counted, summarized, and sized for a budget."""

@@ -1,4 +1,4 @@
-"""Sites and widths for a budget of parameters and operations."""
+"""Sites and widths of adapters for a budget of parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from resadapt.parameters.trainable import count_parameters
 
 __all__ = ["SuggestedLayers", "suggest_layers"]
 
-_ONE_FRACTION = "Widths are one fraction of the sites' channels, the largest that fits."
-_LAST_SITES = "The sites are as many of the last ones as fit."
+_ONE_FRACTION = "Widths are the same fraction of each site's channels, the largest that fits."
+_LAST_SITES = "The sites are the last sites, as many as fit."
 
 
 class SuggestedLayers(dict[str, int]):
-    """Widths by site, usable as ``layers=``; ``print`` it.
+    """Widths by site, usable as ``layers=``; ``print`` shows a table.
 
     Attributes:
         parameters: Number of the adapter's parameters, by site.
-        flops: Floating-point operations of the adapter's forward on the example input, by site;
-            empty without one.
-        share: The parameters' sum as a share of the model's.
+        flops: FLOPs of the adapter's forward on the example input, by site; empty without an
+            example input.
+        share: Parameters of all adapters, as a fraction of the model's parameters.
         rule: How sites and widths were chosen.
     """
 
@@ -84,20 +84,20 @@ def suggest_layers(
 ) -> SuggestedLayers:
     """Chooses sites and widths of adapters for a budget.
 
-    All sites that `layers` names get adapters whose widths are one and the same fraction of their
-    channels, at least 1, the largest fraction that fits; where a family does not take a width, the
-    next smaller one that divides the channels. If that is too much even with widths of 1, or the
-    family has no width, only the last sites are taken, as many as fit: those that are nearest to
-    the output, so that the backward pass is the shortest.
+    All sites in `layers` get an adapter. The widths are the same fraction of each site's channels,
+    the largest that fits, and at least 1. If a family does not support a width, the next smaller
+    divisor of the channels is used. If widths of 1 exceed the budget, or the family has no width,
+    only the last sites are used, as many as fit: they are nearest to the output, so the backward
+    pass is shortest.
 
     Args:
-        model: A model; it stays as it is.
-        budget: Most parameters of all adapters together: a number, or a fraction of the model's
+        model: A model; it is not changed.
+        budget: Maximum number of parameters of all adapters: an int, or a fraction of the model's
             parameters in (0, 1).
-        family: Kind of adapter.
+        family: Adapter family.
         layers: Names or globs of the sites to choose from.
-        flops: Most floating-point operations of all adapters' forward on the example input; needs
-            one.
+        flops: Maximum FLOPs of the forward of all adapters on the example input; requires
+            `example_input`.
         example_input: As for `inject_adapters`.
         channel_dim: As for `inject_adapters`.
         **family_options: As for `inject_adapters`.
@@ -106,25 +106,25 @@ def suggest_layers(
         Widths by site, usable as ``layers=``.
 
     Raises:
-        AdapterError: A budget is unsuitable, or not even one adapter fits.
+        AdapterError: A budget is invalid, or no adapter fits.
         InjectionError: A layer is not found or cannot be adapted.
 
     Example:
         >>> from torchvision.models import resnet18
-        >>> print(suggest_layers(resnet18(), 0.01))
+        >>> print(suggest_layers(resnet18(), 0.01))  # doctest: +ELLIPSIS
         site    bottleneck  parameters
         layer1          10       1,354
         layer2          21       5,525
         layer3          42      21,802
         layer4          85      87,637
-        116,318 parameters, 1.00% of the model's. Widths are one fraction of the sites' channels, the largest that fits.
+        116,318 parameters, 1.00% of the model's. Widths are the same fraction of ...
     """
     inner = unwrap(model)
     kind, total = family_named(family), count_parameters(model).total
     most = _limit("budget", budget, total)
     if isinstance(layers, Mapping):
         raise AdapterError(
-            "layers is a mapping: give names only, since the widths are what is chosen."
+            "layers is a mapping: pass only names, since suggest_layers chooses the widths."
         )
     start = {key: family_options.pop(key) for key in ("init",) if key in family_options}
     with on_backbone(inner):
@@ -138,7 +138,7 @@ def suggest_layers(
         )
         calls = _calls(inner, spec, example_input) if example_input is not None else {}
         if flops is not None and not calls:
-            raise AdapterError("flops= needs an example_input=, on which operations are counted.")
+            raise AdapterError("flops= requires example_input=, on which FLOPs are counted.")
         most_flops = math.inf if flops is None else _limit("flops", flops, 0)
         costs: dict[SiteSpec, tuple[int, int]] = {}
 
@@ -161,7 +161,7 @@ def suggest_layers(
         if not chosen:
             smallest = costs[sites[-1]][0]
             raise AdapterError(
-                f"Not even one adapter fits: the one at {sites[-1].name!r} has {smallest:,} "
+                f"No adapter fits the budget: the adapter at {sites[-1].name!r} has {smallest:,} "
                 "parameters. Raise the budget."
             )
     parameters = {site.name: costs[site][0] for site in chosen}
@@ -180,7 +180,7 @@ def _widest(
     fits: Callable[[list[SiteSpec]], bool],
     builds: Callable[[SiteSpec], bool],
 ) -> list[SiteSpec]:
-    """Returns the sites with widths that are the largest fraction of their channels that fits, at least 1."""
+    """Returns the sites with the largest widths that fit: the same fraction of each's channels."""
     if sites and sites[0].bottleneck == 0:
         return list(sites)
 
@@ -188,7 +188,7 @@ def _widest(
         found = []
         for site in sites:
             width = max(1, int(fraction * site.channels))
-            # A family may not take every width. Trying all that are smaller would take minutes on
+            # A family may not support every width. Trying all smaller widths would take minutes for
             # wide layers.
             smaller = [w for w in range(min(width, site.channels), 0, -1) if site.channels % w == 0]
             tried = (replace(site, bottleneck=w) for w in (width, *smaller))
@@ -211,7 +211,7 @@ def _cost(
     called: tuple[Any, Any] | None,
     start: dict[str, Any],
 ) -> tuple[int, int]:
-    """Returns the number of an adapter's parameters, and of its floating-point operations where its module's call is known."""
+    """Returns an adapter's number of parameters, and its FLOPs, 0 without a recorded call."""
     adapter = meta_adapter(model, spec, site, **start).eval()
     size = sum(parameter.numel() for parameter in adapter.parameters())
     if called is None:
@@ -222,7 +222,7 @@ def _cost(
 
 
 def _calls(model: nn.Module, spec: SetSpec, example: object) -> dict[str, tuple[Any, Any]]:
-    """Returns the arguments and the output of each site's module on an example input, without values."""
+    """Returns arguments and output of each site's module on an example input, as meta tensors."""
     calls: dict[str, tuple[Any, Any]] = {}
     with ExitStack() as stack:
         for site in spec.sites:
@@ -237,7 +237,7 @@ def _calls(model: nn.Module, spec: SetSpec, example: object) -> dict[str, tuple[
 
 
 class _Layer:
-    """The weight and bias of a module, without values."""
+    """The weight and bias of a module, as meta tensors."""
 
     def __init__(self, module: nn.Module) -> None:
         self.weight, self.bias = (
@@ -249,14 +249,10 @@ def _to_meta(tensor: Tensor) -> Tensor:
     return tensor.detach().to("meta")
 
 
-def _limit(name: str, value: object, whole: int) -> int:
-    if isinstance(value, float) and 0.0 < value < 1.0 and whole:
-        return int(value * whole)
+def _limit(name: str, value: object, total: int) -> int:
+    if isinstance(value, float) and 0.0 < value < 1.0 and total:
+        return int(value * total)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
-    also = (
-        ", or a fraction of the model's parameters (a float between 0 and 1, both excluded)"
-        if whole
-        else ""
-    )
-    raise AdapterError(f"{name}={value!r}: give a number, 1 or more{also}.")
+    fraction = ", or a fraction of the model's parameters, a float in (0, 1)" if total else ""
+    raise AdapterError(f"{name}={value!r}: pass an int >= 1{fraction}.")

@@ -1,4 +1,4 @@
-"""A table of the active set, site by site."""
+"""A table of the active set's parameters by site."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ __all__ = ["ModelSummary", "summary"]
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A table of the active set: one row a site and one a head module, one for norms of its own,
-    then the totals.
+    """A table of the active set: rows for sites, head modules and private norms, then totals.
 
     Args:
-        rows: Name, family, channels, bottleneck, parameters and share of all parameters, a tuple a
-            row.
+        rows: One tuple per row: name, family, channels, bottleneck, number of parameters, and
+            fraction of the model's parameters.
         count: The totals.
     """
 
@@ -36,14 +35,8 @@ class ModelSummary:
             table.append(
                 (name, family, _cell(channels), _cell(bottleneck), f"{size:,}", f"{share:.2%}")
             )
-        for label in (
-            "adapters",
-            "head",
-            *(("norm",) if self.count.norm else ()),
-            "trainable",
-            "frozen",
-            "total",
-        ):
+        norm = ("norm",) if self.count.norm else ()
+        for label in ("adapters", "head", *norm, "trainable", "frozen", "total"):
             size = getattr(self.count, label)
             table.append((label, "", "", "", f"{size:,}", f"{size / max(1, self.count.total):.2%}"))
         widths = [max(len(row[i]) for row in table) for i in range(6)]
@@ -61,7 +54,7 @@ class ModelSummary:
 
 
 def summary(model: nn.Module) -> ModelSummary:
-    """Describes the active set, site by site; ``print`` it.
+    """Summarizes the parameters of the active set by site; ``print`` shows a table.
 
     Args:
         model: An injected model.
@@ -75,7 +68,8 @@ def summary(model: nn.Module) -> ModelSummary:
     Example:
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
-        >>> print(summary(inject_adapters(resnet18(num_classes=3), ["layer3", "layer4"], 64, head="fc")))
+        >>> model = resnet18(num_classes=3)
+        >>> print(summary(inject_adapters(model, ["layer3", "layer4"], 64, head="fc")))
         site       family  channels  bottleneck  parameters    share
         ------------------------------------------------------------
         layer3     pooled       256          64      33,088    0.29%
@@ -85,8 +79,8 @@ def summary(model: nn.Module) -> ModelSummary:
         adapters                                     99,200    0.88%
         head                                          1,539    0.01%
         trainable                                   100,739    0.89%
-        frozen                                   11,176,512   99.11%
-        total                                    11,277,251  100.00%
+        frozen                                   11,178,051   99.11%
+        total                                    11,278,790  100.00%
     """
     ledger, inner, count = ledger_of(model), unwrap(model), count_parameters(model)
     rows: list[tuple[str, str, int | None, int | None, int, float]] = []
@@ -105,16 +99,8 @@ def summary(model: nn.Module) -> ModelSummary:
             )
             rows.append((name, "head", None, None, size, size / count.total))
         if spec.norms:
-            rows.append(
-                (
-                    f"{len(spec.norms)} norms",
-                    spec.norm,
-                    None,
-                    None,
-                    count.norm,
-                    count.norm / count.total,
-                )
-            )
+            share = count.norm / count.total
+            rows.append((f"{len(spec.norms)} norms", spec.norm, None, None, count.norm, share))
     return ModelSummary(tuple(rows), count)
 
 

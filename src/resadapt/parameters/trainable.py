@@ -1,7 +1,4 @@
-"""Which parameters are trained.
-
-Iterating, grouping for an optimizer, counting, and a table of it all.
-"""
+"""Trainable parameters: iterated, grouped for an optimizer, and counted."""
 
 from __future__ import annotations
 
@@ -27,17 +24,17 @@ __all__ = [
 
 
 def named_trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Walks the parameters to train: the active set's adapters and head.
+    """Iterates over the trainable parameters: the active set's adapters, head and private norms.
 
-    A parameter that was frozen by hand is left out; one of the backbone is never in, whatever its
-    `requires_grad` says.
+    Parameters of the set with ``requires_grad=False`` are left out. Parameters of the backbone are
+    always left out, even with ``requires_grad=True``.
 
     Args:
         model: An injected model.
 
     Returns:
-        An iterator over names, as in ``model.named_parameters()``, and parameters, each parameter
-        once.
+        An iterator over names, as in ``model.named_parameters()``, and parameters, without
+        duplicates.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -55,13 +52,13 @@ def named_trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Param
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Walks the parameters to train, as `named_trainable_parameters` without the names.
+    """Iterates over the trainable parameters, as `named_trainable_parameters` without names.
 
     Args:
         model: An injected model.
 
     Returns:
-        An iterator over parameters, each once.
+        An iterator over parameters, without duplicates.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -85,67 +82,58 @@ def parameter_groups(
     weight_decay: float = 0.0,
     decay_bias: bool = True,
 ) -> list[dict[str, Any]]:
-    """Sorts the parameters to train into groups for any torch optimizer.
+    """Groups the trainable parameters for a torch optimizer.
 
     Args:
         model: An injected model.
         lr: Learning rate of the adapters.
-        head_lr: Learning rate of the head; None is the adapters'.
-        norm_lr: Learning rate of norms of the set's own; None is the adapters'.
+        head_lr: Learning rate of the head; None means `lr`.
+        norm_lr: Learning rate of the set's private norms; None means `lr`.
         weight_decay: Weight decay of all groups.
-        decay_bias: Whether biases and other one-dimensional parameters (norm weights) decay too.
+        decay_bias: Whether weight decay applies to biases and other one-dimensional parameters,
+            such as norm weights.
 
     Returns:
-        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; no empty group, no parameter
-        twice, none of the backbone.
+        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, without empty groups,
+        duplicate parameters or parameters of the backbone.
 
     Raises:
-        AdapterError: A rate or decay is not a number, 0 or more.
+        AdapterError: A rate or decay is not a number >= 0.
         InjectionError: Nothing was injected.
-        AdapterKeyError: No set is active, or everything in it is frozen.
+        AdapterKeyError: No set is active, or all parameters of the set are frozen.
 
     Example:
         >>> import torch
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
         >>> model = inject_adapters(resnet18(num_classes=3), head="fc")
-        >>> groups = parameter_groups(model, 1e-4, head_lr=5e-4, weight_decay=1e-4, decay_bias=False)
+        >>> groups = parameter_groups(model, 1e-4, head_lr=5e-4, weight_decay=1e-4)
         >>> [(group["name"], group["lr"]) for group in groups]
-        [('adapters', 0.0001), ('adapters, no decay', 0.0001), ('head', 0.0005), ('head, no decay', 0.0005)]
+        [('adapters', 0.0001), ('head', 0.0005)]
+        >>> [group["name"] for group in parameter_groups(model, 1e-4, decay_bias=False)]
+        ['adapters', 'adapters, no decay', 'head', 'head, no decay']
         >>> optimizer = torch.optim.AdamW(groups)
     """
     check_flag("decay_bias", decay_bias)
-    for name, value in (
-        ("lr", lr),
-        ("head_lr", head_lr),
-        ("norm_lr", norm_lr),
-        ("weight_decay", weight_decay),
-    ):
-        if value is not None or name in ("lr", "weight_decay"):
-            check_rate(name, value)
+    head_lr, norm_lr = (lr if rate is None else rate for rate in (head_lr, norm_lr))
+    rates = {"lr": lr, "head_lr": head_lr, "norm_lr": norm_lr, "weight_decay": weight_decay}
+    for name, value in rates.items():
+        check_rate(name, value)
     members = _members(unwrap(model), ledger_of(model))
     groups: dict[str, dict[str, Any]] = {}
     for parameter in trainable_parameters(model):
         member = members[id(parameter)]
         decays = decay_bias or parameter.ndim > 1
         key = member + ("" if decays else ", no decay")
-        rate = {
-            "adapters": lr,
-            "head": lr if head_lr is None else head_lr,
-            "norm": lr if norm_lr is None else norm_lr,
-        }[member]
-        group = {
-            "params": [],
-            "lr": rate,
-            "weight_decay": weight_decay if decays else 0.0,
-            "name": key,
-        }
+        rate = {"adapters": lr, "head": head_lr, "norm": norm_lr}[member]
+        decay = weight_decay if decays else 0.0
+        group = {"params": [], "lr": rate, "weight_decay": decay, "name": key}
         groups.setdefault(key, group)["params"].append(parameter)
     if not groups:
         raise AdapterKeyError(
-            "There is no parameter to train: no set is active, or all of it was frozen by hand. "
-            "Call set_active_adapters(model, name), or requires_grad_(True) on what you want to "
-            "train."
+            "There are no trainable parameters: no set is active, or all its parameters have "
+            "requires_grad=False. Call set_active_adapters(model, name), or requires_grad_(True) "
+            "on the parameters to train."
         )
     return [groups[key] for key in sorted(groups)]
 
@@ -155,12 +143,12 @@ class ParameterCount:
     """Numbers of parameters, each counted once.
 
     Args:
-        total: All of the model, the adapters of every set included.
-        trainable: Those that require gradients.
-        frozen: The others.
-        adapters: Those of the active set's adapters.
-        head: Those of the active set's head.
-        norm: Those that are trained in norms of the active set's own.
+        total: All parameters of the model, with the adapters of every set.
+        trainable: Parameters that require gradients.
+        frozen: Parameters that do not require gradients.
+        adapters: Parameters of the active set's adapters.
+        head: Parameters of the active set's head.
+        norm: Trainable parameters of the active set's private norms.
     """
 
     total: int
@@ -175,26 +163,27 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Counts a model's parameters.
 
     Args:
-        model: Any model. One that was not injected into has no adapters and no head.
+        model: Any model. Without an injection, the counts of adapters, head and norm are 0.
 
     Returns:
-        The counts. If the backbone is frozen and the set is not, ``trainable == adapters + head +
-        norm``.
+        The counts. ``trainable == adapters + head + norm`` if all parameters of the set and none of
+        the backbone require gradients.
 
     Raises:
-        AdapterError: The model has parameters without a size yet.
+        AdapterError: The model has uninitialized lazy parameters.
 
     Example:
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
-        >>> count_parameters(inject_adapters(resnet18(num_classes=3), head="fc"))
-        ParameterCount(total=11302147, trainable=125635, frozen=11176512, adapters=124096, head=1539, norm=0)
+        >>> count = count_parameters(inject_adapters(resnet18(num_classes=3), head="fc"))
+        >>> count.total, count.trainable, count.frozen, count.adapters, count.head, count.norm
+        (11303686, 125635, 11178051, 124096, 1539, 0)
     """
     ledger, inner = find_ledger(model), unwrap(model)
     members = _members(inner, ledger) if ledger else {}
     if lazy := [name for name, parameter in _named(inner) if is_lazy(parameter)]:
         raise AdapterError(
-            f"Parameter {lazy[0]!r} has no size yet. Run the model once, then count."
+            f"Parameter {lazy[0]!r} has no shape yet. Run the model once, then count."
         )
     parameters = [parameter for _, parameter in _named(inner)]
     total = sum(p.numel() for p in parameters)
@@ -211,15 +200,14 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Walks all parameters, even if the model has a `named_parameters` of its own that hides some."""
+    """Iterates over all parameters, even if the model overrides `named_parameters`."""
     return nn.Module.named_parameters(model)
 
 
 def _members(model: nn.Module, ledger: Ledger) -> dict[int, str]:
-    """Tells of the active set's tensors, by their identities, whether they are of its adapters, its
-    head or its norms.
+    """Maps ids of the active set's tensors to ``"adapters"``, ``"head"`` or ``"norm"``.
 
-    What its norm policy does not train of a norm is of none of them.
+    Tensors of norms that the norm policy does not train are left out.
     """
     if ledger.active_set is None:
         return {}

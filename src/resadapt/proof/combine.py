@@ -24,26 +24,25 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> ModelT:
-    """Makes a new set of sets of one form: every tensor the weighted sum of theirs, head and norms
-    included.
+    """Creates a set from weighted sums of other sets' tensors, head and norms included.
 
-    Sums are taken in float64, in the order of `weights`, and rounded once; tensors of integers,
-    such as counters, are the first set's. It is a sum of tensors: where an adapter's change is a
-    product of two of them (``"lora"``), it is not the sum of the changes. The new set becomes the
-    active one; the others stay as they are.
+    All sets must have the same form. Sums are computed in float64, in the order of `weights`, and
+    rounded once; integer tensors, such as counters, are copied from the first set. If an adapter's
+    update is a product of two tensors (``"lora"``), the new update is not the sum of the updates.
+    The new set becomes active; the other sets do not change.
 
     Args:
         model: An injected model.
-        weights: The weight of each set, by name; they need not add up to 1.
+        weights: The weight of each set, by name; weights need not sum to 1.
         name: The new set's name.
 
     Returns:
         The same model.
 
     Raises:
-        InjectionError: Nothing was injected, or there is a set of the new name already.
+        InjectionError: Nothing was injected, or the model already has a set of the new name.
         AdapterKeyError: There is no such set, or the sets have different forms.
-        AdapterError: A weight is no finite number, or a variance would be negative.
+        AdapterError: A weight is not a finite number, or a variance would be negative.
 
     References:
         Model soups: Wortsman et al. 2022, arXiv:2203.05482.
@@ -53,7 +52,8 @@ def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> 
         >>> from resadapt import inject_adapters
         >>> model = inject_adapters(inject_adapters(resnet18(), name="a"), name="b")
         >>> model = combine_adapters(model, {"a": 0.5, "b": 0.5}, "both")
-        >>> a, b, both = (adapter_state_dict(model, name)["adapters.layer4.up.weight"] for name in ("a", "b", "both"))
+        >>> sets = [adapter_state_dict(model, name) for name in ("a", "b", "both")]
+        >>> a, b, both = (tensors["adapters.layer4.up.weight"] for tensors in sets)
         >>> bool((both == ((a.double() + b.double()) / 2).float()).all())
         True
     """
@@ -70,31 +70,31 @@ def combine_adapters(model: ModelT, weights: Mapping[str, float], name: str) -> 
             raise AdapterError(f"weights: {each!r} has {weight!r}, not a finite number.")
     if not isinstance(name, str):
         raise AdapterError(
-            f"name={name!r} is {type(name).__name__}: give the new set's name as text."
+            f"name={name!r} is {type(name).__name__}: give the new set's name, a string."
         )
     first, *others = weights
     adapter_set = ledger.sets[first]
     for other in others:
         if differing := ledger.sets[other].spec.differences(adapter_set.spec):
             raise AdapterKeyError(
-                f"The sets {first!r} and {other!r} differ in {quote_names(differing)}, so there is "
-                "no sum of them."
+                f"The sets {first!r} and {other!r} differ in {quote_names(differing)}, so they "
+                "cannot be combined."
             )
     tensors = {each: adapter_state_dict(model, each) for each in weights}
     total = {
         key: _sum([(weight, tensors[each][key]) for each, weight in weights.items()])
         for key in tensors[first]
     }
-    if lost := [
+    if negative := [
         key for key, tensor in total.items() if key.endswith(".running_var") and (tensor < 0).any()
     ]:
         raise AdapterError(
-            f"weights: with these {quote_names(lost)} would be negative, and no variance is. "
-            "Choose weights of one sign."
+            f"weights: the variances {quote_names(negative)} would be negative. Choose weights of "
+            "one sign."
         )
     spec = replace(adapter_set.spec, name=name)
     heads = {path: private_module(inner, adapter_set.spec, path) for path in spec.head}
-    with torch.random.fork_rng(devices=[]):  # the adapters' start is overwritten at once
+    with torch.random.fork_rng(devices=[]):  # the adapters' initial values are overwritten
         install(
             inner,
             spec,

@@ -1,4 +1,4 @@
-"""Comparing what a live set gives with what its file gives on a clean backbone, line by line."""
+"""Comparing a live set with its file, restored on a clean backbone."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from resadapt.proof.report import Check, VerificationReport, report_of
 
 __all__ = ["Comparison"]
 
-_ABSENT = "the model does not carry this set"
+_ABSENT = "the model does not have this set"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A file, and the model that it should give back.
+    """A file, and the model that the file should restore.
 
     Args:
         live: The live model.
-        evidence: What its set gives; None if it does not carry the file's set.
-        info: What the file says.
+        evidence: Results of the live set; None if the model does not have the file's set.
+        info: Description of the file's content.
         stored: The file's tensors.
-        probe: An input of the user's, None to make one.
-        metric: The metric, None if there is none.
+        probe: The user's input; None generates an input.
+        metric: The metric, or None.
         tolerance: Largest allowed absolute difference of the metric.
     """
 
@@ -59,11 +59,11 @@ class Comparison:
     def on(
         self, reconstruction: Reconstruction, today: Fingerprint | None = None
     ) -> VerificationReport:
-        """Restores the file on a clean backbone and compares what that gives with the evidence.
+        """Restores the file on a clean backbone and compares the result with the evidence.
 
         Args:
             reconstruction: The clean backbone.
-            today: Its fingerprint, if it is known.
+            today: The fingerprint of the clean backbone, if known.
         """
         size, clean = self.info.size, reconstruction.model
         checks = [
@@ -80,26 +80,24 @@ class Comparison:
             load_file_content(clean, self.info, self.stored, self.info.set.name, today)
         except BackboneMismatchError as error:
             checks.append(Check("backbone", "failed", str(error)))
-            return report_of(self.info.path, checks, "the backbone is another one")
+            return report_of(self.info.path, checks, "the backbone is a different one")
         try:
             return self._restored(clean, checks, reconstruction.shared)
         finally:
-            remove_adapters(clean)  # a rebuild may return a model that its user keeps
+            remove_adapters(clean)  # the user may keep the model that rebuild() returned
 
     def _restored(self, clean: nn.Module, checks: list[Check], shared: str) -> VerificationReport:
-        """Compares what a clean backbone gives, now that the file is restored on it."""
+        """Compares the clean backbone, with the file restored, with the evidence."""
         name = self.info.set.name
         checks.append(self._backbone())
-        ledger_of(clean).set_named(
-            name
-        ).runs_checked = True  # its first forward is reported below, not warned of
+        # Adapters that do not run are reported below: no warning.
+        ledger_of(clean).set_named(name).runs_checked = True
         reloaded = collect(clean, name, lambda: self._run(clean), bystander=self.live)
-        shared = shared or _ran("while the reloaded model was run", reloaded.bystanders)
+        shared = shared or _why_shared("while the reloaded model ran", reloaded.bystanders)
         found = [self._sites(reloaded), self._outputs(reloaded), self._recorded(reloaded)]
-        if any(check.outcome == "failed" for check in found[1:]) and not self._steady(
-            clean, reloaded
-        ):
-            shared = shared or "the model itself gives other outputs each time"
+        failed = any(check.outcome == "failed" for check in found[1:])
+        if failed and not self._is_deterministic(clean, reloaded):
+            shared = shared or "the model's outputs differ in each run"
         if shared:
             found = [Check(check.name, "not checked", shared) for check in found]
         checks += [self._tensors(reloaded), *found]
@@ -107,32 +105,22 @@ class Comparison:
         if self.metric is None or live is None:
             return report_of(self.info.path, checks, "no metric was given", live)
         value, bystanders = measure(clean, self.metric, self.live)
-        checks.append(
-            _compared(
-                live,
-                value,
-                self.tolerance,
-                shared or _ran("when the metric was given the reloaded one", bystanders),
-            )
-        )
+        shared = shared or _why_shared("while the metric ran on the reloaded model", bystanders)
+        checks.append(_compared(live, value, self.tolerance, shared))
         return report_of(self.info.path, checks, "", live, value)
 
     def _run(self, clean: nn.Module) -> ProbeRun:
         if self.evidence is None:
-            record = self.info.probe
-            return run_probe(
-                clean,
-                self.probe,
-                probe_forms(clean, record.form if record else None, self.info.example),
-            )
+            form = self.info.probe.form if self.info.probe else None
+            return run_probe(clean, self.probe, probe_forms(clean, form, self.info.example))
         if self.evidence.run.probe is None:
             return self.evidence.run
         return run_again(clean, self.evidence.run.probe)
 
     def _backbone(self) -> Check:
-        tensors, modules = len(self.info.backbone.tensors), self.info.backbone.modules
-        settings = "" if modules is None else f" and {len(modules)} modules their settings"
-        return Check("backbone", "passed", f"{tensors} tensors match their digests{settings}")
+        tensors, modules = len(self.info.backbone.tensors), len(self.info.backbone.modules)
+        detail = f"{tensors} tensors match their digests and {modules} modules their settings"
+        return Check("backbone", "passed", detail)
 
     def _tensors(self, reloaded: Evidence) -> Check:
         if self.evidence is None:
@@ -150,11 +138,8 @@ class Comparison:
         if reloaded.run.probe is None:
             return Check("sites", "not checked", reloaded.run.unusable)
         if reloaded.idle:
-            return Check(
-                "sites",
-                "failed",
-                f"the adapters at {quote_names(reloaded.idle)} did not run on the probe",
-            )
+            detail = f"the adapters at {quote_names(reloaded.idle)} did not run on the probe"
+            return Check("sites", "failed", detail)
         return Check("sites", "passed", f"all {len(self.info.set.sites)} adapters ran on the probe")
 
     def _outputs(self, reloaded: Evidence) -> Check:
@@ -166,16 +151,12 @@ class Comparison:
             return Check("outputs", "failed", f"reloaded model: {reloaded.run.unusable}")
         if not same(self.evidence.run.outputs, reloaded.run.outputs):
             replaced = replaced_forwards(self.live)
-            cause = (
-                f"the replaced forward of {quote_names(replaced)}"
-                if replaced
-                else "a hook or a state of yours"
-            )
+            cause = f"the forward of {quote_names(replaced)}" if replaced else "a hook or attribute"
             return Check(
                 "outputs",
                 "failed",
-                f"live and reloaded model differ on the probe: {cause} that the file does not "
-                "carry?",
+                f"live and reloaded model differ on the probe: was {cause} changed, which the file "
+                "does not contain?",
             )
         count = sum(tensor.numel() for tensor in reloaded.run.outputs.values())
         return Check("outputs", "passed", f"{count:,} numbers on the probe equal bit for bit")
@@ -183,24 +164,18 @@ class Comparison:
     def _recorded(self, reloaded: Evidence) -> Check:
         record, run = self.info.probe, reloaded.run
         if record is None:
-            return Check("recorded outputs", "not checked", "the file recorded none")
+            return Check("recorded outputs", "not checked", "the file has none")
         if run.probe is None or run.unusable:
             return Check("recorded outputs", "not checked", run.unusable)
         if input_digest(run.probe.inputs) != record.sha256:
-            return Check(
-                "recorded outputs",
-                "not checked",
-                "they were recorded on another input: pass that one as probe=",
-            )
+            detail = "they were recorded on another input: pass that input as probe="
+            return Check("recorded outputs", "not checked", detail)
         difference, ok = compare_with_record(record, self.stored, run.outputs)
-        return Check(
-            "recorded outputs",
-            "passed" if ok else "failed",
-            f"largest relative difference {difference:.1e}",
-        )
+        detail = f"largest relative difference {difference:.1e}"
+        return Check("recorded outputs", "passed" if ok else "failed", detail)
 
-    def _steady(self, clean: nn.Module, reloaded: Evidence) -> bool:
-        """Tells whether the reloaded model gives the same outputs once more."""
+    def _is_deterministic(self, clean: nn.Module, reloaded: Evidence) -> bool:
+        """Tells whether the reloaded model gives the same outputs in another run."""
         probe = reloaded.run.probe
         return probe is None or same(reloaded.run.outputs, outputs_of(clean, probe.inputs))
 
@@ -214,11 +189,12 @@ def _compared(live: float, reloaded: float, tolerance: float, shared: str) -> Ch
         f"live {live!r}, reloaded {reloaded!r}, difference {difference!r}, tolerance {tolerance!r}"
     )
     if not math.isfinite(live) and str(live) == str(reloaded):
-        return Check("metric", "not checked", f"{detail}: no numbers to compare")
+        return Check("metric", "not checked", f"{detail}: not finite")
     return Check("metric", "passed" if difference <= tolerance else "failed", detail)  # NaN: failed
 
 
-def _ran(when: str, modules: tuple[str, ...]) -> str:
+def _why_shared(when: str, modules: tuple[str, ...]) -> str:
     if not modules:
         return ""
-    return f"modules of the live model ran {when} ({quote_names(modules, 3)}), so they would agree in any case"
+    ran = f"modules of the live model ran {when} ({quote_names(modules, 3)})"
+    return f"{ran}, so the results would agree in any case"

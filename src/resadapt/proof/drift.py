@@ -1,4 +1,4 @@
-"""Whether a backbone is still what was injected into."""
+"""Checking that the backbone has not changed since the injection."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["BackboneReport", "accept_backbone", "check_backbone"]
 
 @dataclass(frozen=True)
 class BackboneReport:
-    """Whether the backbone is still what was injected into.
+    """Result of comparing the backbone with its fingerprint from the injection.
 
     Args:
-        ok: Nothing has drifted.
-        drifted: Names of the parameters, buffers and modules that have, in the model's order.
-        reasons: What is different about each of them.
+        ok: Whether nothing has drifted.
+        drifted: Names of the drifted parameters, buffers and modules, in the model's order.
+        reasons: The difference of each drifted name.
     """
 
     ok: bool
@@ -32,16 +32,15 @@ class BackboneReport:
 
 
 def check_backbone(model: nn.Module) -> BackboneReport:
-    """Compares the backbone with its fingerprint from the injection: every parameter, buffer and
-    setting of its modules.
+    """Compares the backbone's parameters, buffers and settings with the injection's fingerprint.
 
     Args:
         model: An injected model.
 
     Returns:
-        The report. A tensor that was only converted to a wider dtype counts as the same; a
-        non-persistent buffer is compared if it has the size that it had. A head's module that is
-        not the one that was injected into counts as drifted.
+        The report. A tensor that was only converted to a wider dtype counts as unchanged. A
+        non-persistent buffer is compared only if its size is unchanged. A head module that was
+        replaced after the injection counts as drifted.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -66,19 +65,19 @@ def check_backbone(model: nn.Module) -> BackboneReport:
 
 
 def accept_backbone(model: nn.Module) -> None:
-    """Takes the backbone as it is now for the one that was injected into.
+    """Accepts the backbone as it is now, and updates its fingerprint.
 
-    For a full checkpoint that was loaded into an injected model, and for a backbone that was
-    changed on purpose. From then on `check_backbone` compares with it, adapter files ask for it
-    when they are loaded, and the plain model is the one with it. The sets stay as they are: whether
-    adapters that were trained on another backbone suit this one, only a metric can tell.
+    Use it after a full checkpoint was loaded into an injected model, or after an intended change of
+    the backbone. `check_backbone` then compares with the new fingerprint, and adapter files saved
+    from now on require the new backbone. The sets do not change: only a metric can tell whether
+    adapters that were trained on another backbone fit this one.
 
     Args:
         model: An injected model.
 
     Raises:
-        InjectionError: Nothing was injected, a head or adapter is no longer in its place, or a
-            tensor has no values (offloaded).
+        InjectionError: Nothing was injected, a head or adapter was lost, or a tensor is on the meta
+            device (offloaded).
 
     Example:
         >>> from torchvision.models import resnet18
@@ -97,6 +96,6 @@ def accept_backbone(model: nn.Module) -> None:
     check_switchable(inner, ledger)
     modules, tensors = dict(backbone_modules(inner)), dict(backbone_tensors(inner))
     check_not_meta(tensors)
-    for module in modules.values():  # norms that came in since are frozen too
+    for module in modules.values():  # norms added since the injection are frozen too
         freeze_norm(module)
     ledger.fingerprint = Fingerprint.of(modules, tensors)

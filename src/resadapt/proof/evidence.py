@@ -1,7 +1,4 @@
-"""What a model with a set gives, collected without leaving a trace.
-
-Tensors, outputs on a probe, a metric.
-"""
+"""Collecting a set's tensors, outputs on a probe and metric, without changing the model."""
 
 from __future__ import annotations
 
@@ -29,14 +26,14 @@ Metric = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a model gives with one of its sets.
+    """Results of a model with one of its sets.
 
     Args:
         tensors: The set's tensors.
-        run: What the model returned on a probe.
+        run: The model's outputs on a probe.
         idle: Sites whose adapters did not run on the probe.
-        bystanders: Names of another model's modules that ran with it on the probe.
-        metric: The metric's value, None if there is no metric, or it was not measured so far.
+        bystanders: Names of another model's modules that also ran on the probe.
+        metric: The metric's value, None if not measured.
     """
 
     tensors: dict[str, Tensor]
@@ -53,17 +50,17 @@ def collect(
     metric: Metric | None = None,
     bystander: nn.Module | None = None,
 ) -> Evidence:
-    """Collects what a model gives with a set.
+    """Collects the results of a model with a set.
 
     Args:
         model: An injected model.
         name: The set.
         run: Runs the model on a probe.
         metric: A function from a model to a number.
-        bystander: Another model, of which no module should run on the probe.
+        bystander: Another model, whose modules should not run on the probe.
 
     Raises:
-        AdapterError: The metric returns no number.
+        AdapterError: The metric does not return a number.
     """
     ledger = ledger_of(model)
     with activated(model, ledger, name):
@@ -77,17 +74,21 @@ def collect(
 def measure(
     model: nn.Module, metric: Metric, bystander: nn.Module | None = None
 ) -> tuple[float, tuple[str, ...]]:
-    """Returns a metric of a model with its active set, and the names of the modules of another
-    model that ran for it.
+    """Returns a metric of a model, and the names of another model's modules that ran for it.
+
+    Args:
+        model: An injected model, measured with its active set.
+        metric: A function from a model to a number.
+        bystander: Another model, whose modules should not run.
 
     Raises:
-        AdapterError: The metric returns no number.
+        AdapterError: The metric does not return a number.
     """
     with _unchanged(model), _unchanged(bystander), _running(bystander) as running:
         value: Any = metric(model)
     try:
         if isinstance(value, str | bytes):
-            raise TypeError(f"{value!r} is text")
+            raise TypeError(f"{value!r} is a string")
         return float(value), tuple(running)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise AdapterError(
@@ -97,15 +98,13 @@ def measure(
 
 @contextmanager
 def _unchanged(model: nn.Module | None) -> Iterator[None]:
-    """Runs the body undisturbed, and restores which set is active and which ones are trained."""
+    """Restores a model's state after the body, and which sets are active and trainable."""
     ledger = None if model is None else find_ledger(model)
     if model is None or ledger is None:
         yield
         return
-    trained, flags = (
-        {*ledger.trained},
-        {name: dict(each.requires_grad) for name, each in ledger.sets.items()},
-    )
+    trained = {*ledger.trained}
+    flags = {name: dict(each.requires_grad) for name, each in ledger.sets.items()}
     with undisturbed(model), activated(model, ledger, ledger.active):
         try:
             yield
@@ -117,11 +116,11 @@ def _unchanged(model: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def _idle_sites(model: nn.Module, name: str) -> Iterator[list[str]]:
-    """Collects the sites of a set, and strikes off those whose adapters run in the body."""
+    """Yields a list of a set's sites, and removes those whose adapters run in the body."""
     spec = ledger_of(model).set_named(name).spec
     idle = [site.name for site in spec.sites]
 
-    def strike_off(site: str) -> None:
+    def remove(site: str) -> None:
         if site in idle:
             idle.remove(site)
 
@@ -129,7 +128,7 @@ def _idle_sites(model: nn.Module, name: str) -> Iterator[list[str]]:
         for site in spec.sites:
             adapter = adapter_of(model, spec, site)
             handle = adapter.register_forward_pre_hook(
-                lambda _module, _args, site=site.name: strike_off(site)
+                lambda _module, _args, site=site.name: remove(site)
             )
             stack.callback(handle.remove)
         yield idle
@@ -158,15 +157,15 @@ def _running(model: nn.Module | None) -> Iterator[list[str]]:
 
 @contextmanager
 def sets_kept(model: nn.Module, target: Path, sets: Iterable[AdapterSet]) -> Iterator[None]:
-    """Runs the body, and puts back what its metric or probe did to a model's sets.
+    """Restores a model's sets after the body, and raises if the body changed them.
 
     Args:
         model: The model.
         target: The file, for the report.
-        sets: The sets that are looked at.
+        sets: The sets to check.
 
     Raises:
-        VerificationError: There was something.
+        VerificationError: The metric or probe in the body changed a set.
     """
     ledger = find_ledger(model)
     names = list(ledger.sets) if ledger else []
@@ -181,7 +180,7 @@ def sets_kept(model: nn.Module, target: Path, sets: Iterable[AdapterSet]) -> Ite
             _restore_sets(model, names, before)
         raise
     if changed := _restore_sets(model, names, before):
-        detail = f"the metric or the probe changed the live model meanwhile: {'; '.join(changed)}"
+        detail = f"the metric or the probe changed the live model: {'; '.join(changed)}"
         raise failure_of(
             report_of(target, [Check("tensors", "failed", detail)], "the model changed")
         )
@@ -192,16 +191,16 @@ def _restore_sets(
     names: Collection[str],
     before: Mapping[str, tuple[AdapterSet, dict[str, Tensor]]],
 ) -> list[str]:
-    """Puts sets back as they were, as far as that can be done, and says what was wrong with each."""
+    """Restores sets where possible, and returns a description of each change."""
     ledger = find_ledger(model)
     there = ledger.sets if ledger else {}
     changed = []
     for name in [name for name in there if name not in names]:
         remove_adapters(model, name)
-        changed.append(f"{name!r} is new, and is taken out")
+        changed.append(f"{name!r} was added, and is removed again")
     for name, (adapter_set, tensors) in before.items():
         if there.get(name) is not adapter_set:
-            changed.append(f"{name!r} is gone")
+            changed.append(f"{name!r} was removed")
             continue
         try:
             if same(tensors, adapter_state_dict(model, name)):
@@ -210,7 +209,7 @@ def _restore_sets(
                 if tensor.dtype != tensors[key].dtype:
                     tensor.data = tensor.data.to(tensors[key].dtype)
             load_adapter_state_dict(model, tensors, name)
-            changed.append(f"{name!r} was written to, and is put back")
+            changed.append(f"{name!r} was changed, and is restored")
         except AdapterError as error:
-            changed.append(f"{name!r} cannot be put back: {error}")
+            changed.append(f"{name!r} cannot be restored: {error}")
     return changed

@@ -1,4 +1,4 @@
-"""Adapter files into a model: all or nothing, and only on the backbone they belong to."""
+"""Loading adapter files: all or nothing, and only into the backbone that they were saved from."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def load_adapters(
     model: ModelT, path: str | bytes | os.PathLike[str], *, name: str | None = None
 ) -> ModelT:
-    """Loads an adapter file into a model and makes its set the active one.
+    """Loads an adapter file into a model and makes the loaded set active.
 
     If the model has no set of that name, the adapters are injected as the file describes. Nothing
-    in the file is executed, and a failing call leaves the model as it was.
+    in the file is executed, and a failing call leaves the model unchanged.
 
     Args:
-        model: The backbone that the adapters were trained on, plain or injected.
+        model: The backbone that the adapters were trained on, injected or not.
         path: The file.
-        name: The set to load into; None is the one that the file names.
+        name: The set to load into; None is the name in the file.
 
     Returns:
         The same model.
@@ -56,8 +56,7 @@ def load_adapters(
     Raises:
         AdapterFileError: The file is missing, damaged, of another kind, of a newer format, or
             cannot be injected into this model.
-        BackboneMismatchError: The backbone is another one; the message names the tensors and
-            modules.
+        BackboneMismatchError: The backbone differs; the message lists tensors and modules.
         AdapterKeyError: The model's set or head does not have the file's form.
         InjectionError: The model cannot be injected into.
 
@@ -78,7 +77,9 @@ def load_adapters(
     """
     info, tensors = read_adapter_file(path)
     if name is not None and not isinstance(name, str):
-        raise AdapterError(f"name={name!r} is {type(name).__name__}: give the name of a set.")
+        raise AdapterError(
+            f"name={name!r} is {type(name).__name__}: give the name of a set, a string."
+        )
     name = info.set.name if name is None else name
     ledger = find_ledger(model)
     if ledger is None or name not in ledger.sets:
@@ -94,14 +95,14 @@ def load_file_content(
     name: str,
     today: Fingerprint | None = None,
 ) -> None:
-    """Puts the content of a file into a model under a set name, all or nothing.
+    """Loads the content of a file into a model under a set name, all or nothing.
 
     Args:
         model: The model.
-        info: What the file says.
+        info: Description of the file's content.
         tensors: The file's tensors.
-        name: The set to put them into.
-        today: The fingerprint of the model, if it is known.
+        name: The set to load into.
+        today: The fingerprint of the model, if known.
 
     Raises:
         AdapterFileError, BackboneMismatchError, AdapterKeyError: As `load_adapters`.
@@ -111,9 +112,8 @@ def load_file_content(
     if not same and (wrong := backbone_differences(model, info.backbone, info.set.head)):
         raise BackboneMismatchError(
             f"{info.path}: the backbone is not the one these adapters were trained on; "
-            f"{len(wrong)} of its tensors and modules are not those of the file: "
-            f"{quote_reasons(wrong)}. Build the backbone as it was then, and load its own weights, "
-            "in their own dtype, into it first."
+            f"{len(wrong)} tensors and modules differ from the file: {quote_reasons(wrong)}. Build "
+            "the same backbone and load its original weights, in the original dtype, first."
         )
     info = in_called_modules(model, info)
     state = {
@@ -138,21 +138,18 @@ def load_file_content(
 
 
 def in_called_modules(model: nn.Module, info: AdapterInfo) -> AdapterInfo:
-    """Returns what a file says with the head as today's injection names it.
+    """Returns a file's description with containers without a forward in the head resolved.
 
-    Version 0.2 named containers that never run.
+    Files of version 0.2 name such containers; `inject_adapters` now names their content.
     """
     try:
         return replace(info, set=replace(info.set, head=called_modules(model, info.set.head)))
-    except InjectionError:  # what is missing is found when the set is injected
+    except InjectionError:  # missing modules are reported when the set is injected
         return info
 
 
 def fingerprint_of(model: nn.Module) -> Fingerprint | None:
-    """Returns the fingerprint of a model that nothing was injected into.
-
-    None of another, or where tensors have no values.
-    """
+    """Returns the fingerprint of a model; None if it is injected or has meta or lazy tensors."""
     tensors = dict(backbone_tensors(model))
     if find_ledger(model) is not None or any(
         is_lazy(tensor) or tensor.is_meta for tensor in tensors.values()
@@ -170,9 +167,7 @@ def _inject_from_file(
 ) -> None:
     spec = replace(info.set, name=name)
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # how heads and adapters start is overwritten at once
+        with torch.random.fork_rng(devices=[]):  # initial values are overwritten at once
             with on_backbone(model):
                 _check_description(model, info, state)
                 heads = _heads(model, info, state)
@@ -193,16 +188,16 @@ def _inject_from_file(
 def _heads(
     model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]
 ) -> dict[str, nn.Module]:
-    """Returns a module for each place of a file's head.
+    """Returns the modules for a file's head, by name in the model.
 
-    The model's own where it is of that form, else built as the file tells.
+    The model's module if it has the file's form, else a module built from the file's blueprint.
     """
     modules, heads = dict(backbone_modules(model)), {}
-    built: dict[int, nn.Module] = {}  # one for all names of a place
+    built: dict[int, nn.Module] = {}  # one for all names of a shared module
     spec = info.set
     for name in spec.head:
         if name not in modules:
-            raise InjectionError(f"The backbone has no module {name!r}, where the file has a head.")
+            raise InjectionError(f"The backbone has no module {name!r}, but the file's head has.")
         stored = {key: tensor for key, tensor in state.items() if within(key, (f"head.{name}",))}
         blueprint = spec.blueprints.get(name)
         if blueprint is None or blueprint_of(modules[name]) == blueprint:
@@ -210,24 +205,22 @@ def _heads(
             heads[name] = modules[name]
             continue
         try:
-            with torch.device(
-                "meta"
-            ):  # no memory for it before its sizes are known to be those of the file
+            with torch.device("meta"):  # no memory before the shapes are compared with the file
                 form = tensors_to_save(backbone_modules(build_from(blueprint), name), spec)
             if {key: tensor.shape for key, tensor in form.items()} != {
                 key: tensor.shape for key, tensor in stored.items()
             }:
-                raise ValueError("its tensors are others")
+                raise ValueError("the shapes of its tensors differ")
             heads[name] = built.setdefault(id(modules[name]), build_from(blueprint))
         except ValueError as error:
             raise AdapterFileError(
-                f"{info.path}: the head {name!r} cannot be built as it is described: {error}."
+                f"{info.path}: the head {name!r} cannot be built from its description: {error}."
             ) from error
     return heads
 
 
 def _check_description(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> None:
-    """Compares the adapters that a file describes with the tensors that it has, before memory is given to any of them."""
+    """Compares a file's description of the adapters with the file's tensors, without memory."""
     for site in info.set.sites:
         shapes = saved_shapes(meta_adapter(model, info.set, site))
         described = {f"adapters.{site.name}.{key}": shape for key, shape in shapes.items()}
@@ -237,6 +230,6 @@ def _check_description(model: nn.Module, info: AdapterInfo, state: Mapping[str, 
             if key not in state or tuple(state[key].shape) != shape
         ]:
             raise AdapterFileError(
-                f"{info.path}: it describes an adapter at site {site.name!r} whose tensors it does "
-                f"not have: {quote_names(wrong)}. Save it again."
+                f"{info.path}: the description of the adapter at site {site.name!r} does not match "
+                f"the file's tensors: {quote_names(wrong)}. Save the set again."
             )

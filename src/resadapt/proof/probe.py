@@ -30,7 +30,7 @@ __all__ = [
     "same",
 ]
 
-_MOST_RECORDED = 4096
+_MAX_RECORDED = 4096
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Probe:
 
     Args:
         inputs: The input.
-        form: The form that it was made from; None if the user gave it.
+        form: The form that the input was generated from; None for the user's input.
     """
 
     inputs: object
@@ -47,18 +47,18 @@ class Probe:
 
     @property
     def source(self) -> str:
-        """Where the input is from, as a file says it."""
+        """Origin of the input, as recorded in a file."""
         return "given" if self.form is None else "generated"
 
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """What a model returned on a probe.
+    """The outputs of a model on a probe.
 
     Args:
-        probe: The probe, None if there was none that the model takes.
-        outputs: The tensors in its output, by their places there.
-        unusable: Why the outputs prove nothing; empty if they prove something.
+        probe: The probe, None if the model accepts none.
+        outputs: The tensors in the model's output, by position.
+        unusable: Why the outputs cannot be compared; empty if they can.
     """
 
     probe: Probe | None
@@ -67,9 +67,9 @@ class ProbeRun:
 
 
 def probe_forms(model: nn.Module, *known: Any) -> list[Any]:
-    """Returns the forms that a model's input may have.
+    """Returns possible forms of a model's input: known forms, then guesses.
 
-    Those that are known, then guesses by its first convolution.
+    The guesses are made from the first convolution.
     """
     return [form for form in known if form is not None] + guesses(
         module for _, module in backbone_modules(model)
@@ -77,15 +77,15 @@ def probe_forms(model: nn.Module, *known: Any) -> list[Any]:
 
 
 def run_probe(model: nn.Module, given: object, forms: list[Any]) -> ProbeRun:
-    """Runs a model on the first probe that it takes.
+    """Runs a model on the first probe that the model accepts.
 
     Args:
         model: The model.
-        given: An input of the user's; None makes one.
-        forms: Forms to make an input from.
+        given: The user's input; None generates an input.
+        forms: Forms to generate an input from.
 
     Raises:
-        AdapterError: The model does not take the given input.
+        AdapterError: The model does not accept the given input.
     """
     if given is not None:
         try:
@@ -96,7 +96,7 @@ def run_probe(model: nn.Module, given: object, forms: list[Any]) -> ProbeRun:
             raise AdapterError(
                 f"The model cannot be called with probe=: {type(error).__name__}: {error}"
             ) from error
-    refusal = "no input could be made for this model: pass probe="
+    refusal = "no input could be generated for this model: pass probe="
     device = next((tensor.device for tensor in nn.Module.parameters(model)), torch.device("cpu"))
     for form in forms:
         try:
@@ -105,12 +105,15 @@ def run_probe(model: nn.Module, given: object, forms: list[Any]) -> ProbeRun:
         except AdapterError:
             raise
         except Exception as error:
-            refusal = f"the model does not take the input {form} that was made for it ({type(error).__name__}): pass probe="
+            refusal = (
+                f"the model does not accept the generated input {form} "
+                f"({type(error).__name__}): pass probe="
+            )
     return ProbeRun(None, unusable=refusal)
 
 
 def run_again(model: nn.Module, probe: Probe) -> ProbeRun:
-    """Runs a model on a probe that another one took."""
+    """Runs a model on a probe that another model accepted."""
     try:
         return _judged(probe, outputs_of(model, probe.inputs))
     except Exception as error:
@@ -118,28 +121,28 @@ def run_again(model: nn.Module, probe: Probe) -> ProbeRun:
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Tells whether two models' outputs have the same tensors, bit for bit."""
+    """Tells whether two models' outputs are equal, bit for bit."""
     return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
 
 
 def input_digest(inputs: object) -> str:
     """Returns a digest over all tensors of an input."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for place, tensor in named_in(inputs):
-        whole.update(f"{place} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        whole.update(raw_bytes(tensor))
-    return whole.hexdigest()
+        digest.update(f"{place} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
 
 
 def record_probe(run: ProbeRun) -> tuple[ProbeRecord | None, dict[str, Tensor]]:
-    """Returns what a file keeps of a probe.
+    """Returns a probe's record for a file, and at most 4096 elements of each output.
 
-    A record, and at most 4096 evenly spaced elements of each output.
+    The elements are evenly spaced.
     """
     if run.probe is None or run.unusable:
         return None, {}
     steps = {
-        place: max(1, -(-tensor.numel() // _MOST_RECORDED)) for place, tensor in run.outputs.items()
+        place: max(1, -(-tensor.numel() // _MAX_RECORDED)) for place, tensor in run.outputs.items()
     }
     described = {
         place: {"shape": list(tensor.shape), "step": steps[place]}
@@ -156,12 +159,12 @@ def record_probe(run: ProbeRun) -> tuple[ProbeRecord | None, dict[str, Tensor]]:
 def compare_with_record(
     record: ProbeRecord, stored: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
 ) -> tuple[float, bool]:
-    """Compares outputs with those that a file recorded, perhaps on another machine.
+    """Compares outputs with those recorded in a file, possibly on another machine.
 
     Returns:
         The largest difference relative to the largest output, and whether it is within the square
-        root of the dtype's epsilon (3e-4 for float32), which leaves room for other processors'
-        rounding but not for other weights.
+        root of the dtype's epsilon (3e-4 for float32), which allows for the rounding of other
+        processors but not for other weights.
     """
     if {place: list(tensor.shape) for place, tensor in outputs.items()} != {
         p: o["shape"] for p, o in record.outputs.items()
@@ -185,20 +188,18 @@ def compare_with_record(
 
 
 def _judged(probe: Probe, outputs: dict[str, Tensor]) -> ProbeRun:
-    """Returns a run of a probe, with the reason if its outputs would prove nothing."""
-    where = "the probe" if probe.form is None else f"the input {probe.form} that was made for it"
+    """Returns the run of a probe, with the reason if the outputs cannot be compared."""
+    where = "the probe" if probe.form is None else f"the generated input {probe.form}"
     unusable = ""
     if not sum(tensor.numel() for tensor in outputs.values()):
-        unusable = f"the model returned no numbers on {where}: pass a probe= on which it does"
+        unusable = f"the model returned no values on {where}: pass a probe= on which it does"
     elif any(_has_nan(tensor) for tensor in outputs.values()):
-        unusable = (
-            f"the outputs on {where} contain NaN, which proves nothing: pass a probe= without"
-        )
+        unusable = f"the outputs on {where} contain NaN: pass a probe= with finite outputs"
     return ProbeRun(probe, outputs, unusable)
 
 
 def _sample(tensor: Tensor, step: int) -> Tensor:
-    """Returns every step-th element in row-major order; of complex ones real and imaginary part."""
+    """Returns every step-th element in row-major order, complex values as real and imaginary."""
     return _real(tensor.detach().cpu().contiguous().reshape(-1)[::step])
 
 
@@ -212,5 +213,5 @@ def _real(elements: Tensor) -> Tensor:
 
 def _has_nan(tensor: Tensor) -> bool:
     if tensor.is_floating_point():
-        tensor = tensor.float()  # the smallest dtypes know no NaN test
+        tensor = tensor.float()  # isnan does not support the smallest dtypes
     return bool(tensor.isnan().any())

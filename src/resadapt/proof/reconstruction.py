@@ -1,7 +1,4 @@
-"""The clean backbone that a file is proven on.
-
-Built by the user, or a copy of the live model, which may share what is proven.
-"""
+"""The clean backbone that a file is verified on: built by the user, or a copy of the model."""
 
 from __future__ import annotations
 
@@ -28,13 +25,13 @@ _LINE = "reconstruction"
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A plain backbone that is independent of the live model.
+    """A backbone without adapters that is independent of the live model.
 
     Args:
-        check: What the report says of it.
+        check: The report's line about the backbone.
         model: The backbone; None if there is none.
-        shared: Why what it computes proves nothing; empty if it shares nothing known with the live
-            model.
+        shared: Why equal outputs would prove nothing; empty if the backbone is known to share
+            nothing with the live model.
     """
 
     check: Check
@@ -43,14 +40,14 @@ class Reconstruction:
 
 
 def reconstruct(live: nn.Module, rebuild: Rebuild | None) -> Reconstruction:
-    """Returns a plain backbone for a file to be restored into.
+    """Returns a backbone without adapters to restore a file on.
 
     Args:
         live: The live model.
-        rebuild: Builds the backbone as in another process; None takes a copy of the live model.
+        rebuild: Builds the backbone as in another process; None copies the live model.
 
     Raises:
-        AdapterError: `rebuild` returns no plain backbone.
+        AdapterError: `rebuild` does not return a backbone without adapters.
     """
     return _rebuilt(live, rebuild) if rebuild is not None else _copied(live)
 
@@ -66,26 +63,23 @@ def _rebuilt(live: nn.Module, rebuild: Rebuild) -> Reconstruction:
     model = unwrap(built)
     if find_ledger(model) is not None or next(slots_of(model), None) is not None:
         raise AdapterError(
-            "rebuild returned a model with adapters: return the plain backbone, as it was before "
-            "the injection."
+            "rebuild returned a model with adapters: return the backbone as it was before the "
+            "injection."
         )
     if shared := _shared_parts(live, model):
-        return Reconstruction(
-            Check(
-                _LINE,
-                "failed",
-                f"rebuild() returned a model that shares {quote_names(shared)} with the live one: "
-                "build it afresh",
-            )
+        detail = (
+            f"rebuild() returned a model that shares {quote_names(shared)} with the live model: "
+            "build a new model"
         )
+        return Reconstruction(Check(_LINE, "failed", detail))
     if len(devices) == 1:
         model.to(devices.pop())
-    _lay_out(model, dict(backbone_tensors(live)))
+    _copy_strides(model, dict(backbone_tensors(live)))
     return Reconstruction(Check(_LINE, "passed", "rebuild() built the backbone afresh"), model)
 
 
-def _lay_out(model: nn.Module, like: Mapping[str, Tensor]) -> None:
-    """Gives tensors the memory format of others of the same name (channels_last), on which the rounding of outputs depends."""
+def _copy_strides(model: nn.Module, like: Mapping[str, Tensor]) -> None:
+    """Gives tensors the memory format of those of the same name; rounding depends on it."""
     for name, tensor in backbone_tensors(model):
         other = like.get(name)
         if (
@@ -102,30 +96,35 @@ def _lay_out(model: nn.Module, like: Mapping[str, Tensor]) -> None:
 
 
 def _copied(live: nn.Module) -> Reconstruction:
-    # Nothing of the adapters, of however many sets, which are taken out of the copy at once.
+    # The adapters are not copied, since the copy's sets are removed at once.
     unused = dict.fromkeys(
         (id(adapter) for slot in slots_of(live) for adapter in slot.children()), nn.Identity()
     )
     try:
         model = copy.deepcopy(live, unused)
         if shared := _shared_parts(live, model):
-            detail = f"a copy.deepcopy of the live model shares {quote_names(shared)} with it: pass rebuild="
+            detail = (
+                f"a copy.deepcopy of the live model shares {quote_names(shared)} with the model: "
+                "pass rebuild="
+            )
             return Reconstruction(Check(_LINE, "failed", detail))
         if find_ledger(model) is not None:
             remove_adapters(model)
     except Exception as error:
         detail = f"the live model cannot be copied ({type(error).__name__}: {error}): pass rebuild="
         return Reconstruction(Check(_LINE, "failed", detail))
-    detail = (
-        "a copy of the live model; pass rebuild= to prove that the backbone can be built without it"
-    )
-    replaced = replaced_forwards(model)
-    reason = f"the forward of {quote_names(replaced)} was replaced on the instance and may run the live model: pass rebuild="
-    return Reconstruction(Check(_LINE, "not checked", detail), model, reason if replaced else "")
+    detail = "a copy of the live model; pass rebuild= to verify on a backbone built without it"
+    replaced, reason = replaced_forwards(model), ""
+    if replaced:
+        reason = (
+            f"the forward of {quote_names(replaced)} was replaced on the instance and may run the "
+            "live model: pass rebuild="
+        )
+    return Reconstruction(Check(_LINE, "not checked", detail), model, reason)
 
 
 def replaced_forwards(model: nn.Module) -> list[str]:
-    """Names the modules whose forward was replaced on the instance, by a closure for instance, or to autocast."""
+    """Returns the names of the modules whose forward was replaced on the instance."""
     return [
         name or "the model"
         for name, module in backbone_modules(model)
@@ -134,15 +133,17 @@ def replaced_forwards(model: nn.Module) -> list[str]:
 
 
 def _shared_parts(live: nn.Module, other: nn.Module) -> list[str]:
-    """Names the modules and tensors of a model that are the live model's own, or use its memory."""
-    own = {id(part) for part in (*nn.Module.modules(live), *_tensors(live))}
+    """Returns the names of a model's modules and tensors that the live model shares."""
+    live_ids = {id(part) for part in (*nn.Module.modules(live), *_tensors(live))}
     memory = {pointer for tensor in _tensors(live) if (pointer := _memory(tensor))}
     modules = [
-        name or "the model" for name, module in nn.Module.named_modules(other) if id(module) in own
+        name or "the model"
+        for name, module in nn.Module.named_modules(other)
+        if id(module) in live_ids
     ]
     named = (*nn.Module.named_parameters(other), *nn.Module.named_buffers(other))
     return modules + [
-        name for name, tensor in named if id(tensor) in own or _memory(tensor) in memory
+        name for name, tensor in named if id(tensor) in live_ids or _memory(tensor) in memory
     ]
 
 
@@ -151,12 +152,8 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Returns the address of a tensor's memory, 0 if it has none of its own."""
+    """Returns the address of a tensor's memory; 0 for tensor subclasses and lazy tensors."""
     try:
         return tensor.untyped_storage().data_ptr()
-    except (
-        NotImplementedError,
-        RuntimeError,
-        ValueError,
-    ):  # a tensor that is made of others, or has no size yet
+    except (NotImplementedError, RuntimeError, ValueError):
         return 0

@@ -1,4 +1,4 @@
-"""What a verification says: the same lines every time, each with one of three outcomes."""
+"""Verification reports: always the same checks, each with one of three outcomes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _LINES = (
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was compared, or was not.
+    """One check of a verification.
 
     Args:
         name: ``"file"``, ``"reconstruction"``, ``"backbone"``, ``"tensors"``, ``"sites"``,
             ``"outputs"``, ``"recorded outputs"`` or ``"metric"``.
         outcome: ``"passed"``, ``"failed"`` or ``"not checked"``; missing evidence is never a pass.
-        detail: What was compared with what, or why not.
+        detail: The result of the comparison, or why there was none.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Check:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """What a verification compared, with what result.
+    """The checks of a verification and their results.
 
     Args:
         path: The file.
@@ -58,7 +58,7 @@ class VerificationReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed and the file's tensors, or else the outputs that it recorded, were proven."""
+        """Whether no check failed, and the file's tensors or recorded outputs passed."""
         outcomes = {check.outcome for check in self.checks}
         return "failed" not in outcomes and "passed" in (
             self["tensors"].outcome,
@@ -67,10 +67,7 @@ class VerificationReport:
 
     @property
     def metric_difference(self) -> float | None:
-        """The absolute difference of the metric, in the metric's own units.
-
-        None if it was not evaluated.
-        """
+        """The absolute difference of the metric, in the metric's units; None if not evaluated."""
         if self.metric_live is None or self.metric_reloaded is None:
             return None
         return abs(self.metric_live - self.metric_reloaded)
@@ -80,7 +77,7 @@ class VerificationReport:
         return {check.name: check for check in self.checks}[name]
 
     def __str__(self) -> str:
-        """Returns one line a check."""
+        """Returns a line for each check."""
         return "\n".join(
             [str(self.path), *(f"  {c.name:<16}  {c.outcome:<11}  {c.detail}" for c in self.checks)]
         )
@@ -93,12 +90,12 @@ def report_of(
     metric_live: float | None = None,
     metric_reloaded: float | None = None,
 ) -> VerificationReport:
-    """Returns a report with every line.
+    """Returns a report with all checks.
 
     Args:
         path: The file.
         checks: The checks that were made, in any order.
-        otherwise: Why the others were not.
+        otherwise: Why the other checks were not made.
         metric_live: The metric of the live model.
         metric_reloaded: The metric of the reloaded model.
     """
@@ -108,8 +105,6 @@ def report_of(
 
 
 def failure_of(report: VerificationReport) -> VerificationError:
-    """Returns the error that says what failed."""
-    return VerificationError(
-        f"The file would not give back this model, so the target was left as it was.\n{report}",
-        report,
-    )
+    """Returns the error for a report with a failed check."""
+    message = "The file would not restore this model, so the target was not changed."
+    return VerificationError(f"{message}\n{report}", report)

@@ -1,4 +1,4 @@
-"""A set's tensors in and out of a model: strict, and all or nothing."""
+"""Reading and loading a set's tensors, strictly, and all or nothing."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ __all__ = [
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """Returns copies of a set's tensors: adapters and head, nothing of the backbone.
+    """Returns copies of a set's tensors: adapters, head and norms, but not the backbone.
 
     Args:
-        model: An injected model. Of one that is sharded (FSDP2), every process gets the whole
-            tensors, and all must call.
-        name: The set; None is the active one.
+        model: An injected model. If it is sharded (FSDP2), all processes must call, and each gets
+            the full tensors.
+        name: The set; None is the active set.
 
     Returns:
-        Tensors by name, as ``adapters.<site>.<tensor>``, and ``head.<name in the model>`` and
+        Tensors by name: ``adapters.<site>.<tensor>``, ``head.<name in the model>`` and
         ``norms.<name in the model>``.
 
     Raises:
         InjectionError: Nothing was injected.
-        AdapterKeyError: There is no such set, or an adapter's tensors are no longer those of its
-            family.
+        AdapterKeyError: There is no such set, or an adapter's tensors were changed in number or
+            shape.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -56,13 +56,13 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
 def load_adapter_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], name: str | None = None
 ) -> None:
-    """Copies tensors into a set: strict, and all or nothing.
+    """Copies tensors into a set, strictly, and all or nothing.
 
     Args:
-        model: An injected model. Into one that is sharded (FSDP2) the tensors are distributed, and
-            all processes must call.
+        model: An injected model. If it is sharded (FSDP2), all processes must call, and the tensors
+            are distributed.
         state_dict: Tensors as from `adapter_state_dict`.
-        name: The set; None is the active one.
+        name: The set; None is the active set.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -85,10 +85,10 @@ def load_adapter_state_dict(
 
 
 def refuse_unsaved_state(model: nn.Module, adapter_set: AdapterSet) -> None:
-    """Refuses a head or an adapter with state that an adapter file cannot carry.
+    """Refuses a head or adapter with state that an adapter file cannot contain.
 
     Raises:
-        AdapterFileError: A module keeps extra state, or packed weights of a quantized layer.
+        AdapterFileError: A module has extra state, or packed weights of a quantized layer.
     """
     heads = [
         (f"The head's module {path!r}", module)
@@ -102,14 +102,14 @@ def refuse_unsaved_state(model: nn.Module, adapter_set: AdapterSet) -> None:
     for what, module in heads + adapters:
         if kept := other_state(module):
             raise AdapterFileError(
-                f"{what} ({type(module).__name__}) keeps {quote_names(kept)} besides its "
-                "parameters and buffers, which an adapter file does not carry. Keep that in a "
-                "buffer, or take the module out of the set."
+                f"{what} ({type(module).__name__}) has {quote_names(kept)} besides its parameters "
+                "and buffers, which an adapter file cannot contain. Use a buffer instead, or "
+                "remove the module from the set."
             )
 
 
 def live_tensors(model: nn.Module, adapter_set: AdapterSet) -> dict[str, Tensor]:
-    """Returns a set's own tensors, parameters and persistent buffers, by their names in a file."""
+    """Returns a set's parameters and persistent buffers, by name in a file."""
     spec = adapter_set.spec
     adapters = {
         f"adapters.{site.name}.{key}": tensor
@@ -127,21 +127,21 @@ def live_tensors(model: nn.Module, adapter_set: AdapterSet) -> dict[str, Tensor]
     ):
         raise AdapterKeyError(
             f"The adapters of set {spec.name!r} do not have the tensors of their family: "
-            f"{quote_names(changed)}. They were pruned, parametrized, quantized or flattened: make "
-            "the first two permanent (torch.nn.utils.prune.remove, "
-            "parametrize.remove_parametrizations), save before the others."
+            f"{quote_names(changed)}. They were pruned, parametrized, quantized or flattened. Make "
+            "pruning or parametrization permanent (torch.nn.utils.prune.remove, "
+            "parametrize.remove_parametrizations); save before quantizing or flattening."
         )
     live = adapters | tensors_to_save(private_modules(model, adapter_set.spec), spec)
     if gone := [key for key, tensor in live.items() if tensor.is_meta]:
         raise AdapterKeyError(
-            f"Tensors of set {spec.name!r} have no values here (offloaded?): {quote_names(gone)}. "
-            "Bring them back."
+            f"Tensors of set {spec.name!r} are on the meta device (offloaded?): "
+            f"{quote_names(gone)}. Load them again."
         )
     return live
 
 
 def tensors_to_save(modules: Iterable[tuple[str, nn.Module]], spec: SetSpec) -> dict[str, Tensor]:
-    """Returns the tensors of a set's own modules by their names in a file, without the buffers that a module does not save."""
+    """Returns parameters and persistent buffers of a set's private modules, by name in a file."""
     return {
         f"{'head' if within(name, spec.head) else 'norms'}.{path}": tensor
         for name, module in modules
@@ -152,7 +152,11 @@ def tensors_to_save(modules: Iterable[tuple[str, nn.Module]], spec: SetSpec) -> 
 def fitting(
     live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str
 ) -> dict[str, Tensor]:
-    """Returns copies of the given tensors that can take the place of the live ones, or raises with all that is wrong."""
+    """Returns copies of the given tensors in the form of the live tensors.
+
+    Raises:
+        AdapterKeyError: Tensors do not fit; the message lists all problems.
+    """
     if not isinstance(given, Mapping):
         raise AdapterKeyError(
             f"state_dict is {type(given).__name__}, not a mapping from names to tensors."
@@ -170,11 +174,9 @@ def fitting(
             continue
         value = full_tensor(value)
         if value.shape != tensor.shape:
-            problems[key] = (
-                f"has shape {list(value.shape)} where the model has {list(tensor.shape)}"
-            )
+            problems[key] = f"has shape {list(value.shape)}, the model has {list(tensor.shape)}"
         elif value.layout is not torch.strided or value.is_meta or value.is_quantized:
-            problems[key] = "is sparse, quantized or without values: give a dense tensor"
+            problems[key] = "is sparse, quantized or on the meta device: give a dense tensor"
         else:
             ready[key] = value.detach().to(tensor.device, tensor.dtype, copy=True)
             if value.dtype != tensor.dtype and not torch.equal(
@@ -186,13 +188,13 @@ def fitting(
                 )
             first = first_at.setdefault((address(tensor), tensor.shape, tensor.stride()), key)
             if not same_bits(ready[first], ready[key]):
-                problems[key] = f"is tied to {first!r} in this model, which is given other values"
+                problems[key] = f"is tied to {first!r} in this model, but the values differ"
     if problems:
         head = any(key.startswith("head.") for key in problems)
         mend = (
-            "Give the model the head that was saved, before injecting or loading."
+            "Replace the model's head by a head of the saved form before injecting or loading."
             if head
-            else "Inject with the layers, bottleneck and family that the tensors were made with."
+            else "Inject with the layers, bottleneck and family of the saved set."
         )
         raise AdapterKeyError(
             f"The tensors do not fit the set {name!r}: {quote_reasons(problems)}. {mend}"
@@ -201,9 +203,9 @@ def fitting(
 
 
 def _distributed_as(live: Tensor, value: Tensor) -> Tensor:
-    """Returns a tensor in the form of a live one: as it is, or this process's part of it."""
+    """Returns a tensor, or this process's shard of it if the live tensor is sharded."""
     if not is_sharded(live):
         return value
-    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - torch 2.4 has it elsewhere
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - not in torch 2.4
 
     return distribute_tensor(value, live.device_mesh, live.placements)  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""Saving with proof.
+"""Saving and verifying adapter files.
 
-A file is read back on a clean backbone and compared before it takes its place.
+A new file is restored on a clean backbone and compared before it replaces the target.
 """
 
 from __future__ import annotations
@@ -51,48 +51,47 @@ def save_adapters(
     verify: bool = True,
     rebuild: Rebuild | None = None,
 ) -> VerificationReport:
-    """Saves a set to a file that is proven to give back the same model before it replaces the
-    previous one.
+    """Saves a set to a file, and verifies the file before it replaces the previous file.
 
-    The file is written beside the target, flushed to disk, read back and restored on a clean
-    backbone; tensors are compared bit for bit, outputs on a probe bit for bit, and the metric on
-    live and reloaded model. Then it is renamed over the target. Whatever fails, the previous file
-    is intact and the model is as it was. Memory for one more model is needed.
+    The file is written beside the target, flushed to disk, read again and restored on a clean
+    backbone. Tensors and outputs on a probe are compared bit for bit, and the metric of the live
+    model with that of the reloaded model. Then the file is renamed to the target. If anything
+    fails, the previous file and the model are unchanged. Needs memory for a second model.
 
     Args:
-        model: An injected model. If it is sharded (FSDP2), all processes must call; rank 0 writes,
-            and `rebuild` is needed.
-        path: The file: ``.safetensors`` (extra ``resadapt[safetensors]``) or ``.pt``; with any
-            other ending, the former if that package is installed, else the latter. The directory
-            must exist.
-        name: The set to save; None is the active one.
-        probe: An input for the model (a tuple: its arguments; a dict: its keywords). None makes one
-            from the example input's form, or from the model's first convolution; if the model takes
-            neither, outputs are not checked.
-        metric: A function from a model to a number. It is called on the live and the reloaded model
-            in evaluation mode from the same random state of torch, and must use the model it is
-            given (not one it knows from elsewhere) and the same data both times.
-        tolerance: Largest allowed absolute difference of the metric, in the metric's own units: for
-            an F1 kept as a fraction, 1.0 allows everything. Compare full figures with full figures:
-            a metric over a subset says nothing about one over the whole. NaN never passes.
-        metadata: Entries of your own, JSON values.
+        model: An injected model. If it is sharded (FSDP2), all processes must call, rank 0 writes,
+            and `rebuild` is required.
+        path: The file: ``.safetensors`` (extra ``resadapt[safetensors]``) or ``.pt``. Other
+            suffixes give the safetensors format if the package is installed, else the ``.pt``
+            format. The directory must exist.
+        name: The set to save; None is the active set.
+        probe: An input for the model (a tuple: positional arguments; a dict: keyword arguments).
+            None generates an input from the form of the example input, or from the model's first
+            convolution; if the model accepts neither, outputs are not checked.
+        metric: A function from a model to a number. It is called on the live and on the reloaded
+            model, in eval mode and with the same random state of torch. It must use the model that
+            is passed (not a model from a closure), and the same data both times.
+        tolerance: Largest allowed absolute difference of the metric, in the metric's units: for an
+            F1 score in [0, 1], 1.0 allows everything. Use the full data set both times: a metric on
+            a subset does not estimate the metric on all data exactly. NaN never passes.
+        metadata: Your entries, JSON values.
         verify: False skips all comparisons; the report then says "not checked".
-        rebuild: A function that builds the plain backbone, with its weights, as another process
-            would. The file is then proven on what it returns. None takes a copy of the live model,
-            which may share code or state with it; the report says so.
+        rebuild: A function that builds the backbone without adapters, with its weights, as another
+            process would. The file is then verified on the returned model. None copies the live
+            model; the copy may share code or state with the live model, and the report says so.
 
     Returns:
-        What was compared.
+        The report of all checks.
 
     Raises:
-        BackboneDriftError: The backbone is no longer what was injected into; the message names what
-            moved.
+        BackboneDriftError: The backbone has changed since the injection; the message lists the
+            changed tensors and modules.
         VerificationError: A comparison failed, or an adapter did not run on the probe.
         AdapterFileError: The file cannot be written, or something in the metadata or the head
-            cannot be put into it.
+            cannot be stored.
         InjectionError: Nothing was injected.
-        AdapterKeyError: There is no such set, or an adapter's tensors are no longer those of its
-            family.
+        AdapterKeyError: There is no such set, or an adapter's tensors were changed in number or
+            shape.
         AdapterError: An argument is unsuitable.
 
     Example:
@@ -100,7 +99,8 @@ def save_adapters(
         >>> from torchvision.models import resnet18
         >>> from resadapt import inject_adapters
         >>> path = os.path.join(tempfile.mkdtemp(), "adapters.pt")
-        >>> report = save_adapters(inject_adapters(resnet18()), path, metric=lambda m: m.fc.weight.norm().item())
+        >>> model = inject_adapters(resnet18())
+        >>> report = save_adapters(model, path, metric=lambda m: m.fc.weight.norm().item())
         >>> report.ok, report.metric_difference, report["outputs"].outcome
         (True, 0.0, 'passed')
     """
@@ -111,9 +111,7 @@ def save_adapters(
     sharded = check_ranks(inner)
     target = on_one_rank(sharded, lambda: _writable(path))
     entries = as_json(metadata, target)
-    if metric is not None or lost_modules(
-        inner, adapter_set.spec
-    ):  # before the metric takes its time
+    if metric is not None or lost_modules(inner, adapter_set.spec):  # before a slow metric
         _refuse_drift(inner)
     refuse_unsaved_state(inner, adapter_set)
     looked_at = [adapter_set] if metric is None else list(ledger.sets.values())
@@ -122,23 +120,17 @@ def save_adapters(
         evidence = collect(
             inner, adapter_set.spec.name, lambda: run_probe(inner, probe, forms), metric
         )
-    # The weights are hashed once where a copy of them serves: what it has is what the live model
-    # has.
+    # Hash the weights only once: the copy has the same weights as the live model.
     copied = reconstruct(inner, None) if verify and rebuild is None and not sharded else None
     today = fingerprint_of(copied.model) if copied and copied.model else None
     if today != ledger.fingerprint:
         _refuse_drift(inner)
 
-    def write_and_prove() -> VerificationReport:
+    def write_and_verify() -> VerificationReport:
         reconstruction = copied or (reconstruct(inner, rebuild) if verify else None)
         if reconstruction and reconstruction.model is None:
-            raise failure_of(
-                report_of(
-                    target,
-                    [reconstruction.check],
-                    "there is no clean backbone to restore the file on",
-                )
-            )
+            reason = "there is no clean backbone to restore the file on"
+            raise failure_of(report_of(target, [reconstruction.check], reason))
         kept, samples = record_probe(evidence.run)
         data = encode_adapter_file(
             target,
@@ -160,11 +152,11 @@ def save_adapters(
                 )
             if not report.ok:
                 raise failure_of(report)
-            if metric is not None and not sharded:  # it was called once more
+            if metric is not None and not sharded:  # the second call may have changed the model
                 _refuse_drift(inner)
         return report
 
-    return on_one_rank(sharded, write_and_prove)
+    return on_one_rank(sharded, write_and_verify)
 
 
 def verify_adapters(
@@ -176,27 +168,27 @@ def verify_adapters(
     tolerance: float = 0.0,
     rebuild: Rebuild | None = None,
 ) -> VerificationReport:
-    """Checks that a file gives back a model, without changing either.
+    """Checks that a file restores a model, without changing either.
 
-    The file is restored on a clean backbone. If the model carries the file's set, live and restored
-    model are compared as by `save_adapters`; in any case the restored model's outputs are compared
-    with those that the file recorded.
+    The file is restored on a clean backbone. If the model has the file's set, the live and the
+    restored model are compared as in `save_adapters`. In any case the restored model's outputs are
+    compared with the outputs recorded in the file.
 
     Args:
-        model: The injected model, or the plain backbone.
+        model: The injected model, or the backbone without adapters.
         path: The file.
-        probe: As for `save_adapters`; needed for the recorded outputs if the file was saved with a
-            probe of your own.
+        probe: As for `save_adapters`; required to check recorded outputs if the file was saved with
+            a probe.
         metric: As for `save_adapters`.
         tolerance: As for `save_adapters`.
         rebuild: As for `save_adapters`.
 
     Returns:
-        What was compared; look at its ``ok``.
+        The report of all checks; ``ok`` tells whether the file passed.
 
     Raises:
         AdapterFileError: The file is missing, damaged, of another kind, or of a newer format.
-        VerificationError: The metric changed a set of the model, which is put back where it can be.
+        VerificationError: The metric changed a set of the model, which is restored where possible.
         AdapterError: An argument is unsuitable.
 
     Example:
@@ -224,18 +216,15 @@ def verify_adapters(
             name := info.set.name if info.set.name in ledger.sets else ledger.active
         ):
             if differing := in_called_modules(inner, info).set.differences(ledger.sets[name].spec):
-                detail = (
-                    f"the model's set {name!r} differs from the file's in {quote_names(differing)}"
-                )
-                return report_of(
-                    info.path, [Check("tensors", "failed", detail)], "the sets are not the same"
-                )
+                detail = f"set {name!r} differs from the file's set in {quote_names(differing)}"
+                checks = [Check("tensors", "failed", detail)]
+                return report_of(info.path, checks, "the sets are not the same")
             forms = probe_forms(inner, info.probe.form if info.probe else None, info.example)
             evidence = collect(inner, name, lambda: run_probe(inner, probe, forms), metric)
         elif metric is not None:
             raise AdapterError(
-                "The model has no active set whose metric could be compared. Load the file first, "
-                "or leave out metric=."
+                "The model has no active set to compare the metric with. Load the file first, or "
+                "remove metric=."
             )
         return Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(
             reconstruct(inner, rebuild)
@@ -252,13 +241,13 @@ def _refuse_drift(model: nn.Module) -> None:
     report = check_backbone(model)
     if not report.ok:
         raise BackboneDriftError(
-            f"{len(report.drifted)} tensors and modules of the backbone are not what was injected "
-            f"into: {quote_reasons(report.reasons)}. The adapter file would not contain these "
-            "changes. Keep the backbone frozen; or, if it is meant to be as it is now (a full "
-            "checkpoint was loaded), call accept_backbone(model). If this is an average of models "
-            "(EMA), whose arithmetic rounds frozen tensors too, load its set into the model that "
-            "was trained, or one injected afresh, load_adapter_state_dict(model, "
-            "adapter_state_dict(average)), and save that.",
+            f"{len(report.drifted)} tensors and modules of the backbone have changed since the "
+            f"injection: {quote_reasons(report.reasons)}. The adapter file would not contain these "
+            "changes. Keep the backbone frozen; or, if the change is intended (a full checkpoint "
+            "was loaded), call accept_backbone(model). If this is an average of models (EMA), "
+            "which rounds frozen tensors too, load its set into the trained model or a newly "
+            "injected model, load_adapter_state_dict(model, adapter_state_dict(average)), and save "
+            "that model.",
             report,
         )
 
@@ -270,7 +259,8 @@ def _check_arguments(metric: object, tolerance: object, rebuild: object) -> None
         )
     if rebuild is not None and not callable(rebuild):
         raise AdapterError(
-            f"rebuild is {type(rebuild).__name__}: give a function that builds the plain backbone."
+            f"rebuild is {type(rebuild).__name__}: give a function that builds the backbone "
+            "without adapters."
         )
     number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
     if not number or not 0 <= tolerance < math.inf:  # type: ignore[operator]

@@ -37,7 +37,8 @@ class NodeTable:
 
     Attributes:
         frames: The manifest's entries of all frames.
-        nodes: Of each node the frame's number, base_q_idx, row, col and label, int64 of shape [N, 5].
+        nodes: Of each node the frame's number, base_q_idx, row, col and label, int64 of shape [N,
+            5].
         splits: Of each node the number of its split in ``SPLITS``, int64 of shape [N].
     """
 
@@ -77,7 +78,10 @@ class BlockSet:
         if base_q_idx is None:
             return self
         if not (self.qps == base_q_idx).any():
-            raise DatasetError(f"no block was coded at base_q_idx {base_q_idx}; there are {sorted(set(self.qps.tolist()))}")
+            raise DatasetError(
+                f"no block was coded at base_q_idx {base_q_idx}; there are "
+                f"{sorted(set(self.qps.tolist()))}"
+            )
         return self.take(self.qps == base_q_idx)
 
     def labels(self, task: Task) -> Tensor:
@@ -90,7 +94,9 @@ class BlockSet:
 
     def part(self, most: int | None, seed: int = 0) -> BlockSet:
         """At most so many of the blocks, all without a limit, in a random order."""
-        return self.take(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:most])
+        return self.take(
+            torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:most]
+        )
 
     def inputs(self) -> Tensor:
         """What models are given, [N, 2, 16, 16]: luma, and the quantizer as a plane."""
@@ -106,7 +112,10 @@ class BlockSet:
         counts = labels[labels >= 0].bincount(minlength=len(task.classes)).tolist()
         missing = [name for name, count in zip(task.classes, counts, strict=True) if not count]
         if len(missing) == len(counts) or (missing and every_class):
-            raise DatasetError(f"{task.title}: none of {len(self)} blocks is {' or '.join(missing)}; pass data with some of each")
+            raise DatasetError(
+                f"{task.title}: none of {len(self)} blocks is {' or '.join(missing)}; pass data "
+                "with some of each"
+            )
 
     def data(self, task: Task, *, every_class: bool = False) -> TensorDataset:
         """The inputs of the blocks of which a task asks, and their class numbers.
@@ -126,8 +135,8 @@ def cut_blocks(data_dir: str | Path = DATA_DIR) -> dict[str, BlockSet]:
         data_dir: Folder with ``MANIFEST.json``, ``nodes.csv.gz`` and ``frames/``.
 
     Returns:
-        One set for each of "train", "val" and "test", in the table's order. All frames of a picture,
-        at all quantizers, are in the same set.
+        One set for each of "train", "val" and "test", in the table's order. All frames of a
+        picture, at all quantizers, are in the same set.
 
     Raises:
         DatasetError: A file is missing, damaged, or disagrees with the manifest.
@@ -181,22 +190,34 @@ def read_luma(root: Path, frame: dict[str, Any]) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             if image.mode != "L" or list(image.size) != size_wh:
-                raise DatasetError(f"{path}: {image.mode} {image.size}, expected 8-bit luma of {tuple(size_wh)}")
+                raise DatasetError(
+                    f"{path}: {image.mode} {image.size}, expected 8-bit luma of {tuple(size_wh)}"
+                )
             return np.asarray(image, dtype=np.uint8)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG file.
-        raise DatasetError(f"{path}: cannot read the frame ({error}); restore the data folder") from error
+    except (
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # SyntaxError: a damaged PNG file.
+        raise DatasetError(
+            f"{path}: cannot read the frame ({error}); restore the data folder"
+        ) from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: cannot read the manifest ({error}); restore the data folder") from error
+        raise DatasetError(
+            f"{path}: cannot read the manifest ({error}); restore the data folder"
+        ) from error
     if missing := {"frames", "nodes", "split_by_picture"} - manifest.keys():
         raise DatasetError(f"{path}: lacks {sorted(missing)}; restore the data folder")
     for number, frame in enumerate(manifest["frames"]):
         if missing := FRAME_KEYS - frame.keys():
-            raise DatasetError(f"{path}: frame {number} (from 0) lacks {sorted(missing)}; restore the data folder")
+            raise DatasetError(
+                f"{path}: frame {number} (from 0) lacks {sorted(missing)}; restore the data folder"
+            )
     return manifest
 
 
@@ -206,14 +227,17 @@ def _splits(manifest: dict[str, Any]) -> npt.NDArray[np.int64]:
     for split, pictures in manifest["split_by_picture"].items():
         for picture in pictures:
             if picture in split_of_picture:
-                raise DatasetError(f"picture {picture!r} is in two splits; keep it in one, or validation leaks")
+                raise DatasetError(
+                    f"picture {picture!r} is in two splits; keep it in one, or validation leaks"
+                )
             split_of_picture[picture] = split
     for frame in manifest["frames"]:
         expected = split_of_picture.get(frame["picture"])
         if frame["split"] not in SPLITS or frame["split"] != expected:
             raise DatasetError(
-                f"frame {frame['name']!r} is in split {frame['split']!r}, its picture {frame['picture']!r} in "
-                f"{expected!r}; every frame must follow its picture into one of {SPLITS}"
+                f"frame {frame['name']!r} is in split {frame['split']!r}, its picture "
+                f"{frame['picture']!r} in {expected!r}; every frame must follow its picture into "
+                f"one of {SPLITS}"
             )
     return np.array([SPLITS.index(frame["split"]) for frame in manifest["frames"]], dtype=np.int64)
 
@@ -224,14 +248,21 @@ def _read_nodes(path: Path, frames: list[str], expected: int) -> npt.NDArray[np.
         with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
             header, *lines = csv.reader(file)
     except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
-        raise DatasetError(f"{path}: cannot read the node table ({error}); restore the data folder") from error
+        raise DatasetError(
+            f"{path}: cannot read the node table ({error}); restore the data folder"
+        ) from error
     if header != COLUMNS:
         raise DatasetError(f"{path}: columns are {header}, expected {COLUMNS}")
     if len(lines) != expected:
-        raise DatasetError(f"{path}: {len(lines)} nodes, the manifest says {expected}; restore the data folder")
+        raise DatasetError(
+            f"{path}: {len(lines)} nodes, the manifest says {expected}; restore the data folder"
+        )
     number_of = {name: number for number, name in enumerate(frames)}
     try:
-        table = np.array([(number_of[n], int(q), int(r), int(c), int(k)) for n, _, q, r, c, k in lines], dtype=np.int64)
+        table = np.array(
+            [(number_of[n], int(q), int(r), int(c), int(k)) for n, _, q, r, c, k in lines],
+            dtype=np.int64,
+        )
     except KeyError as error:
         raise DatasetError(f"{path}: frame {error} is not in the manifest") from error
     except (ValueError, OverflowError) as error:
@@ -250,7 +281,10 @@ def _check_range(path: Path, column: str, values: npt.NDArray[np.int64], highest
 
 
 def _cut(
-    luma: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64], cols: npt.NDArray[np.int64], frame: str
+    luma: npt.NDArray[np.uint8],
+    rows: npt.NDArray[np.int64],
+    cols: npt.NDArray[np.int64],
+    frame: str,
 ) -> npt.NDArray[np.uint8]:
     height, width = luma.shape
     wrong = (rows % BLOCK != 0) | (cols % BLOCK != 0)
@@ -258,7 +292,8 @@ def _cut(
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
         raise DatasetError(
-            f"frame {frame!r}: node at row {rows[first]}, col {cols[first]} is not on the 16x16 grid of {width}x{height} pixels"
+            f"frame {frame!r}: node at row {rows[first]}, col {cols[first]} is not on the 16x16 "
+            f"grid of {width}x{height} pixels"
         )
     grid = luma[: height // BLOCK * BLOCK, : width // BLOCK * BLOCK]
     grid = grid.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK).swapaxes(1, 2)

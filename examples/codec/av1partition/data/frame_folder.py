@@ -58,7 +58,11 @@ def write_frame_folder(
     for name, luma in lumas:
         Image.fromarray(luma).save(folder / "frames" / f"{name}.png", optimize=True)
     ordered = sorted(coded, key=lambda each: (each.picture, each.cq_level))
-    rows = [(each.picture, each.cq_level, each.base_q_idx, *node) for each in ordered for node in sorted(each.nodes)]
+    rows = [
+        (each.picture, each.cq_level, each.base_q_idx, *node)
+        for each in ordered
+        for node in sorted(each.nodes)
+    ]
     # Without the time of writing, which gzip would put in.
     with (
         open(folder / "nodes.csv.gz", "wb") as raw,
@@ -69,11 +73,19 @@ def write_frame_folder(
     manifest = {
         **about,
         "label_ids": dict(enumerate(PARTITIONS)),
-        "base_q_idx_of_cq_level": {cq: sorted({c.base_q_idx for c in coded if c.cq_level == cq}) for cq in _cq_levels(coded)},
+        "base_q_idx_of_cq_level": {
+            cq: sorted({c.base_q_idx for c in coded if c.cq_level == cq})
+            for cq in _cq_levels(coded)
+        },
         "nodes": len(rows),
         "class_counts": _counts(ordered),
-        "class_counts_per_cq_level": {cq: _counts(c for c in coded if c.cq_level == cq) for cq in _cq_levels(coded)},
-        "class_counts_per_split": {split: _counts(c for c in coded if c.picture in names) for split, names in splits.items()},
+        "class_counts_per_cq_level": {
+            cq: _counts(c for c in coded if c.cq_level == cq) for cq in _cq_levels(coded)
+        },
+        "class_counts_per_split": {
+            split: _counts(c for c in coded if c.picture in names)
+            for split, names in splits.items()
+        },
         "frames": [
             {
                 "name": name,
@@ -83,13 +95,17 @@ def write_frame_folder(
                 "size_wh": crop.size_wh,
                 "source_size_wh": crop.source_wh,
                 "crop_xywh": crop.xywh,
-                "nodes_per_cq_level": {each.cq_level: len(each.nodes) for each in ordered if each.picture == name},
+                "nodes_per_cq_level": {
+                    each.cq_level: len(each.nodes) for each in ordered if each.picture == name
+                },
             }
             for name, crop in crops.items()
         ],
         "split_by_picture": splits,
     }
-    (folder / "MANIFEST.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "MANIFEST.json").write_text(
+        json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def _cq_levels(coded: Sequence[Coded]) -> list[int]:

@@ -22,9 +22,10 @@ def luma(inputs: Tensor) -> Tensor:
 
 
 def quantizer_code(inputs: Tensor) -> Tensor:
-    """The quantizer as numbers that a linear layer can use: how near it is to each of 0, 32, 64 ... 256, [N, 9].
+    """The quantizer as numbers that a linear layer can use, [N, 9].
 
-    Between two of them it is shared between both, so that also quantizers without training data get something sensible.
+    They say how near it is to each of 0, 32, 64 ... 256. Between two of them it is shared between
+    both, so that also quantizers without training data get something sensible.
 
     Raises:
         ValueError: The inputs have no second plane.
@@ -36,7 +37,8 @@ def quantizer_code(inputs: Tensor) -> Tensor:
     """
     if inputs.shape[1] != 2:
         raise ValueError(
-            f"the inputs have {inputs.shape[1]} planes, and the quantizer is in the second; make them by with_quantizer"
+            f"the inputs have {inputs.shape[1]} planes, and the quantizer is in the second; make "
+            "them by with_quantizer"
         )
     q = (inputs[:, 1, 0, 0] * HIGHEST_Q).round()
     centres = torch.arange(CODE_SIZE, device=q.device) * STEP

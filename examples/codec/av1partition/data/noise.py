@@ -1,4 +1,4 @@
-"""Training blocks that the stage before sends to the wrong specialist, so that it learns to doubt."""
+"""Training blocks that the stage before sends to the wrong specialist, to teach it to doubt."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from torch.utils.data import TensorDataset
 from av1partition.data.blocks import DatasetError
 
 
-def with_misrouted(own: TensorDataset, strangers: Tensor, classes: int, share: float, seed: int) -> TensorDataset:
+def with_misrouted(
+    own: TensorDataset, strangers: Tensor, classes: int, share: float, seed: int
+) -> TensorDataset:
     """Add misrouted blocks to a specialist's own.
 
-    None of its answers is right for them. Each gets one at random, so that what is learned of such blocks is to be undecided.
+    None of its answers is right for them. Each gets one at random, so that what is learned of such
+    blocks is to be undecided.
 
     Args:
         own: Inputs [N, 2, 16, 16] and class numbers.
@@ -29,7 +32,10 @@ def with_misrouted(own: TensorDataset, strangers: Tensor, classes: int, share: f
     """
     count = round(share / (1 - share) * len(own))
     if count > len(strangers):
-        raise DatasetError(f"{len(strangers)} blocks are misrouted, a share of {share:g} takes {count}; inject a smaller share")
+        raise DatasetError(
+            f"{len(strangers)} blocks are misrouted, a share of {share:g} takes {count}; inject a "
+            "smaller share"
+        )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(strangers), generator=generator)[:count]
     guesses = torch.randint(classes, (count,), generator=generator)

@@ -14,7 +14,10 @@ from av1partition.data.blocks import DatasetError
 from av1partition.data.partition_trees import SUPERBLOCK
 
 Plane = npt.NDArray[np.uint8]
-LUMA = "BT.709, limited range, on gamma-encoded R'G'B' in 0..255: Y = round(16 + 219/255 * (0.2126 R + 0.7152 G + 0.0722 B))"
+LUMA = (
+    "BT.709, limited range, on gamma-encoded R'G'B' in 0..255: "
+    "Y = round(16 + 219/255 * (0.2126 R + 0.7152 G + 0.0722 B))"
+)
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,28 @@ def find_pictures(sources: Sequence[Path]) -> dict[str, Path]:
     for source in sources:
         if not source.exists():
             raise DatasetError(f"{source}: is not there; pass pictures, or folders of pictures")
-        paths += sorted(path for path in source.iterdir() if path.suffix.lower() in endings) if source.is_dir() else [source]
+        paths += (
+            sorted(path for path in source.iterdir() if path.suffix.lower() in endings)
+            if source.is_dir()
+            else [source]
+        )
     pictures: dict[str, Path] = {}
     for path in paths:
         # Not every system tells names apart by case.
-        twin = next((other for name, other in pictures.items() if name.casefold() == path.stem.casefold()), None)
+        twin = next(
+            (other for name, other in pictures.items() if name.casefold() == path.stem.casefold()),
+            None,
+        )
         if twin is not None:
-            raise DatasetError(f"{path} and {twin}: two pictures with the name {path.stem!r}; rename one, frames are named by it")
+            raise DatasetError(
+                f"{path} and {twin}: two pictures with the name {path.stem!r}; rename one, frames "
+                "are named by it"
+            )
         pictures[path.stem] = path
     if not pictures:
-        raise DatasetError(f"no picture in {[str(source) for source in sources]}; pass PNG files or the like")
+        raise DatasetError(
+            f"no picture in {[str(source) for source in sources]}; pass PNG files or the like"
+        )
     return dict(sorted(pictures.items()))
 
 
@@ -71,12 +86,22 @@ def crop_of(path: Path, downscale: int) -> Crop:
     w, h = width // unit * unit, height // unit * unit
     if not (w and h):
         mend = "leave it out" if downscale == 1 else "leave it out, or pass a smaller --downscale"
-        raise DatasetError(f"{path}: is {width}x{height}, expected {unit}x{unit} or more (--downscale {downscale}); {mend}")
-    return Crop((width, height), ((width - w) // 2, (height - h) // 2, w, h), (w // downscale, h // downscale))
+        raise DatasetError(
+            f"{path}: is {width}x{height}, expected {unit}x{unit} or more (--downscale "
+            f"{downscale}); {mend}"
+        )
+    return Crop(
+        (width, height),
+        ((width - w) // 2, (height - h) // 2, w, h),
+        (w // downscale, h // downscale),
+    )
 
 
 def read_planes(path: Path, crop: Crop) -> tuple[Plane, Plane, Plane]:
-    """Luma of a frame, and both its chroma planes averaged 2x2 (neutral for a grey picture), 8 bits each."""
+    """Luma of a frame, and both its chroma planes averaged 2x2, 8 bits each.
+
+    The chroma of a grey picture is neutral.
+    """
     x, y, w, h = crop.xywh
     image = _open(path)
     if (w, h) == crop.size_wh:
@@ -90,7 +115,10 @@ def read_planes(path: Path, crop: Crop) -> tuple[Plane, Plane, Plane]:
     red, green, blue = colours[..., 0], colours[..., 1], colours[..., 2]
     luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     chroma = (128 + 224 / 255 * (blue - luma) / 1.8556, 128 + 224 / 255 * (red - luma) / 1.5748)
-    halved = [plane.reshape(plane.shape[0] // 2, 2, plane.shape[1] // 2, 2).mean(axis=(1, 3)) for plane in chroma]
+    halved = [
+        plane.reshape(plane.shape[0] // 2, 2, plane.shape[1] // 2, 2).mean(axis=(1, 3))
+        for plane in chroma
+    ]
     return _to_bytes(16 + 219 / 255 * luma), _to_bytes(halved[0]), _to_bytes(halved[1])
 
 
@@ -106,13 +134,18 @@ def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise DatasetError(f"{path}: has values of more than 8 bits (mode {image.mode}); convert it to 8 bits first")
+                raise DatasetError(
+                    f"{path}: has values of more than 8 bits (mode {image.mode}); convert it to 8 "
+                    "bits first"
+                )
             upright = ImageOps.exif_transpose(image)
             return upright.copy() if upright.mode == "L" else upright.convert("RGB")
     except DatasetError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: cannot read the picture ({error}); repair it or leave it out") from error
+        raise DatasetError(
+            f"{path}: cannot read the picture ({error}); repair it or leave it out"
+        ) from error
 
 
 def _to_bytes(values: npt.NDArray[np.float64]) -> Plane:

@@ -1,4 +1,7 @@
-"""Where blocks lie: of each block of a split its frame, place and quantizer, in the order of `cut_blocks`."""
+"""Where blocks lie.
+
+Of each block of a split its frame, place and quantizer, in the order of `cut_blocks`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ class Positions:
         base_q_idx: What the block was coded at.
         row: Of its upper edge, in pixels.
         col: Of its left edge.
-        labels: The AV1 partition ids, by which a caller can tell that two lists are of the same blocks.
+        labels: The AV1 partition ids, by which a caller can tell that two lists are of the same
+            blocks.
         root: The data folder.
     """
 

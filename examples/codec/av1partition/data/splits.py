@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from av1partition.data.blocks import SPLITS, DatasetError
 
 
-def split_by_name(names: Sequence[str], val: Sequence[str], test: Sequence[str], noun: str) -> dict[str, list[str]]:
+def split_by_name(
+    names: Sequence[str], val: Sequence[str], test: Sequence[str], noun: str
+) -> dict[str, list[str]]:
     """Say of each name in which split it is.
 
     Args:
@@ -28,19 +30,27 @@ def split_by_name(names: Sequence[str], val: Sequence[str], test: Sequence[str],
         >>> split_by_name(["crowd_1", "crowd_2", "sea", "park"], ["crowd_*"], ["sea"], "sequence")
         {'train': ['park'], 'val': ['crowd_1', 'crowd_2'], 'test': ['sea']}
     """
-    in_val, in_test = ({name for pattern in patterns for name in _fitting(names, pattern, noun)} for patterns in (val, test))
+    in_val, in_test = (
+        {name for pattern in patterns for name in _fitting(names, pattern, noun)}
+        for patterns in (val, test)
+    )
     if both := sorted(in_val & in_test):
         raise DatasetError(f"{noun}s {both} are in val and in test; name each in one of them")
-    return {"train": sorted(set(names) - in_val - in_test), "val": sorted(in_val), "test": sorted(in_test)}
+    return {
+        "train": sorted(set(names) - in_val - in_test),
+        "val": sorted(in_val),
+        "test": sorted(in_test),
+    }
 
 
 def split_by_name_or_share(
     names: Sequence[str], val: Sequence[str], test: Sequence[str], seed: int, noun: str
 ) -> dict[str, list[str]]:
-    """As :func:`split_by_name`, but "val" and "test" may each be a share of all names instead, such as "0.15".
+    """As :func:`split_by_name`, but "val" and "test" may each be a share of all names instead.
 
-    A share takes at least one name, unless it is 0, of those that the other split does not name. Which ones depends on the
-    seed; a name's place in the draw does not depend on the other names or their order.
+    A share is a text such as "0.15". It takes at least one name, unless it is 0, of those that the
+    other split does not name. Which ones depends on the seed; a name's place in the draw does not
+    depend on the other names or their order.
 
     Raises:
         DatasetError: See :func:`split_by_name`; or the shares leave nothing for "train".
@@ -50,14 +60,18 @@ def split_by_name_or_share(
         {'train': ['b', 'c'], 'val': ['d'], 'test': ['a']}
     """
     shares = {"test": _share(test), "val": _share(val)}
-    named = split_by_name(names, val if shares["val"] is None else [], test if shares["test"] is None else [], noun)
-    left = sorted(named["train"], key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
+    named = split_by_name(
+        names, val if shares["val"] is None else [], test if shares["test"] is None else [], noun
+    )
+    left = sorted(
+        named["train"], key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
+    )
     for split, share in shares.items():
         count = max(1, round(share * len(names))) if share else 0
         if share and count >= len(left):
             raise DatasetError(
-                f"a share of {share:g} for {split} leaves none of {len(names)} {noun}s for train; pass more {noun}s, or "
-                "smaller shares (0: none), or names"
+                f"a share of {share:g} for {split} leaves none of {len(names)} {noun}s for train; "
+                f"pass more {noun}s, or smaller shares (0: none), or names"
             )
         named[split], left = sorted([*named[split], *left[:count]]), left[count:]
     return {**named, "train": sorted(left)}
@@ -76,7 +90,9 @@ def check_not_empty(splits: dict[str, list[str]], noun: str) -> None:
 
 
 def _fitting(names: Sequence[str], pattern: str, noun: str) -> list[str]:
-    fitting = [name for name in names if name == pattern] or [name for name in names if fnmatchcase(name, pattern)]
+    fitting = [name for name in names if name == pattern] or [
+        name for name in names if fnmatchcase(name, pattern)
+    ]
     if not fitting:
         raise DatasetError(f"no {noun} is named {pattern!r}; there are {sorted(names)}")
     return fitting

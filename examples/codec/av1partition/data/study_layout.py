@@ -24,11 +24,14 @@ KEYS = (
 )
 
 
-def load_dataset(directory: str | Path, splits: Sequence[str] = ("train", "val")) -> tuple[BlockSet, ...]:
+def load_dataset(
+    directory: str | Path, splits: Sequence[str] = ("train", "val")
+) -> tuple[BlockSet, ...]:
     """Load blocks from either kind of folder.
 
     Args:
-        directory: Frames with a manifest (as ``data/`` here), or the study's ``train.pt`` and ``val.pt``.
+        directory: Frames with a manifest (as ``data/`` here), or the study's ``train.pt`` and
+            ``val.pt``.
         splits: Which blocks: of "train", "val" and "test".
 
     Returns:
@@ -54,7 +57,9 @@ def load_dataset(directory: str | Path, splits: Sequence[str] = ("train", "val")
 def write_study_file(blocks: BlockSet, path: str | Path) -> None:
     """Write blocks as one of the study's files, with every stage's labels."""
     content = {"samples": blocks.samples, "qps": blocks.qps, **_labels(blocks)}
-    write_atomically(Path(path), lambda file: torch.save({key: content[key].contiguous() for key in KEYS}, file))
+    write_atomically(
+        Path(path), lambda file: torch.save({key: content[key].contiguous() for key in KEYS}, file)
+    )
 
 
 def read_study_file(path: str | Path) -> BlockSet:
@@ -67,8 +72,8 @@ def read_study_file(path: str | Path) -> BlockSet:
         Its blocks.
 
     Raises:
-        DatasetError: A tensor is missing, superfluous, of the wrong kind, shape or range, or the labels
-            of the stages contradict each other.
+        DatasetError: A tensor is missing, superfluous, of the wrong kind, shape or range, or the
+            labels of the stages contradict each other.
     """
     path = Path(path)
     try:
@@ -77,20 +82,35 @@ def read_study_file(path: str | Path) -> BlockSet:
         raise DatasetError(f"{path}: cannot be read as tensors ({type(error).__name__})") from error
     _check_keys(path, content)
     samples: Tensor = content["samples"]
-    if not samples.is_floating_point() or samples.ndim != 4 or samples.shape[1:] != (1, BLOCK, BLOCK):
-        raise DatasetError(f"{path}: 'samples' is {samples.dtype} {list(samples.shape)}, expected float [N, 1, {BLOCK}, {BLOCK}]")
+    if (
+        not samples.is_floating_point()
+        or samples.ndim != 4
+        or samples.shape[1:] != (1, BLOCK, BLOCK)
+    ):
+        raise DatasetError(
+            f"{path}: 'samples' is {samples.dtype} {list(samples.shape)}, expected float [N, 1, "
+            f"{BLOCK}, {BLOCK}]"
+        )
     if not len(samples):
         raise DatasetError(f"{path}: 'samples' is empty")
     low, high = samples.aminmax()
     if not (low >= 0 and high <= 1):  # Written so that NaN is refused too.
-        raise DatasetError(f"{path}: 'samples' lies in [{low:g}, {high:g}], expected [0, 1]; divide 8-bit luma by 255")
+        raise DatasetError(
+            f"{path}: 'samples' lies in [{low:g}, {high:g}], expected [0, 1]; divide 8-bit luma by "
+            "255"
+        )
     for key in KEYS[1:]:
         values: Tensor = content[key]
         if values.is_floating_point() or values.is_complex() or values.shape != samples.shape[:1]:
-            raise DatasetError(f"{path}: {key!r} is {values.dtype} {list(values.shape)}, expected integers [{len(samples)}]")
+            raise DatasetError(
+                f"{path}: {key!r} is {values.dtype} {list(values.shape)}, expected integers "
+                f"[{len(samples)}]"
+            )
     _check_range(path, "labels_stage0", content["labels_stage0"], len(PARTITIONS) - 1)
     _check_range(path, "qps", content["qps"], 255)
-    blocks = BlockSet(samples.detach().float(), content["labels_stage0"].long(), content["qps"].long())
+    blocks = BlockSet(
+        samples.detach().float(), content["labels_stage0"].long(), content["qps"].long()
+    )
     _check_consistency(path, blocks, content)
     return blocks
 
@@ -107,7 +127,9 @@ def _labels(blocks: BlockSet) -> dict[str, Tensor]:
 
 def _check_keys(path: Path, content: object) -> None:
     if not isinstance(content, dict):
-        raise DatasetError(f"{path}: holds a {type(content).__name__}, expected a dictionary with {list(KEYS)}")
+        raise DatasetError(
+            f"{path}: holds a {type(content).__name__}, expected a dictionary with {list(KEYS)}"
+        )
     missing = [key for key in KEYS if not isinstance(content.get(key), Tensor)]
     superfluous = [key for key in content if key not in KEYS]
     if missing or superfluous:
@@ -128,6 +150,7 @@ def _check_consistency(path: Path, blocks: BlockSet, content: dict[str, Tensor])
             row = int(wrong[0])
             partition = PARTITIONS[int(blocks.labels_stage0[row])]
             raise DatasetError(
-                f"{path}: {key!r}[{row}] is {int(content[key][row])}, but 'labels_stage0' says {partition}, for which "
-                f"it must be {int(expected[row])}; derive the labels with the tables in av1partition/data/tasks.py"
+                f"{path}: {key!r}[{row}] is {int(content[key][row])}, but 'labels_stage0' says "
+                f"{partition}, for which it must be {int(expected[row])}; derive the labels with "
+                "the tables in av1partition/data/tasks.py"
             )

@@ -42,7 +42,10 @@ def turned_classes(task: Task, symmetry: Symmetry) -> Tensor:
 
 
 def turn_at_random(task: Task) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """An augmentation for a task: each block of a batch is turned by a random symmetry, and its class number with it."""
+    """An augmentation for a task.
+
+    Each block of a batch is turned by a random symmetry, and its class number with it.
+    """
     tables = _tables(task)
 
     def augment(samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

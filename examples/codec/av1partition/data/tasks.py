@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PARTITIONS = ("NONE", "HORZ", "VERT", "SPLIT", "HORZ_A", "HORZ_B", "VERT_A", "VERT_B", "HORZ_4", "VERT_4")
+PARTITIONS = (
+    "NONE",
+    "HORZ",
+    "VERT",
+    "SPLIT",
+    "HORZ_A",
+    "HORZ_B",
+    "VERT_A",
+    "VERT_B",
+    "HORZ_4",
+    "VERT_4",
+)
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,17 @@ class Task:
         return torch.tensor(self.answers)[partitions]
 
 
-# AV1's 1:4 partitions cut in one direction only, with no 8x8 part, so they are rectangular: RECT in Stage 2, and HORZ or VERT
-# by their direction in Stage 3. AB are the four kinds that have both 8x8 and longer parts.
+# AV1's 1:4 partitions cut in one direction only, with no 8x8 part, so they are rectangular: RECT in
+# Stage 2, and HORZ or VERT by their direction in Stage 3. AB are the four kinds that have both 8x8
+# and longer parts.
 KINDS = Task("kinds", "All kinds", PARTITIONS, tuple(range(len(PARTITIONS))))
 STAGE1 = Task("stage1", "Stage 1", ("NONE", "PARTITION"), (0, 1, 1, 1, 1, 1, 1, 1, 1, 1))
 STAGE2 = Task("stage2", "Stage 2", ("SPLIT", "RECT", "AB"), (-1, 1, 1, 0, 2, 2, 2, 2, 1, 1))
 RECT = Task("rect", "Stage 3 RECT", ("HORZ", "VERT"), (-1, 0, 1, -1, -1, -1, -1, -1, 0, 1))
-AB = Task("ab", "Stage 3 AB", ("HORZ_A", "HORZ_B", "VERT_A", "VERT_B"), (-1, -1, -1, -1, 0, 1, 2, 3, -1, -1))
+AB = Task(
+    "ab",
+    "Stage 3 AB",
+    ("HORZ_A", "HORZ_B", "VERT_A", "VERT_B"),
+    (-1, -1, -1, -1, 0, 1, 2, 3, -1, -1),
+)
 SPECIALISTS = (STAGE2, RECT, AB)

@@ -1,4 +1,4 @@
-"""Calibrating a finished binary classifier on validation blocks: its temperature and its threshold."""
+"""Calibrating a finished binary classifier on validation blocks: its temperature and threshold."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     z, y = logits[:, 0].double(), labels.double()
     best = minimize_scalar(
-        lambda log_t: float(F.binary_cross_entropy_with_logits(z / np.exp(log_t), y)), bounds=(-4, 4), method="bounded"
+        lambda log_t: float(F.binary_cross_entropy_with_logits(z / np.exp(log_t), y)),
+        bounds=(-4, 4),
+        method="bounded",
     )
     return float(np.exp(best.x))
 

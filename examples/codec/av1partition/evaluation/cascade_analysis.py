@@ -47,17 +47,25 @@ def analyse(blocks: BlockSet, predictions: Predictions) -> dict[str, Any]:
 
 
 def _specialist(blocks: BlockSet, predictions: Predictions, task: Any) -> dict[str, Any]:
-    labels, reached, answers = blocks.labels(task), predictions.reached[task.key], predictions.specialists[task.key]
+    labels, reached, answers = (
+        blocks.labels(task),
+        predictions.reached[task.key],
+        predictions.specialists[task.key],
+    )
     own, right = labels >= 0, answers.argmax(dim=1) == labels
     arrived = own & reached
     count = int(reached.sum())
     return {
-        "on_true_inputs": classification_metrics(answers[own], labels[own], task.classes) if own.any() else None,
+        "on_true_inputs": classification_metrics(answers[own], labels[own], task.classes)
+        if own.any()
+        else None,
         "on_what_reaches_it": {
             "blocks": count,
             "strangers": int((reached & ~own).sum()),
             "accuracy": int((right & arrived).sum()) / count if count else None,
-            "of_its_own": classification_metrics(answers[arrived], labels[arrived], task.classes) if arrived.any() else None,
+            "of_its_own": classification_metrics(answers[arrived], labels[arrived], task.classes)
+            if arrived.any()
+            else None,
         },
         "own_blocks_that_never_arrive": int((own & ~reached).sum()),
     }

@@ -30,7 +30,8 @@ _LINES: dict[str, tuple[Segment, ...]] = {
     "HORZ_4": tuple(((0.0, at), (1.0, at)) for at in (0.25, 0.5, 0.75)),
     "VERT_4": tuple(((at, 0.0), (at, 1.0)) for at in (0.25, 0.5, 0.75)),
 }
-# Light on photographs and apart from each other for most kinds of colour blindness; what differs is filled besides.
+# Light on photographs and apart from each other for most kinds of colour blindness; what differs is
+# filled besides.
 _EDGE, _LINE, _DIFFERENT = "#ffffff", "#ffd23f", "#ff3d7f"
 _DPI = 100
 
@@ -75,24 +76,37 @@ def draw_partitions(
     """
     if not len(nodes) == len(kinds) == len(kinds if different is None else different):
         marks = "no" if different is None else len(different)
-        raise ValueError(f"{len(nodes)} blocks, {len(kinds)} kinds, {marks} marks; expected as many of each")
+        raise ValueError(
+            f"{len(nodes)} blocks, {len(kinds)} kinds, {marks} marks; expected as many of each"
+        )
     height, width = luma.shape
     figure = Figure(figsize=(width * scale / _DPI, height * scale / _DPI), dpi=_DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    # The quantizer's artefacts are not in the frame, and grey between black and white is what the encoder saw.
-    axes.imshow(luma, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0), interpolation="bilinear")
+    # The quantizer's artefacts are not in the frame, and grey between black and white is what the
+    # encoder saw.
+    axes.imshow(
+        luma, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0), interpolation="bilinear"
+    )
     corners = nodes[:, ::-1].astype(float)
     outlines = corners[:, None] + BLOCK * np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
-    axes.add_collection(PolyCollection(outlines, facecolor="none", edgecolor=_EDGE, linewidth=0.35 * scale, alpha=0.4))
+    axes.add_collection(
+        PolyCollection(
+            outlines, facecolor="none", edgecolor=_EDGE, linewidth=0.35 * scale, alpha=0.4
+        )
+    )
     if different is not None:
-        axes.add_collection(PolyCollection(outlines[different], facecolor=_DIFFERENT, edgecolor="none", alpha=0.38))
+        axes.add_collection(
+            PolyCollection(outlines[different], facecolor=_DIFFERENT, edgecolor="none", alpha=0.38)
+        )
     lines = [
         [(x + BLOCK * at_x, y + BLOCK * at_y) for at_x, at_y in segment]
         for (x, y), kind in zip(corners, kinds, strict=True)
         for segment in partition_lines(int(kind))
     ]
-    axes.add_collection(LineCollection(lines, colors=_LINE, linewidths=0.7 * scale, capstyle="butt"))
+    axes.add_collection(
+        LineCollection(lines, colors=_LINE, linewidths=0.7 * scale, capstyle="butt")
+    )
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     if path is not None:

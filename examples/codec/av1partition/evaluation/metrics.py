@@ -22,11 +22,15 @@ def classes_of(logits: Tensor) -> Tensor:
 def macro_f1(logits: Tensor, labels: Tensor) -> float:
     """Mean over the classes of their F1, 0 for a class never right."""
     classes = list(range(max(2, logits.shape[1])))
-    score = f1_score(labels.numpy(), classes_of(logits).numpy(), labels=classes, average="macro", zero_division=0)
+    score = f1_score(
+        labels.numpy(), classes_of(logits).numpy(), labels=classes, average="macro", zero_division=0
+    )
     return float(score)
 
 
-def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+def classification_metrics(
+    logits: Tensor, labels: Tensor, classes: Sequence[str]
+) -> dict[str, Any]:
     """Accuracy, averaged and per-class scores, and the confusion matrix.
 
     Args:
@@ -35,10 +39,22 @@ def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str
         classes: Names of the K classes.
 
     Returns:
-        Numbers, lists and dictionaries only, ready for JSON. In the confusion matrix a row is a true class.
+        Numbers, lists and dictionaries only, ready for JSON. In the confusion matrix a row is a
+        true class.
     """
-    truth, predicted, numbers = labels.numpy(), classes_of(logits).numpy(), list(range(len(classes)))
-    report = classification_report(truth, predicted, labels=numbers, target_names=list(classes), output_dict=True, zero_division=0)
+    truth, predicted, numbers = (
+        labels.numpy(),
+        classes_of(logits).numpy(),
+        list(range(len(classes))),
+    )
+    report = classification_report(
+        truth,
+        predicted,
+        labels=numbers,
+        target_names=list(classes),
+        output_dict=True,
+        zero_division=0,
+    )
     per_class = {
         name: {
             "precision": float(report[name]["precision"]),
@@ -59,7 +75,9 @@ def classification_metrics(logits: Tensor, labels: Tensor, classes: Sequence[str
 
 
 def collapse(predicted: Tensor, classes: Sequence[str], most: float = 0.9) -> str | None:
-    """Says in words that a classifier gives the same answer nearly always, or some answer never; None if it does neither.
+    """Says in words that a classifier gives the same answer nearly always, or some answer never.
+
+    None if it does neither.
 
     Args:
         predicted: How often each class was predicted, [K].
@@ -74,7 +92,11 @@ def collapse(predicted: Tensor, classes: Sequence[str], most: float = 0.9) -> st
     shares = predicted / predicted.sum().clamp(min=1)
     said = []
     if shares.max() >= most:
-        said.append(f"Collapsed: {shares.max():.1%} of all predictions are {classes[int(shares.argmax())]}.")
-    if never := [name for name, count in zip(classes, predicted.tolist(), strict=True) if not count]:
+        said.append(
+            f"Collapsed: {shares.max():.1%} of all predictions are {classes[int(shares.argmax())]}."
+        )
+    if never := [
+        name for name, count in zip(classes, predicted.tolist(), strict=True) if not count
+    ]:
         said.append(f"{', '.join(never)} {'is' if len(never) == 1 else 'are'} never predicted.")
     return " ".join(said) or None

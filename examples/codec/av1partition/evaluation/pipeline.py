@@ -1,4 +1,7 @@
-"""All stages together: each block through Stage 1, and on to the specialists that the answers before lead to."""
+"""All stages together.
+
+Each block through Stage 1, and on to the specialists that the answers before lead to.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ class Predictions:
 
     Attributes:
         partition: Probability of PARTITION, [N].
-        specialists: For each specialist's key its probabilities, [N, K]; NaN for a block that it was not asked about.
+        specialists: For each specialist's key its probabilities, [N, K]; NaN for a block that it
+            was not asked about.
         reached: For each specialist's key whether the stages before sent the block to it, [N].
         kinds: The final answers, AV1 ids [N]; HORZ stands for HORZ_4 too, VERT for VERT_4.
     """
@@ -42,7 +46,8 @@ class Pipeline:
 
     Args:
         stage1_file: As `train_stage1.py` writes it.
-        adapter_files: For each specialist one adapter file, or several, whose probabilities are averaged.
+        adapter_files: For each specialist one adapter file, or several, whose probabilities are
+            averaged.
         device: Where to compute.
 
     Raises:
@@ -50,7 +55,9 @@ class Pipeline:
         resadapt.AdapterError: An adapter file is damaged, or was made for another Stage 1.
     """
 
-    def __init__(self, stage1_file: Path, adapter_files: Mapping[Task, Sequence[Path]], device: torch.device) -> None:
+    def __init__(
+        self, stage1_file: Path, adapter_files: Mapping[Task, Sequence[Path]], device: torch.device
+    ) -> None:
         """See the class."""
         self.cascade, self.sets = open_cascade(stage1_file, adapter_files)
         set_active_adapters(self.cascade, None)
@@ -71,10 +78,12 @@ class Pipeline:
 
         Args:
             inputs: [N, 2, 16, 16], luma and quantizer.
-            threshold: Probability of PARTITION from which on a block goes to Stage 2; None: the Stage 1 file's.
+            threshold: Probability of PARTITION from which on a block goes to Stage 2; None: the
+                Stage 1 file's.
             also: For a specialist's key further blocks to ask it about, a mask [N].
-            one_pass: Compute what the stages share, the backbone up to the first site of any of them, once for each block.
-                Otherwise each stage runs from the pixels. The results are equal.
+            one_pass: Compute what the stages share, the backbone up to the first site of any of
+                them, once for each block. Otherwise each stage runs from the pixels. The results
+                are equal.
         """
         cascade, stage1 = self.cascade, self.cascade.stage1
         set_active_adapters(cascade, None)
@@ -90,26 +99,38 @@ class Pipeline:
         choices = probabilities[STAGE2.key].argmax(dim=1)
         for task in (RECT, AB):
             reached[task.key] = divided & (choices == STAGE2.classes.index(task.key.upper()))
-            probabilities[task.key] = self._ask(task, inputs, shared, reached[task.key] | also[task.key])
+            probabilities[task.key] = self._ask(
+                task, inputs, shared, reached[task.key] | also[task.key]
+            )
         return Predictions(partition, probabilities, reached, _kinds(probabilities, reached))
 
     def _ask(self, task: Task, inputs: Tensor, shared: Tensor | None, asked: Tensor) -> Tensor:
-        """The probabilities of a specialist, the mean over its sets; NaN for blocks that it is not asked about."""
+        """The probabilities of a specialist, the mean over its sets.
+
+        NaN for blocks that it is not asked about.
+        """
         answers = torch.full((len(asked), len(task.classes)), torch.nan)
         if asked.any():
             features = None if shared is None else shared[asked]
-            several = [self._softmax(task, name, inputs[asked], features) for name in self.sets[task.key]]
+            several = [
+                self._softmax(task, name, inputs[asked], features) for name in self.sets[task.key]
+            ]
             answers[asked] = torch.stack(several).mean(dim=0)
         return answers
 
     def _softmax(self, task: Task, name: str, inputs: Tensor, shared: Tensor | None) -> Tensor:
-        """The probabilities of one set; ``shared`` is what the front without adapters makes of the inputs."""
+        """The probabilities of one set.
+
+        ``shared`` is what the front without adapters makes of the inputs.
+        """
         set_active_adapters(self.cascade, name)
         if shared is None:
             model: nn.Module = Answers(self.cascade, task)
         else:
             model = BehindFront(self.cascade, task, name, self.shared_end)
-        return self._in_batches(lambda x: model(x).softmax(dim=1), inputs if shared is None else shared)
+        return self._in_batches(
+            lambda x: model(x).softmax(dim=1), inputs if shared is None else shared
+        )
 
     def _partition(self, shared: Tensor) -> Tensor:
         """Stage 1's probability of PARTITION."""
@@ -118,7 +139,9 @@ class Pipeline:
         return self.cascade.stage1.classify(features, inputs)[:, 0].sigmoid()
 
     def _in_batches(self, answer: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        return torch.cat([answer(part.to(self.device)).cpu() for part in torch.split(inputs, BATCH)])
+        return torch.cat(
+            [answer(part.to(self.device)).cpu() for part in torch.split(inputs, BATCH)]
+        )
 
 
 def true_inputs(blocks: BlockSet) -> dict[str, Tensor]:

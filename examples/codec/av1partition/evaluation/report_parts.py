@@ -1,4 +1,7 @@
-"""What a report page is made of: sections of facts, tables, pictures and notes, and plots as SVG that suits the page."""
+"""What a report page is made of.
+
+Sections of facts, tables, pictures and notes, and plots as SVG that suits the page.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from matplotlib.figure import Figure
 
 OUTCOMES = ("passed", "failed", "not checked")
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-# Ink of the plots: a colour that nothing else has. In the page it becomes the colour of the text, light or dark.
+# Ink of the plots: a colour that nothing else has. In the page it becomes the colour of the text,
+# light or dark.
 _INK = "#0a0b0c"
 # Any, because newer matplotlibs type the keys one by one.
 _STYLE: Any = {
@@ -26,13 +30,24 @@ _STYLE: Any = {
     "svg.hashsalt": "report",
     # A name with dollar signs is a name, not a formula.
     "text.parse_math": False,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), _INK),
+    **dict.fromkeys(
+        (
+            "text.color",
+            "axes.edgecolor",
+            "axes.labelcolor",
+            "xtick.color",
+            "ytick.color",
+            "grid.color",
+        ),
+        _INK,
+    ),
     **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
     "grid.linewidth": 0.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.framealpha": 0.0,
-    # Told apart with most kinds of colour blindness, and neither too dark for a dark page nor too light for a light one.
+    # Told apart with most kinds of colour blindness, and neither too dark for a dark page nor too
+    # light for a light one.
     "axes.prop_cycle": cycler(color=["#2f82c9", "#d9801a", "#2a9d76", "#cf4a63"]),
 }
 
@@ -61,7 +76,8 @@ class Table:
     Attributes:
         caption: What it shows.
         header: A name for each column.
-        columns: A letter for each column: l text, r numbers (with equally many decimals), c code, o one of three outcomes.
+        columns: A letter for each column: l text, r numbers (with equally many decimals), c code, o
+            one of three outcomes.
         rows: The cells. The first of each row names the row.
         words: What the outcomes are called here: passed, failed, not checked.
     """
@@ -123,7 +139,8 @@ class Section:
         title: Its heading.
         lead: What it is, in a sentence.
         parts: What is shown of it.
-        scores: For the overview: accuracy, macro-F1, what it is, on which blocks; empty if it has no such scores.
+        scores: For the overview: accuracy, macro-F1, what it is, on which blocks; empty if it has
+            no such scores.
     """
 
     title: str
@@ -149,27 +166,47 @@ def plot(figure: Figure, number: str, alt: str, caption: str) -> Picture:
         caption: Under it.
     """
     file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(
+        file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
     ET.register_namespace("", SVG)
     ET.register_namespace("xlink", XLINK)
     root = ET.fromstring(file.getvalue())
     for parent in root.iter():
         # A style sheet would hold for the entire page; its one rule is given to the root instead.
-        for child in [child for child in parent if child.tag in {f"{{{SVG}}}style", f"{{{SVG}}}metadata"}]:
+        for child in [
+            child for child in parent if child.tag in {f"{{{SVG}}}style", f"{{{SVG}}}metadata"}
+        ]:
             parent.remove(child)
     for element in root.iter():
         for key, value in element.attrib.items():
             element.set(key, _in_page(key, value, number))
-    width, height = (round(float(root.attrib.pop(key).removesuffix("pt")) * 4 / 3) for key in ("width", "height"))
-    root.attrib |= {"role": "img", "aria-label": alt, "stroke-linejoin": "round", "stroke-linecap": "butt"}
+    width, height = (
+        round(float(root.attrib.pop(key).removesuffix("pt")) * 4 / 3) for key in ("width", "height")
+    )
+    root.attrib |= {
+        "role": "img",
+        "aria-label": alt,
+        "stroke-linejoin": "round",
+        "stroke-linecap": "butt",
+    }
     # Wide enough that text stays readable: a phone scrolls it in its frame.
     root.set("style", f"max-width: {width}px; min-width: {round(0.78 * width)}px")
-    return Picture(alt, caption, svg=Markup(ET.tostring(root, encoding="unicode")), size=(width, height))
+    return Picture(
+        alt, caption, svg=Markup(ET.tostring(root, encoding="unicode")), size=(width, height)
+    )
 
 
-def image(content: bytes, media_type: str, size: tuple[int, int], alt: str, caption: str) -> Picture:
+def image(
+    content: bytes, media_type: str, size: tuple[int, int], alt: str, caption: str
+) -> Picture:
     """An image file inside a page."""
-    return Picture(alt, caption, source=f"data:{media_type};base64,{base64.b64encode(content).decode()}", size=size)
+    return Picture(
+        alt,
+        caption,
+        source=f"data:{media_type};base64,{base64.b64encode(content).decode()}",
+        size=size,
+    )
 
 
 def _in_page(key: str, value: str, number: str) -> str:

@@ -1,4 +1,7 @@
-"""JSON and pictures of a finished run, from matplotlib; each picture is returned, and saved where a path is given."""
+"""JSON and pictures of a finished run, from matplotlib.
+
+Each picture is returned, and saved where a path is given.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,14 @@ def plot_scores(axes: Axes, history: list[dict[str, Any]]) -> None:
     axes.plot(epochs, [record["macro_f1"] for record in history], marker=".", label="macro-F1")
     axes.plot(epochs, [record["val_accuracy"] for record in history], marker=".", label="accuracy")
     axes.axvline(best["epoch"], color="0.6", linestyle=":", zorder=0)
-    axes.plot([best["epoch"]], [best["macro_f1"]], "*", color="C3", markersize=11, label=f"kept: {best['macro_f1']:.4f}")
+    axes.plot(
+        [best["epoch"]],
+        [best["macro_f1"]],
+        "*",
+        color="C3",
+        markersize=11,
+        label=f"kept: {best['macro_f1']:.4f}",
+    )
     axes.set_ylabel("on validation blocks")
     _by_epoch(axes)
 
@@ -58,17 +68,25 @@ def draw_confusion_matrix(metrics: dict[str, Any], path: Path | None, title: str
     """Counts in each cell, coloured by the share of the true class."""
     counts = np.array(metrics["confusion_matrix"])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # Two lines of text in each cell: many classes need room, and names turned so that they do not run into each other.
+    # Two lines of text in each cell: many classes need room, and names turned so that they do not
+    # run into each other.
     many = len(counts) > 4
     figure = Figure(figsize=(6.6, 5.8) if many else (5, 4.2), layout="constrained")
     axes = figure.subplots()
     display = ConfusionMatrixDisplay(shares, display_labels=metrics["classes"])
     turned = 45 if many else "horizontal"
-    display.plot(ax=axes, cmap="Blues", values_format=".1%", im_kw={"vmin": 0.0, "vmax": 1.0}, xticks_rotation=turned)
+    display.plot(
+        ax=axes,
+        cmap="Blues",
+        values_format=".1%",
+        im_kw={"vmin": 0.0, "vmax": 1.0},
+        xticks_rotation=turned,
+    )
     for (row, col), text in np.ndenumerate(display.text_):
         text.set_text(f"{shares[row, col]:.1%}\n{counts[row, col]}")
         text.set_fontsize(8.5 if many else 10)
-        # scikit-learn's own choice goes by the largest share, and is then white on light blue where no share is large.
+        # scikit-learn's own choice goes by the largest share, and is then white on light blue where
+        # no share is large.
         text.set_color("white" if shares[row, col] > 0.55 else "#08306b")
     display.im_.colorbar.set_label("share of the true class")
     axes.set_title(title)
@@ -86,14 +104,24 @@ def draw_ablation(variants: dict[str, dict[str, Any]], path: Path | None, title:
     scores = [variants[name]["macro_f1"] for name in names]
     # One seed has no deviation, and must not look as if it had a small one.
     several = np.array([len(score["values"]) > 1 for score in scores], dtype=bool)
-    means, deviations = (np.array([score[key] for score in scores], dtype=float) for key in ("mean", "deviation"))
-    axes.errorbar(means[several], places[several], xerr=deviations[several], fmt="none", capsize=3, color="C0")
+    means, deviations = (
+        np.array([score[key] for score in scores], dtype=float) for key in ("mean", "deviation")
+    )
+    axes.errorbar(
+        means[several], places[several], xerr=deviations[several], fmt="none", capsize=3, color="C0"
+    )
     axes.plot(means, places, "o", color="C0")
     for place in places[several]:
         values = scores[place]["values"]
         axes.plot(values, [place] * len(values), "|", color="C0", markersize=7, alpha=0.7)
     # A longer one would leave no room for the axes.
-    axes.set_yticks(places, [textwrap.fill(variants[name]["about"], 48, max_lines=1, placeholder=" ...") for name in names])
+    axes.set_yticks(
+        places,
+        [
+            textwrap.fill(variants[name]["about"], 48, max_lines=1, placeholder=" ...")
+            for name in names
+        ],
+    )
     axes.invert_yaxis()
     axes.set_xlabel("macro-F1")
     axes.grid(alpha=0.3)
@@ -105,10 +133,14 @@ def draw_reloads(curves: dict[str, list[dict[str, Any]]], path: Path | None, tit
     """For each way of training, macro-F1 by epoch of the live and of the reloaded model."""
     figure = Figure(figsize=(4 * len(curves), 3.4), layout="constrained")
     figure.suptitle(title)
-    for axes, (name, records) in zip(figure.subplots(1, len(curves), sharey=True, squeeze=False)[0], curves.items(), strict=True):
+    for axes, (name, records) in zip(
+        figure.subplots(1, len(curves), sharey=True, squeeze=False)[0], curves.items(), strict=True
+    ):
         epochs = [record["epoch"] for record in records]
         axes.plot(epochs, [record["live"] for record in records], label="live")
-        axes.plot(epochs, [record["reloaded"] for record in records], linestyle="--", label="reloaded")
+        axes.plot(
+            epochs, [record["reloaded"] for record in records], linestyle="--", label="reloaded"
+        )
         axes.set_title(name)
         axes.set_ylabel("macro-F1")
         _by_epoch(axes)
@@ -116,7 +148,10 @@ def draw_reloads(curves: dict[str, list[dict[str, Any]]], path: Path | None, tit
 
 
 def draw_flow(flow: list[dict[str, Any]], path: Path | None, title: str) -> Figure:
-    """For each true kind, how many blocks end right and how many are lost at which stage: bands from left to right."""
+    """For each true kind, how many blocks end right and how many are lost at which stage.
+
+    Bands from left to right.
+    """
     kinds = list(dict.fromkeys(each["kind"] for each in flow))
     ends = list(dict.fromkeys(each["end"] for each in flow))
     total = sum(each["blocks"] for each in flow)
@@ -131,12 +166,24 @@ def draw_flow(flow: list[dict[str, Any]], path: Path | None, title: str) -> Figu
     for each in flow:
         low, high = left[each["kind"]][each["end"]], right[each["end"]][each["kind"]]
         lower = low + (high - low) * ease
-        axes.fill_between(x, lower, lower + each["blocks"], color=colours[each["end"]], alpha=0.55, linewidth=0)
-    for x_text, places, names, key, align in ((-0.02, left, kinds, "kind", "right"), (1.02, right, ends, "end", "left")):
+        axes.fill_between(
+            x, lower, lower + each["blocks"], color=colours[each["end"]], alpha=0.55, linewidth=0
+        )
+    for x_text, places, names, key, align in (
+        (-0.02, left, kinds, "kind", "right"),
+        (1.02, right, ends, "end", "left"),
+    ):
         for name in names:
             count = sum(each["blocks"] for each in flow if each[key] == name)
             middle = min(places[name].values()) + count / 2
-            axes.text(x_text, middle, f"{name}: {count} ({count / total:.1%})", ha=align, va="center", fontsize=9)
+            axes.text(
+                x_text,
+                middle,
+                f"{name}: {count} ({count / total:.1%})",
+                ha=align,
+                va="center",
+                fontsize=9,
+            )
     axes.set_xlim(-0.4, 1.45)
     axes.invert_yaxis()
     axes.set_axis_off()
@@ -157,7 +204,9 @@ def _saved(figure: Figure, path: Path | None) -> Figure:
     return figure
 
 
-def _places(flow: list[dict[str, Any]], key: str, names: list[str], gap: float) -> dict[str, dict[str, float]]:
+def _places(
+    flow: list[dict[str, Any]], key: str, names: list[str], gap: float
+) -> dict[str, dict[str, float]]:
     """Where each band starts on one side: for each name there, by the name on the other side."""
     other = "end" if key == "kind" else "kind"
     at = 0.0

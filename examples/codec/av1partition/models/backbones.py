@@ -42,7 +42,10 @@ def gray_stem(colour: nn.Conv2d) -> nn.Conv2d:
 
 
 def fine_resnet18() -> nn.Module:
-    """`gray_resnet18` with a stem made for 16x16 blocks, a 3x3 convolution of stride 1; random weights."""
+    """`gray_resnet18` with a stem made for 16x16 blocks, a 3x3 convolution of stride 1.
+
+    Random weights.
+    """
     model = gray_resnet18()
     model.conv1 = _new_stem(3, stride=1)
     return model
@@ -50,7 +53,9 @@ def fine_resnet18() -> nn.Module:
 
 def _new_stem(size: int = 7, stride: int = 2) -> nn.Conv2d:
     stem = nn.Conv2d(1, STAGE_CHANNELS[0], size, stride=stride, padding=size // 2, bias=False)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # As torchvision starts its own.
+    nn.init.kaiming_normal_(
+        stem.weight, mode="fan_out", nonlinearity="relu"
+    )  # As torchvision starts its own.
     return stem
 
 
@@ -70,7 +75,10 @@ class SqueezeExcitation(nn.Module):
         super().__init__()
         hidden = channels // reduction
         self.excitation = nn.Sequential(
-            nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels, bias=False), nn.Sigmoid()
+            nn.Linear(channels, hidden, bias=False),
+            nn.ReLU(),
+            nn.Linear(hidden, channels, bias=False),
+            nn.Sigmoid(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,9 +106,10 @@ class SpatialAttention(nn.Module):
 
 
 class AttentionResNet18(nn.Module):
-    """The study's attention backbone: squeeze-excitation after each stage, spatial attention at the end.
+    """The study's attention backbone, a ResNet-18 with two kinds of attention.
 
-    Its own modules stand beside ResNet-18's, whose names stay torchvision's.
+    Squeeze-excitation is after each stage, spatial attention at the end. The backbone's own modules
+    stand beside ResNet-18's, whose names stay torchvision's.
 
     Args:
         weights: ImageNet weights for the ResNet-18 part. None: random.
@@ -138,12 +147,26 @@ class AttentionResNet18(nn.Module):
 def parts(backbone: nn.Module) -> tuple[str, ...]:
     """The modules that make feature maps, in the order in which they run."""
     if isinstance(backbone, AttentionResNet18):
-        return (*STEM, "layer1", "se1", "layer2", "se2", "layer3", "se3", "layer4", "se4", "spatial_attn")
+        return (
+            *STEM,
+            "layer1",
+            "se1",
+            "layer2",
+            "se2",
+            "layer3",
+            "se3",
+            "layer4",
+            "se4",
+            "spatial_attn",
+        )
     return (*STEM, "layer1", "layer2", "layer3", "layer4")
 
 
 def front(backbone: nn.Module, x: Tensor, end: str) -> Tensor:
-    """A backbone up to one of its parts and with it: [N, 1, H, W] to that part's feature maps; "" is before the first."""
+    """A backbone up to one of its parts and with it.
+
+    [N, 1, H, W] to that part's feature maps; "" is before the first.
+    """
     return _through(backbone, parts(backbone)[: _until(backbone, end)], x)
 
 
@@ -178,6 +201,9 @@ def build_backbone(kind: BackboneKind, weights: ResNet18_Weights | None = None) 
     """
     if kind == "fine":
         if weights is not None:
-            raise ValueError("the fine backbone's stem is not ImageNet's, so there are no weights for it; leave them out")
+            raise ValueError(
+                "the fine backbone's stem is not ImageNet's, so there are no weights for it; leave "
+                "them out"
+            )
         return fine_resnet18()
     return AttentionResNet18(weights) if kind == "attention" else gray_resnet18(weights)

@@ -1,4 +1,7 @@
-"""One model for all stages: a backbone, Stage 1's head, and for each specialist a head and an adapter set."""
+"""One model for all stages.
+
+A backbone, Stage 1's head, and for each specialist a head and an adapter set.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,26 @@ from av1partition.data.tasks import KINDS, SPECIALISTS, STAGE1, Task
 from av1partition.models.backbones import FEATURES, AttentionResNet18
 from resadapt import adapter_state_dict, inject_adapters, load_adapter_state_dict, suggest_layers
 
-SITES = {"plain": ("layer1", "layer2", "layer3", "layer4"), "attention": ("se1", "se2", "se3", "spatial_attn")}
+SITES = {
+    "plain": ("layer1", "layer2", "layer3", "layer4"),
+    "attention": ("se1", "se2", "se3", "spatial_attn"),
+}
 HIDDEN = 128
 BACKBONE = "stage1.backbone"
 
 
 class Stage1Head(nn.Module):
-    """Stage 1's head, 512-256-1 in the study; nested so that its parameters have the study's names."""
+    """Stage 1's head, 512-256-1 in the study.
+
+    It is nested so that its parameters have the study's names.
+    """
 
     def __init__(self, features: int = FEATURES, outputs: int = 1, dropout: float = 0.5) -> None:
         """See the class."""
         super().__init__()
-        self.head = nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, outputs))
+        self.head = nn.Sequential(
+            nn.Linear(features, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, outputs)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [N, outputs]."""
@@ -38,17 +49,21 @@ class Stage1Model(nn.Module):
 
     Args:
         backbone: From [N, 1, 16, 16] to [N, 512].
-        kinds: The head tells all ten kinds apart, and PARTITION is any but NONE; otherwise it has the one logit of PARTITION.
+        kinds: The head tells all ten kinds apart, and PARTITION is any but NONE; otherwise it has
+            the one logit of PARTITION.
         quantizer: The head sees the quantizer beside the features.
 
     Attributes:
-        temperature: Divides the logit, so that its sigmoid is a probability; training leaves it at 1.
+        temperature: Divides the logit, so that its sigmoid is a probability; training leaves it at
+            1.
         threshold: Probability of PARTITION from which on a block goes to Stage 2.
     """
 
     temperature: Tensor
 
-    def __init__(self, backbone: nn.Module, *, kinds: bool = False, quantizer: bool = False) -> None:
+    def __init__(
+        self, backbone: nn.Module, *, kinds: bool = False, quantizer: bool = False
+    ) -> None:
         """See the class."""
         super().__init__()
         self.backbone = backbone
@@ -59,7 +74,9 @@ class Stage1Model(nn.Module):
 
     def answers(self, features: Tensor, inputs: Tensor) -> Tensor:
         """What the head says, uncalibrated: [N, 1], or [N, 10] of all kinds."""
-        logits: Tensor = self.head(beside_quantizer(features, inputs) if self.quantizer else features)
+        logits: Tensor = self.head(
+            beside_quantizer(features, inputs) if self.quantizer else features
+        )
         return logits
 
     def classify(self, features: Tensor, inputs: Tensor) -> Tensor:
@@ -70,7 +87,10 @@ class Stage1Model(nn.Module):
         return logits / self.temperature
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Calibrated logit of PARTITION, [N, 1], from luma and, if the head sees it, the quantizer: [N, 1 or 2, 16, 16]."""
+        """Calibrated logit of PARTITION, [N, 1], from luma and, if the head sees it, the quantizer.
+
+        [N, 1 or 2, 16, 16].
+        """
         return self.classify(self.backbone(luma(inputs)), inputs)
 
 
@@ -88,9 +108,10 @@ class UncalibratedAnswers(nn.Module):
 
 
 class SpecialistHead(nn.Module):
-    """Two heads of one task whose answers are added, both zero until an adapter set brings its own for one of them.
+    """Two heads of one task, whose answers are added.
 
-    Both are always there, so that the files of sets with either kind of head fit the same model.
+    Both are zero until an adapter set brings its own for one of them. Both are always there, so
+    that the files of sets with either kind of head fit the same model.
 
     Attributes:
         linear: On the features alone, as the study's.
@@ -114,7 +135,8 @@ class SpecialistHead(nn.Module):
 class Cascade(nn.Module):
     """A finished Stage 1 and heads for the specialists, whose adapter sets go into its backbone.
 
-    Without an active set it is Stage 1; with a specialist's, what counts of its answers is that specialist's.
+    Without an active set it is Stage 1; with a specialist's, what counts of its answers is that
+    specialist's.
 
     Args:
         stage1: Backbone, head and temperature; they become a part of this model.
@@ -162,10 +184,18 @@ class Answers(nn.Module):
 
 
 def new_head(task: Task, quantizer: bool) -> nn.Module:
-    """A specialist's head at a random start: linear on the features, or a small network on features and quantizer."""
+    """A specialist's head at a random start.
+
+    Linear on the features, or a small network on features and quantizer.
+    """
     if not quantizer:
         return nn.Linear(FEATURES, len(task.classes))
-    return nn.Sequential(nn.Linear(FEATURES + CODE_SIZE, HIDDEN), nn.ReLU(), nn.Dropout(0.3), nn.Linear(HIDDEN, len(task.classes)))
+    return nn.Sequential(
+        nn.Linear(FEATURES + CODE_SIZE, HIDDEN),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(HIDDEN, len(task.classes)),
+    )
 
 
 def head_name(task: Task, quantizer: bool) -> str:
@@ -199,7 +229,8 @@ def adapt(
         name: Of the set; None: the task's key.
         family: Kind of adapter; the study's is "pooled".
         norm: What the set has of its own of the backbone's norms.
-        budget: Most parameters of all adapters; the widths are chosen for it, and `bottleneck` does not count.
+        budget: Most parameters of all adapters; the widths are chosen for it, and `bottleneck` does
+            not count.
         **options: Of the family.
 
     Returns:
@@ -212,7 +243,9 @@ def adapt(
     example = torch.zeros(1, 2, BLOCK, BLOCK)
     sites: Any = tuple(f"{BACKBONE}.{layer}" for layer in layers)
     if budget is not None:
-        sites = suggest_layers(cascade, budget, family=family, layers=sites, example_input=example, **options)
+        sites = suggest_layers(
+            cascade, budget, family=family, layers=sites, example_input=example, **options
+        )
     inject_adapters(
         cascade,
         sites,
@@ -225,8 +258,13 @@ def adapt(
         example_input=example,
         **options,
     )
-    start = {f"head.{head}.{key}": tensor for key, tensor in new_head(task, quantizer).state_dict().items()}
-    load_adapter_state_dict(cascade, adapter_state_dict(cascade, name or task.key) | start, name or task.key)
+    start = {
+        f"head.{head}.{key}": tensor
+        for key, tensor in new_head(task, quantizer).state_dict().items()
+    }
+    load_adapter_state_dict(
+        cascade, adapter_state_dict(cascade, name or task.key) | start, name or task.key
+    )
     return cascade
 
 

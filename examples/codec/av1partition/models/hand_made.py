@@ -1,4 +1,4 @@
-"""Stage 2 as one writes it without a library, with the mistakes that cost the study its checkpoints."""
+"""Stage 2 as one writes it without a library, with the mistakes that the study paid for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class HandMadeStage2(nn.Module):
         for parameter in backbone.parameters():
             parameter.requires_grad = False
         self.adapters = nn.ModuleList(
-            nn.Sequential(nn.Linear(c, bottleneck), nn.ReLU(), nn.Dropout(0.1), nn.Linear(bottleneck, c)) for c in STAGE_CHANNELS
+            nn.Sequential(
+                nn.Linear(c, bottleneck), nn.ReLU(), nn.Dropout(0.1), nn.Linear(bottleneck, c)
+            )
+            for c in STAGE_CHANNELS
         )
         self.head = new_head(STAGE2, quantizer=False)
 
@@ -45,4 +48,8 @@ class HandMadeStage2(nn.Module):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """What its adapter file holds."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not name.startswith("backbone.")
+        }

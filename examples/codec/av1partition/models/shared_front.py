@@ -1,9 +1,13 @@
-"""What the stages have in common: the frozen backbone up to the first adapter, which is computed once for each block.
+"""What the stages have in common: the frozen backbone up to the first adapter.
 
-The library's `cache_prefix` and `forward_all` give the same answers and take longer. Training from features of `cache_prefix` asks
-the heads of all tasks, whose dropout draws other random numbers, and checks the backbone in every step: on one core a step of 128
-blocks takes 1.2 times as long with adapters from layer1 on, 1.5 times with adapters from layer3 on. `forward_all` asks all sets
-about all blocks, so that the pipeline takes 1.7 times as long; `cache_prefix` needs an active set, and Stage 1 has none.
+It is computed once for each block.
+
+The library's `cache_prefix` and `forward_all` give the same answers and take longer. Training from
+features of `cache_prefix` asks the heads of all tasks, whose dropout draws other random numbers,
+and checks the backbone in every step: on one core a step of 128 blocks takes 1.2 times as long with
+adapters from layer1 on, 1.5 times with adapters from layer3 on. `forward_all` asks all sets about
+all blocks, so that the pipeline takes 1.7 times as long; `cache_prefix` needs an active set, and
+Stage 1 has none.
 """
 
 from __future__ import annotations
@@ -20,12 +24,17 @@ from resadapt.types import AdapterSetInfo
 
 
 def shared_end(cascade: Cascade) -> str:
-    """The last part of the backbone before which no set changes anything, and whose inside none does; "" where there is none."""
+    """The last part of the backbone with no change by any set before it or inside it.
+
+    "" where there is none.
+    """
     names = ("", *parts(cascade.backbone))
     ends = [len(names) - 1]
     for info in list_adapters(cascade):
         if info.norm != "frozen":
-            ends.append(names.index("bn1") - 1)  # All norms of the backbone are the set's own, and this is the first.
+            ends.append(
+                names.index("bn1") - 1
+            )  # All norms of the backbone are the set's own, and this is the first.
         reads = next(family.reads for family in list_families() if family.name == info.family)
         for site in info.sites:
             part, _, inside = site.name.removeprefix(f"{BACKBONE}.").partition(".")
@@ -51,7 +60,8 @@ class BehindFront(nn.Module):
         super().__init__()
         self.cascade, self.task, self.end = cascade, task, end
         (info,) = (info for info in list_adapters(cascade) if info.name == name)
-        # The front ran without the set's adapter at its end. Its name is kept, so that it stays registered in one place.
+        # The front ran without the set's adapter at its end. Its name is kept, so that it stays
+        # registered in one place.
         self.adapter = _adapter_at(info, f"{BACKBONE}.{end}")
 
     def forward(self, packed: Tensor) -> Tensor:
@@ -63,17 +73,23 @@ class BehindFront(nn.Module):
 
 
 def pack(h: Tensor, inputs: Tensor) -> Tensor:
-    """Feature maps [N, C, H, W], and behind them a corner of the inputs [N, 2, 16, 16], in which the quantizer is."""
+    """Feature maps [N, C, H, W], and behind them a corner of the inputs [N, 2, 16, 16].
+
+    The quantizer is in that corner.
+    """
     return torch.cat([h, inputs[:, :, : h.shape[2], : h.shape[3]]], dim=1)
 
 
 def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Feature maps and inputs again, the maps in the memory format in which the backbone makes them."""
+    """Feature maps and inputs again, the maps in the memory format that the backbone gives them."""
     return packed[:, :-2].contiguous(memory_format=torch.channels_last), packed[:, -2:]
 
 
 class Front(nn.Module):
-    """The shared part of a cascade's backbone: from inputs [N, 2, 16, 16] to what `BehindFront` is given."""
+    """The shared part of a cascade's backbone.
+
+    From inputs [N, 2, 16, 16] to what `BehindFront` is given.
+    """
 
     def __init__(self, cascade: Cascade, end: str) -> None:
         """See the class."""
@@ -86,4 +102,6 @@ class Front(nn.Module):
 
 
 def _adapter_at(info: AdapterSetInfo, name: str) -> str | None:
-    return next((f"{site.owner}.resadapt.{info.name}" for site in info.sites if site.name == name), None)
+    return next(
+        (f"{site.owner}.resadapt.{info.name}" for site in info.sites if site.name == name), None
+    )

@@ -24,7 +24,9 @@ class SpecialistFileError(ValueError):
     """A file of a specialist is damaged, missing, or not of what it was given for."""
 
 
-def open_cascade(stage1_file: Path, adapter_files: Mapping[Task, Sequence[Path]]) -> tuple[Cascade, dict[str, list[str]]]:
+def open_cascade(
+    stage1_file: Path, adapter_files: Mapping[Task, Sequence[Path]]
+) -> tuple[Cascade, dict[str, list[str]]]:
     """Build Stage 1 with adapter sets of specialists.
 
     Args:
@@ -42,7 +44,10 @@ def open_cascade(stage1_file: Path, adapter_files: Mapping[Task, Sequence[Path]]
     for task, file in ((task, file) for task, files in adapter_files.items() for file in files):
         _check_task(file, task)
     cascade = Cascade(load_stage1(stage1_file))
-    names = {task.key: [f"{task.key}{number}" for number in range(len(files))] for task, files in adapter_files.items()}
+    names = {
+        task.key: [f"{task.key}{number}" for number in range(len(files))]
+        for task, files in adapter_files.items()
+    }
     for task, files in adapter_files.items():
         for name, file in zip(names[task.key], files, strict=True):
             load_adapters(cascade, file, name=name)
@@ -50,7 +55,9 @@ def open_cascade(stage1_file: Path, adapter_files: Mapping[Task, Sequence[Path]]
 
 
 def reload_specialist(stage1_file: Path, task: Task, output: Path) -> Answers:
-    """Build the model of a finished run from its files alone: Stage 1's, and the adapters', the head's or the network's.
+    """Build the model of a finished run from its files alone.
+
+    They are Stage 1's, and that of the adapters, the head or the network.
 
     Raises:
         Stage1FileError: The Stage 1 file is not one.
@@ -69,7 +76,9 @@ def reload_specialist(stage1_file: Path, task: Task, output: Path) -> Answers:
     try:
         cascade.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        raise SpecialistFileError(f"{file}: does not hold {task.title} on this Stage 1; {MEND}") from error
+        raise SpecialistFileError(
+            f"{file}: does not hold {task.title} on this Stage 1; {MEND}"
+        ) from error
     return Answers(cascade, task)
 
 
@@ -82,7 +91,9 @@ def read_tensors(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # No common base; and its texts advise weights_only=False.
-        raise SpecialistFileError(f"{file}: cannot be read as tensors ({type(error).__name__}); {MEND}") from error
+        raise SpecialistFileError(
+            f"{file}: cannot be read as tensors ({type(error).__name__}); {MEND}"
+        ) from error
 
 
 def task_of(output: Path) -> Task:
@@ -97,15 +108,20 @@ def task_of(output: Path) -> Task:
         (task,) = (task for task in SPECIALISTS if task.key == key)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpecialistFileError(
-            f"{file}: is not that of a finished run of a specialist ({type(error).__name__}); pass the folder of one"
+            f"{file}: is not that of a finished run of a specialist ({type(error).__name__}); pass "
+            "the folder of one"
         ) from error
     return task
 
 
 def _check_task(file: Path, task: Task) -> None:
-    """A file of another specialist would load too, with a head of its own, and this one would not have changed."""
+    """Refuse a file of another specialist.
+
+    It would load too, with a head of its own, and leave this specialist as it was.
+    """
     heads = read_adapter_info(file).set.head
     if not any(head.startswith(f"specialists.{task.key}.") for head in heads):
         raise SpecialistFileError(
-            f"{file}: has the head {', '.join(heads) or 'of nobody'}, expected that of {task.title}; pass the file of that stage"
+            f"{file}: has the head {', '.join(heads) or 'of nobody'}, expected that of "
+            f"{task.title}; pass the file of that stage"
         )

@@ -1,4 +1,7 @@
-"""Stage 1 files, the study's and this example's own: strict to read, because every specialist stands on them."""
+"""Stage 1 files, the study's and this example's own.
+
+Strict to read, because every specialist stands on them.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,21 @@ class Stage1FileError(ValueError):
 
 
 def save_stage1(model: Stage1Model, path: str | Path) -> None:
-    """Write a model as the study does: a dictionary with ``model_state_dict``; and the threshold beside it."""
+    """Write a model as the study does.
+
+    A dictionary with ``model_state_dict``; and the threshold beside it.
+    """
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    write_atomically(Path(path), lambda file: torch.save({"model_state_dict": state, "threshold": model.threshold}, file))
+    write_atomically(
+        Path(path),
+        lambda file: torch.save({"model_state_dict": state, "threshold": model.threshold}, file),
+    )
 
 
 def load_stage1(path: str | Path) -> Stage1Model:
-    """Build the model that a Stage 1 file holds; which backbone and head it has, its tensors' names and shapes tell.
+    """Build the model that a Stage 1 file holds.
+
+    The names and shapes of the file's tensors tell which backbone and head it has.
 
     Args:
         path: A dictionary with ``model_state_dict``, as the study writes it. No code in it is run.
@@ -42,16 +53,21 @@ def load_stage1(path: str | Path) -> Stage1Model:
     model = _of_the_shape(state)
     known = model.state_dict()
     # The specialists do not use the head and its calibration, so they may be absent, not different.
-    problems = [f"missing {name}" for name in known if name.startswith("backbone.") and name not in state]
+    problems = [
+        f"missing {name}" for name in known if name.startswith("backbone.") and name not in state
+    ]
     problems += [f"unexpected {name}" for name in state if name not in known]
     for name in known.keys() & state.keys():
         problems += _differences(name, state[name], known[name])
     if problems:
         raise Stage1FileError(
-            f"{path}: not a Stage 1 file with {type(model.backbone).__name__}: {'; '.join(sorted(problems))}. "
-            "Pass a file with exactly its tensors (train_stage1.py writes one)"
+            f"{path}: not a Stage 1 file with {type(model.backbone).__name__}: "
+            f"{'; '.join(sorted(problems))}. Pass a file with exactly its tensors (train_stage1.py "
+            "writes one)"
         )
-    absent = {name: torch.zeros_like(tensor) for name, tensor in known.items() if name.startswith("head.")}
+    absent = {
+        name: torch.zeros_like(tensor) for name, tensor in known.items() if name.startswith("head.")
+    }
     temperature = state.get("temperature", torch.ones(1)).reshape(1)
     model.load_state_dict({**absent, **state, "temperature": temperature})
     model.threshold = threshold
@@ -80,13 +96,21 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float]:
     except FileNotFoundError as error:
         raise Stage1FileError(f"{path}: no such file; make one with train_stage1.py") from error
     except Exception as error:  # No common base; and its texts advise weights_only=False.
-        raise Stage1FileError(f"{path}: cannot be read as tensors ({type(error).__name__})") from error
+        raise Stage1FileError(
+            f"{path}: cannot be read as tensors ({type(error).__name__})"
+        ) from error
     state = content.get("model_state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise Stage1FileError(f"{path}: has no 'model_state_dict' of tensors; is it a Stage 1 file?")
+    if not isinstance(state, dict) or not all(
+        isinstance(tensor, Tensor) for tensor in state.values()
+    ):
+        raise Stage1FileError(
+            f"{path}: has no 'model_state_dict' of tensors; is it a Stage 1 file?"
+        )
     threshold = content.get("threshold", 0.5)
     if not isinstance(threshold, float) or not 0 < threshold < 1:
-        raise Stage1FileError(f"{path}: 'threshold' is {threshold!r}, expected a probability between 0 and 1")
+        raise Stage1FileError(
+            f"{path}: 'threshold' is {threshold!r}, expected a probability between 0 and 1"
+        )
     return state, threshold
 
 

@@ -30,7 +30,10 @@ def class_balanced_weights(counts: Tensor, beta: float = 0.9999) -> Tensor:
     if not 0 <= beta < 1:
         raise ValueError(f"beta is {beta}, expected 0 <= beta < 1")
     if empty := (counts <= 0).nonzero().flatten().tolist():
-        raise ValueError(f"classes {empty} have no training samples (counts {counts.tolist()}); add some or drop them")
+        raise ValueError(
+            f"classes {empty} have no training samples (counts {counts.tolist()}); add some or "
+            "drop them"
+        )
     # Double precision: beta^n is so close to 1 for small n that float32 would lose most digits.
     raw = (1 - beta) / (1 - beta ** counts.double())
     return (raw * len(counts) / raw.sum()).float()

@@ -62,8 +62,8 @@ class Trainee:
         optimizer: Over what is trained.
         capture: Copies of the tensors that training changes.
         restore: Puts such copies back.
-        keep_best: Called at each new best macro-F1 with the epoch's record, to which it may add, and
-            the validation logits.
+        keep_best: Called at each new best macro-F1 with the epoch's record, to which it may add,
+            and the validation logits.
     """
 
     model: nn.Module
@@ -75,7 +75,13 @@ class Trainee:
 
 
 def fit(
-    trainee: Trainee, train: TensorDataset, val: TensorDataset, schedule: Schedule, *, state_file: Path, config: Config
+    trainee: Trainee,
+    train: TensorDataset,
+    val: TensorDataset,
+    schedule: Schedule,
+    *,
+    state_file: Path,
+    config: Config,
 ) -> list[dict[str, Any]]:
     """Train, or go on where an interrupted run stopped; the end is the same to the last bit.
 
@@ -102,7 +108,10 @@ def fit(
         history = state.history
         log.info("resumed after epoch %d of %d", len(history), schedule.epochs)
     done, total = len(history) * len(train), schedule.epochs * len(train)
-    with logging_redirect_tqdm(), tqdm(initial=done, total=total, unit=" blocks", leave=False, disable=None) as progress:
+    with (
+        logging_redirect_tqdm(),
+        tqdm(initial=done, total=total, unit=" blocks", leave=False, disable=None) as progress,
+    ):
         for epoch in range(len(history) + 1, schedule.epochs + 1):
             rates = [float(group["lr"]) for group in trainee.optimizer.param_groups]
             train_loss = _train_epoch(trainee, train, schedule, epoch, progress)
@@ -140,7 +149,9 @@ def predict_logits(model: nn.Module, samples: Tensor, device: torch.device) -> T
     """Logits of all samples, on the CPU; the model is in evaluation mode afterwards."""
     model.eval()
     with SmallMaps():
-        return torch.cat([model(batch.to(device)).cpu() for batch in torch.split(samples, EVALUATION_BATCH)])
+        return torch.cat(
+            [model(batch.to(device)).cpu() for batch in torch.split(samples, EVALUATION_BATCH)]
+        )
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -149,14 +160,29 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         "--dataset-dir",
         type=Path,
         default=DATA_DIR,
-        help="frames with MANIFEST.json, or the study's train.pt and val.pt (default: the data beside the scripts)",
+        help="frames with MANIFEST.json, or the study's train.pt and val.pt (default: the data "
+        "beside the scripts)",
     )
-    parser.add_argument("--batch-size", type=accept.whole, default=128, help="blocks in a step (default: %(default)s)")
-    parser.add_argument("--device", type=accept.device, default=accept.default_device(), help="default: %(default)s")
-    parser.add_argument("--num-workers", type=accept.whole_or_none, default=0, help="loader processes (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        type=accept.whole,
+        default=128,
+        help="blocks in a step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", type=accept.device, default=accept.default_device(), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=accept.whole_or_none,
+        default=0,
+        help="loader processes (default: %(default)s)",
+    )
 
 
-def _train_epoch(trainee: Trainee, train: TensorDataset, schedule: Schedule, epoch: int, progress: tqdm[NoReturn]) -> float:
+def _train_epoch(
+    trainee: Trainee, train: TensorDataset, schedule: Schedule, epoch: int, progress: tqdm[NoReturn]
+) -> float:
     # Seeding each epoch by its number makes a resumed run draw the same dropout masks and order
     # as an uninterrupted one, on every device, without saving generator states.
     torch.manual_seed(schedule.seed * 1_000_003 + epoch)
@@ -188,7 +214,12 @@ def _batches(data: TensorDataset, schedule: Schedule) -> DataLoader[tuple[Tensor
     return DataLoader(data, sampler=sampler, batch_size=None, num_workers=schedule.num_workers)
 
 
-def _scores(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, val: TensorDataset, device: torch.device) -> dict[str, float]:
+def _scores(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    logits: Tensor,
+    val: TensorDataset,
+    device: torch.device,
+) -> dict[str, float]:
     labels = val.tensors[1]
     return {
         "val_loss": float(loss(logits.to(device), labels.to(device))),

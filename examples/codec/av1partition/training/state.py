@@ -75,12 +75,18 @@ def load_state(path: Path, config: Config) -> TrainingState | None:
         before = content.pop("config")
         state = TrainingState(**content)
     except Exception as error:  # No common base; and its texts advise weights_only=False.
-        raise TrainingStateError(f"{path}: not a training state ({type(error).__name__}); delete it to start over") from error
-    differing = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
-    if differing:
-        changes = "; ".join(f"{key} was {before.get(key)!r}, now is {config.get(key)!r}" for key in differing)
         raise TrainingStateError(
-            f"{path}: belongs to a run configured otherwise: {changes}. Resume with the same options and data, "
-            "or choose another --output-dir"
+            f"{path}: not a training state ({type(error).__name__}); delete it to start over"
+        ) from error
+    differing = sorted(
+        key for key in before.keys() | config.keys() if before.get(key) != config.get(key)
+    )
+    if differing:
+        changes = "; ".join(
+            f"{key} was {before.get(key)!r}, now is {config.get(key)!r}" for key in differing
+        )
+        raise TrainingStateError(
+            f"{path}: belongs to a run configured otherwise: {changes}. Resume with the same "
+            "options and data, or choose another --output-dir"
         )
     return state

@@ -1,4 +1,7 @@
-"""What a specialist can train: adapters with a head on Stage 1's frozen backbone, the head alone, or the whole network."""
+"""What a specialist can train.
+
+Adapters with a head on Stage 1's frozen backbone, the head alone, or the whole network.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,12 @@ def set_trainee(
 ) -> Trainee:
     """Train a set, adapters and head or the head alone; its file proves itself at each best epoch.
 
-    Of a head alone the proof compares tensors and outputs only: passes through the backbone for each best epoch would take longer
-    than its training.
+    Of a head alone the proof compares tensors and outputs only: passes through the backbone for
+    each best epoch would take longer than its training.
 
     Args:
-        model: What is trained and asked: the cascade's `Answers`, `BehindFront` of it, or `head_on_features`.
+        model: What is trained and asked: the cascade's `Answers`, `BehindFront` of it, or
+            `head_on_features`.
         cascade: With the task's set injected, on its device.
         task: What they are trained for.
         loss: From logits and labels to a scalar.
@@ -70,7 +74,8 @@ def set_trainee(
     adapted = count_parameters(cascade).adapters > 0
 
     def metric(candidate: nn.Module) -> float:
-        # Live and reloaded model are measured on the same blocks, or their difference would mean nothing.
+        # Live and reloaded model are measured on the same blocks, or their difference would mean
+        # nothing.
         return macro_f1(predict_logits(Answers(candidate, task), samples, device), labels)
 
     def keep_best(record: dict[str, Any], logits: Tensor) -> None:
@@ -96,15 +101,21 @@ def set_trainee(
     return Trainee(
         model,
         loss,
-        AdamW(parameter_groups(cascade, lr_adapter, head_lr=lr_head, weight_decay=weight_decay), fused=True),
-        capture=lambda: {name: tensor.detach().cpu().clone() for name, tensor in adapter_state_dict(cascade).items()},
+        AdamW(
+            parameter_groups(cascade, lr_adapter, head_lr=lr_head, weight_decay=weight_decay),
+            fused=True,
+        ),
+        capture=lambda: {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in adapter_state_dict(cascade).items()
+        },
         restore=lambda state: load_adapter_state_dict(cascade, state),
         keep_best=keep_best,
     )
 
 
 def head_on_features(cascade: Cascade, task: Task, *, quantizer: bool) -> nn.Module:
-    """A specialist's head with the dropout in front of it, for features that the frozen backbone gave once."""
+    """A specialist's head behind its dropout, for features that the frozen backbone gave once."""
     return nn.Sequential(nn.Dropout(0.5), cascade.get_submodule(head_name(task, quantizer)))
 
 
@@ -119,7 +130,9 @@ def network_trainee(
     lr_head: float,
     weight_decay: float,
 ) -> Trainee:
-    """Train backbone and head, and keep all of them: the rival that a frozen backbone is measured against.
+    """Train backbone and head, and keep all of them.
+
+    This is the rival of a frozen backbone.
 
     Args:
         cascade: On its device.
@@ -131,22 +144,34 @@ def network_trainee(
         lr_head: Learning rate of the head.
         weight_decay: Of all parameters.
     """
-    groups = [{"params": cascade.backbone.parameters(), "lr": lr_backbone}, {"params": head.parameters(), "lr": lr_head}]
+    groups = [
+        {"params": cascade.backbone.parameters(), "lr": lr_backbone},
+        {"params": head.parameters(), "lr": lr_head},
+    ]
     optimizer = AdamW(groups, weight_decay=weight_decay, fused=True)
 
     def state() -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu().clone() for name, tensor in cascade.state_dict().items()}
+        return {
+            name: tensor.detach().cpu().clone() for name, tensor in cascade.state_dict().items()
+        }
 
     def keep_best(_: dict[str, Any], logits: Tensor) -> None:
         _save(state(), output / NETWORK_FILE)
         _save(logits, output / LOGITS_FILE)
 
     model = Answers(cascade, task)
-    return Trainee(model, loss, optimizer, capture=state, restore=cascade.load_state_dict, keep_best=keep_best)
+    return Trainee(
+        model, loss, optimizer, capture=state, restore=cascade.load_state_dict, keep_best=keep_best
+    )
 
 
-def frozen_features(backbone: nn.Module, data: TensorDataset, device: torch.device, *, quantizer: bool) -> TensorDataset:
-    """The data with its inputs replaced by what a head sees: what the backbone, in evaluation mode, makes of them."""
+def frozen_features(
+    backbone: nn.Module, data: TensorDataset, device: torch.device, *, quantizer: bool
+) -> TensorDataset:
+    """The data with its inputs replaced by what a head sees.
+
+    What the backbone, in evaluation mode, makes of them.
+    """
     inputs, labels = data.tensors
     features = predict_logits(backbone.to(device), luma(inputs), device)
     return TensorDataset(beside_quantizer(features, inputs) if quantizer else features, labels)
@@ -155,7 +180,9 @@ def frozen_features(backbone: nn.Module, data: TensorDataset, device: torch.devi
 def behind_front(
     cascade: Cascade, task: Task, data: Sequence[TensorDataset], device: torch.device
 ) -> tuple[nn.Module, list[TensorDataset]]:
-    """A specialist from its first adapter on, and the data as the frozen part before it, in evaluation mode, makes it once.
+    """A specialist from its first adapter on, and the data that it is given there.
+
+    The frozen part before the adapter makes them once, in evaluation mode.
 
     Args:
         cascade: With the task's set active and no other, on its device.
@@ -165,7 +192,12 @@ def behind_front(
     """
     end = shared_end(cascade)
     with adapters_disabled(cascade):
-        made = [TensorDataset(predict_logits(Front(cascade, end), each.tensors[0], device), each.tensors[1]) for each in data]
+        made = [
+            TensorDataset(
+                predict_logits(Front(cascade, end), each.tensors[0], device), each.tensors[1]
+            )
+            for each in data
+        ]
     return BehindFront(cascade, task, task.key, end), made
 
 
