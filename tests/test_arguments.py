@@ -266,13 +266,16 @@ def test_any_state_dict(state: Any) -> None:
         ),
         (
             lambda m, p: resadapt.inject_adapters(m, "c2", name=["a"]),
-            r"name=\['a'\] is list, not a text",
+            r"name=\['a'\] is list, not a string",
         ),
         (
             lambda m, p: resadapt.inject_adapters(m, "c2", family=["pooled"]),
-            r"family=\['pooled'\] is list, not a text",
+            r"family=\['pooled'\] is list, not a string",
         ),
-        (lambda m, p: resadapt.inject_adapters(m, "c2", norm={}), r"norm=\{\} is dict, not a text"),
+        (
+            lambda m, p: resadapt.inject_adapters(m, "c2", norm={}),
+            r"norm=\{\} is dict, not a string",
+        ),
         (lambda m, p: resadapt.inject_adapters(m, "c2", dropout=True), r"dropout=True is bool"),
         (
             lambda m, p: resadapt.save_adapters(injected(m), p, probe=3),
@@ -310,7 +313,10 @@ def test_any_state_dict(state: Any) -> None:
             r"The model is compiled TorchScript",
         ),
         (lambda m, p: resadapt.summary("m"), r"model is str, not a torch.nn.Module"),
-        (lambda m, p: resadapt.parameter_groups(injected(m), "0.1"), r"lr='0.1': pass a number >= 0"),
+        (
+            lambda m, p: resadapt.parameter_groups(injected(m), "0.1"),
+            r"lr='0.1': pass a number >= 0",
+        ),
     ],
 )
 def test_what_the_error_says(call: Any, message: str, path: Path) -> None:

@@ -332,7 +332,7 @@ def test_state_of_a_head_that_a_file_cannot_carry(path: Path) -> None:
         small_net(head=nn.Sequential(nn.Linear(4, 4), Wide())), "c2", 2, head="head"
     )
     with pytest.raises(
-        resadapt.AdapterFileError, match=r"head's module 'head\.1' \(Wide\) keeps '_extra_state'"
+        resadapt.AdapterFileError, match=r"head's module 'head\.1' \(Wide\) has '_extra_state'"
     ):
         resadapt.save_adapters(model, path, verify=False)
     assert not list(path.parent.iterdir())

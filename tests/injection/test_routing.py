@@ -182,3 +182,16 @@ def test_a_norm_whose_forward_was_replaced_before_is_frozen_too() -> None:
     resadapt.inject_adapters(model, "0", 2).train()(X)
     assert resadapt.check_backbone(model).ok
     assert model[1].num_batches_tracked == 0
+
+
+def test_an_empty_sequential_is_a_head_too() -> None:
+    """A Sequential without modules is false in a condition."""
+    model = small_net().eval()
+    resadapt.inject_adapters(model, (), name="features", head={"head": nn.Sequential()}).eval()
+    features = model(X)
+    assert features.shape == (4, 4)
+    with resadapt.adapters_for(model, ["features", None, "features", None]):
+        assert [len(row) for row in model(X)] == [4, 2, 4, 2]
+    assert torch.equal(resadapt.forward_all(model, X)["features"], features)
+    resadapt.optimize_backbone(model)
+    assert torch.equal(model(X), features)

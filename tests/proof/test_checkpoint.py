@@ -545,7 +545,7 @@ def test_loading_into_sets(path: Path) -> None:
     resadapt.inject_adapters(model, "0", 3, name="else")
     before = picture(model)
     with pytest.raises(
-        resadapt.AdapterKeyError, match="set 'else' differs from the file's set in 'sites', 'head'"
+        resadapt.AdapterKeyError, match="set 'else' differs from the file's in 'sites', 'head'"
     ):
         resadapt.load_adapters(model, path, name="else")
     assert picture(model) == before

@@ -74,10 +74,10 @@ class Routed(Overlay):
 
         def run(name: str | None, values: Any) -> Any:
             rows, keywords = values
-            return (slot.private(name, place) or stock)(*rows, **keywords)
+            return slot.private(name, place, stock)(*rows, **keywords)
 
         return slot.mixture.run(
-            place, {name for name in slot.routes if slot.private(name, place)}, run, (args, kwargs)
+            place, {name for name in slot.routes if slot.routes[name] == place}, run, (args, kwargs)
         )
 
     @override
@@ -152,7 +152,7 @@ def running_at(module: nn.Module) -> nn.Module | None:
         return module
     if slot.mixture is not None:
         return None
-    return slot.private(slot.active, module.__dict__[_PLACE]) or module
+    return slot.private(slot.active, module.__dict__[_PLACE], module)  # type: ignore[no-any-return]
 
 
 def holder_of(module: nn.Module) -> nn.Module:

@@ -72,9 +72,9 @@ class AdapterSlot(nn.Module):
         """Activates a set, if the set has an adapter or private module in this slot."""
         self.active = name if name in self.sites or name in self.routes else None
 
-    def private(self, name: str | None, place: str) -> nn.Module | None:
-        """Returns the module that a set runs in place of a module of the backbone, or None."""
-        return self._modules[_key(name, place)] if self.routes.get(name) == place else None  # type: ignore[arg-type]
+    def private(self, name: str | None, place: str, default: Any = None) -> Any:
+        """Returns the module that a set runs in place of a module of the backbone."""
+        return self._modules[_key(name, place)] if self.routes.get(name) == place else default  # type: ignore[arg-type]
 
     def site(self) -> SiteSpec:
         """Returns the active set's site; in a mixed batch the site of any set."""
@@ -123,7 +123,7 @@ class AdapterSlot(nn.Module):
                 f"Site {site.name!r} was called with keyword arguments only, but its adapter needs "
                 "the input. Pass the input as first positional argument."
             )
-        adapted = apply(adapter, self.private(name, site.owner) or owner, args, output)
+        adapted = apply(adapter, self.private(name, site.owner, owner), args, output)
         if not isinstance(output, fx.Proxy):
             _check_adapted(adapted, output, site)
         return adapted
