@@ -145,7 +145,5 @@ def test_averaged_weights_whose_backbone_was_rounded_are_refused_with_the_way_ou
 ) -> None:
     module = classifier(seeded(lambda: resnet18(num_classes=3))())
     fit(module, 1, path.parent, callbacks.EMAWeightAveraging(decay=0.9))
-    with pytest.raises(
-        resadapt.BackboneDriftError, match=r"average of models"
-    ):
+    with pytest.raises(resadapt.BackboneDriftError, match=r"average of models"):
         resadapt.save_adapters(module.model, path)

@@ -35,7 +35,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
         name: The set; None is the active set.
 
     Returns:
-        Tensors by name: ``adapters.<site>.<tensor>``, ``head.<name in the model>`` and
+        The tensors by name, as ``adapters.<site>.<tensor>``, ``head.<name in the model>`` and
         ``norms.<name in the model>``.
 
     Raises:
