@@ -83,10 +83,9 @@ def hold_in_eval(module: nn.Module, args: Any) -> None:
 
 def freeze_norm(module: nn.Module) -> None:
     """Stops updates of a module's running statistics, if it has any."""
-    has_class_forward = "forward" not in module.__dict__
     if (
         type(module) in _FROZEN
-        and has_class_forward
+        and "forward" not in module.__dict__
         and module._buffers["running_mean"] is not None
     ):
         put_class(module, _FROZEN[type(module)], None)

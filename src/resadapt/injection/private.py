@@ -109,24 +109,25 @@ def route(module: nn.Module, place: str) -> tuple[nn.Module, str]:
         InjectionError: The module's class cannot be subclassed, or a forward set on the instance
             would hide the class's.
     """
-    if "forward" in module.__dict__ and mixin_of(module) is not Routed:
-        raise InjectionError(
-            f"The forward of {place!r} was replaced on the instance, so a set's private module "
-            "could not run. Restore the forward, inject, and then replace it again."
-        )
-    if isinstance(holder_of(module), fx.GraphModule):
+    holder = holder_of(module)
+    if isinstance(holder, fx.GraphModule):
         raise InjectionError(
             f"{place!r} is an fx.GraphModule, whose copies keep only what its graph uses and would "
             "lose a set's private module. Inject before tracing, or name modules inside it."
         )
     if mixin_of(module) is not Routed:
+        if "forward" in module.__dict__:
+            raise InjectionError(
+                f"The forward of {place!r} was replaced on the instance, so a set's private module "
+                "could not run. Restore the forward, inject, and then replace it again."
+            )
         try:
             put_class(module, class_of(module), Routed)
         except TypeError as error:
             raise InjectionError(
                 f"{place!r}: the class {type(module).__name__} cannot be subclassed: {error}."
             ) from error
-    return holder_of(module), module.__dict__.setdefault(_PLACE, place)
+    return holder, module.__dict__.setdefault(_PLACE, place)
 
 
 def unroute(module: nn.Module) -> None:
@@ -187,27 +188,23 @@ def call_places(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]
 
 
 def _slot(module: nn.Module) -> AdapterSlot | None:
-    return (
-        find_slot(holder_of(module))
-        if _PLACE in module.__dict__ and isinstance(module, Routed)
-        else None
-    )
+    if _PLACE not in module.__dict__ or not isinstance(module, Routed):
+        return None
+    return find_slot(holder_of(module))
 
 
 HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *(
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    ),
-    *(
-        "_state_dict_hooks",
-        "_state_dict_pre_hooks",
-        "_load_state_dict_pre_hooks",
-        "_load_state_dict_post_hooks",
-    ),
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 _COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 """Forward pre-hooks of torch that compute a module's weights from other tensors."""

@@ -7,12 +7,11 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 from torch import nn
 
-from resadapt.base.errors import InjectionError, quote_names
+from resadapt.base.errors import InjectionError
 from resadapt.base.overlay import stock_classes
 from resadapt.injection.freeze import allow_statistics_reset, block_statistics_reset
 from resadapt.injection.ledger import AdapterSet, Ledger, find_ledger, set_modules, set_tensors
 from resadapt.injection.mixture import Mixture
-from resadapt.injection.private import lost_modules
 from resadapt.injection.walk import backbone_modules, reshard, slots_of
 
 __all__ = ["activate", "activated", "check_switchable", "mixed", "on_backbone", "switch", "train"]
@@ -146,12 +145,7 @@ def check_switchable(
             "with block first."
         )
     for adapter_set in ledger.sets.values() if sets is None else sets:
-        list(set_modules(model, adapter_set.spec))
-        if gone := lost_modules(model, adapter_set.spec):
-            raise InjectionError(
-                f"The set {adapter_set.spec.name!r} has lost {quote_names(gone)}: it was replaced "
-                "after the injection. Put the injected module back."
-            )
+        list(set_modules(model, adapter_set.spec))  # raises if one was lost
 
 
 def _set_statistics_reset(model: nn.Module, adapter_set: AdapterSet, allowed: bool) -> None:
