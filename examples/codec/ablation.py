@@ -88,7 +88,21 @@ class Job:
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    names = [variant.name for variant in VARIANTS]
+    parser.add_argument(
+        "--seeds", type=accept.seed, nargs="+", default=[0], help="of all variants (default: 0)"
+    )
+    parser.add_argument(
+        "--final",
+        action="store_true",
+        help=f"then the chosen ones and their rivals with seeds {FINAL_SEEDS}, "
+        "on the test pictures",
+    )
+    add_common_options(parser, [variant.name for variant in VARIANTS])
+    return parser.parse_args(argv)
+
+
+def add_common_options(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    """Data, device, a choice of names, and what `work_all` reads: where, and how many at once."""
     parser.add_argument(
         "--runs-dir",
         type=Path,
@@ -109,21 +123,6 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=names,
         help=f"of {', '.join(names)}",
     )
-    parser.add_argument(
-        "--seeds", type=accept.seed, nargs="+", default=[0], help="of all variants (default: 0)"
-    )
-    parser.add_argument(
-        "--final",
-        action="store_true",
-        help=f"then the chosen ones and their rivals with seeds {FINAL_SEEDS}, "
-        "on the test pictures",
-    )
-    add_engine_options(parser)
-    return parser.parse_args(argv)
-
-
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Where and how many at once: read by `work_all`."""
     parser.add_argument(
         "--engine", choices=("here", "local", "slurm"), default="here",
         help="where the runs go: one after another, or through submitit (default: %(default)s)",

@@ -13,9 +13,7 @@ from typing import Any
 
 import ablation
 from ablation import Job
-from av1partition import accept
 from av1partition.command_line import run
-from av1partition.data.blocks import DATA_DIR
 from av1partition.evaluation.reports import draw_ablation, write_json
 from av1partition.evaluation.spread import over_seeds, paired_difference
 from av1partition.training.variants import BALANCED, Variant
@@ -111,28 +109,7 @@ def methods(blocks: int | None = SOME) -> Iterator[Variant]:
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    names = [method.name for method in methods()]
-    parser.add_argument(
-        "--runs-dir",
-        type=Path,
-        default=Path("runs/study"),
-        help="with the Stage 1 run (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dataset-dir", type=Path, default=DATA_DIR, help="default: the data beside the scripts"
-    )
-    parser.add_argument(
-        "--device", type=accept.device, default=accept.default_device(), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=names,
-        metavar="NAME",
-        default=names,
-        help=f"of {', '.join(names)}",
-    )
-    ablation.add_engine_options(parser)
+    ablation.add_common_options(parser, [method.name for method in methods()])
     return parser.parse_args(argv)
 
 

@@ -49,11 +49,7 @@ def test_places_of_any_class(build: Any) -> None:
         for parameter in private(model, "head").parameters():
             parameter.zero_()
     assert not model.eval()(X).any()
-    copies = [copy.deepcopy(model)]
-    # whose slots only copy.deepcopy of a class without __reduce_ex__ takes along
-    if build is not OwnSlots:
-        copies.append(pickle.loads(pickle.dumps(model)) if "<locals>" not in repr(kind) else model)
-    for other in copies:
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other.head) is type(model.head)
         assert not other(X).any()
         resadapt.set_active_adapters(other, None)

@@ -113,8 +113,8 @@ def _pad(mode: str, around: list[tuple[int, int]]) -> nn.Module:
     added, cropped = [max(side, 0) for side in sides], [min(side, 0) for side in sides]
     steps: list[Any] = []
     if any(added):
-        zeros = nn_class("ConstantPad", dims)(added, 0.0)
-        steps.append(nn_class(_PADS[mode], dims)(added) if mode in _PADS else zeros)
+        kind, value = (_PADS[mode], ()) if mode in _PADS else ("ConstantPad", (0.0,))
+        steps.append(nn_class(kind, dims)(added, *value))
     if any(cropped):
         steps.append(nn_class("ConstantPad", dims)(cropped, 0.0))
     return nn.Sequential(*steps) if steps else nn.Identity()

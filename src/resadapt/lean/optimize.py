@@ -64,9 +64,9 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
     layers = _layers(model)
     inside = in_residual_blocks(layers)
     for module in layers:
-        kind, mixin = class_of(module), mixin_of(module)
         if is_parametrized(module):
             continue
+        kind, mixin = class_of(module), mixin_of(module)
         if kind in LEAN:
             if not issubclass(kind, Overlay):  # torch.fx treats classes of torch.nn as leaves
                 module.__dict__["__module__"] = kind.__module__
