@@ -2,12 +2,10 @@
 
 It is computed once for each block.
 
-The library's `cache_prefix` and `forward_all` give the same answers and take longer. Training from
-features of `cache_prefix` asks the heads of all tasks, whose dropout draws other random numbers,
-and checks the backbone in every step: on one core a step of 128 blocks takes 1.2 times as long with
-adapters from layer1 on, 1.5 times with adapters from layer3 on. `forward_all` asks all sets about
-all blocks, so that the pipeline takes 1.7 times as long; `cache_prefix` needs an active set, and
-Stage 1 has none.
+The library's `cache_prefix` and `forward_all` give the same answers, but take longer here.
+`cache_prefix` runs the heads of all tasks, whose dropout draws other random numbers, and checks
+the backbone in every step. `forward_all` runs all sets on all blocks, and the pipeline needs each
+set on some of them only. `cache_prefix` also needs an active set, and Stage 1 has none.
 """
 
 from __future__ import annotations
