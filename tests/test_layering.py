@@ -23,8 +23,8 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "base": (
             ("version", "errors", "tensors", "overlay"),
-            ("spec", "inputs", "module_record"),
-            ("undisturbed", "fingerprint"),
+            ("spec", "inputs", "module_record", "attributes"),
+            ("undisturbed", "fingerprint", "other_inputs"),
         ),
         "adapters": (
             ("family",),
@@ -41,7 +41,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("freeze", "private"),
             ("ledger",),
             ("watch", "intercept"),
-            ("hooks",),
+            ("hooks", "channels"),
             ("measure",),
             ("building",),
             ("select",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -167,31 +166,6 @@ def test_the_adapter_adapts_the_channels_of_tokens() -> None:
     assert adapter.up.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(
-    ("layer", "example"), [("block", images(2, 8)), ("block.mlp.2", images(2, 8))]
-)
-def test_where_both_dimensions_fit_the_user_is_asked(layer: str, example: Tensor) -> None:
-    model = Tokens(width=16)  # sixteen patches, too
-    before = picture(model)
-    with pytest.raises(
-        resadapt.InjectionError,
-        match=r"returned shape \[2, 16, 16\].* Pass channel_dim=1 or channel_dim=-1",
-    ):
-        resadapt.inject_adapters(model, layer, 4, example_input=example)
-    assert picture(model) == before
-    for dim in (1, -1):
-        resadapt.inject_adapters(model, layer, 4, example_input=example, channel_dim=dim)
-        assert only_site(model).channel_dim == dim
-        model(example)
-        resadapt.remove_adapters(model)
-
-
-@pytest.mark.parametrize("dim", [0, 2, -2, True, "last", 1.0])
-def test_a_channel_dim_that_is_none(dim: Any) -> None:
-    with pytest.raises(resadapt.InjectionError, match="channel_dim="):
-        resadapt.inject_adapters(small_net(), "c2", 2, channel_dim=dim)
-
-
 def test_a_linear_layer_that_no_input_can_be_made_for() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
     resadapt.inject_adapters(model, "0", 2)
@@ -244,65 +218,6 @@ def test_a_form_with_channels_last_is_told_by_the_file(path: Any) -> None:
     assert resadapt.read_adapter_info(path).set.sites[0].shape_text == "[N, *, 12]"
     torch.manual_seed(0)
     assert torch.equal(resadapt.load_adapters(Tokens(), path).eval()(X), model.eval()(X))
-    other = resadapt.inject_adapters(
-        model, "block", 3, name="wrong", channel_dim=1, example_input=images(2, 6)
-    )
-    assert only_site_of(other, "wrong").channels == 9
-    with pytest.raises(
-        resadapt.InjectionError, match=r"returned shape \[2, 16, 12\].*\[N, 9, \*\]"
-    ):
-        other(X)
-
-
-def only_site_of(model: nn.Module, name: str) -> resadapt.types.SiteSpec:
-    return next(info.sites[0] for info in resadapt.list_adapters(model) if info.name == name)
-
-
-class Patches(nn.Module):
-    """As timm's patch embedding: positions become one dimension, and channels the last."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, 2, 2)
-        self.drop = nn.Dropout()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.proj(x).flatten(2).transpose(1, 2))
-
-
-def test_the_layout_of_tokens_where_no_layer_inside_tells() -> None:
-    model = nn.Sequential(Patches(12), nn.LayerNorm(12), nn.Flatten(), nn.Linear(12 * 16, 2))
-    assert (
-        only_site(
-            resadapt.inject_adapters(copy.deepcopy(model), "0", 2, example_input=X)
-        ).channel_dim
-        == -1
-    )
-    with pytest.raises(
-        resadapt.InjectionError,
-        match=r"may be in dimension 1 or in the last one. Pass channel_dim=1 or",
-    ):
-        resadapt.inject_adapters(model, "0.drop", 2, example_input=X)
-    site = only_site(resadapt.inject_adapters(model, "0.drop", 2, example_input=X, channel_dim=-1))
-    assert (site.channels, site.channel_dim) == (12, -1)
-
-
-def test_sequences_with_the_batch_in_the_second_dimension() -> None:
-    class Sequences(nn.Module):
-        def __init__(self, batch_first: bool) -> None:
-            super().__init__()
-            self.patches = nn.Conv2d(3, 12, 2, 2)
-            self.layer = nn.TransformerEncoderLayer(12, 2, 12, batch_first=batch_first)
-            self.order = (0, 2, 1) if batch_first else (2, 0, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(self.patches(x).flatten(2).permute(self.order))
-
-    with pytest.raises(
-        resadapt.InjectionError, match=r"'layer' has a MultiheadAttention with batch_first=False"
-    ):
-        resadapt.inject_adapters(Sequences(False), "layer", 2)
-    assert only_site(resadapt.inject_adapters(Sequences(True), "layer", 2)).channel_dim == -1
 
 
 def test_complex_numbers_are_refused() -> None:

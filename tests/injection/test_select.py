@@ -216,12 +216,22 @@ def test_first_forward_tells_about_shapes() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input)[:, :2]
 
-    model = resadapt.inject_adapters(nn.Sequential(Lies(3, 4, 1)), "0", 2)
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lies = Lies(3, 4, 1)
+
+        def forward(self, x: Tensor, factor: float) -> Tensor:
+            return factor * self.lies(x)
+
+    model = resadapt.inject_adapters(Two(), "lies", 2)  # no input can be generated
     with pytest.raises(
         resadapt.InjectionError,
         match=r"returned shape \[2, 2, 8, 8\], but its adapter was built for \[N, 4, \*, \*\]",
     ):
-        model(X)
+        model(X, 1.0)
+    model = resadapt.inject_adapters(nn.Sequential(Lies(3, 4, 1)), "0", 2)  # measured
+    model(X)
     model = resadapt.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", 2)
     with pytest.raises(resadapt.InjectionError, match=r"built for \[N, 4\]"):
         model(X)

@@ -150,6 +150,10 @@ def test_what_would_be_ignored_is_refused(
 
 def test_a_model_without_parameters() -> None:
     chosen = resadapt.suggest_layers(
-        nn.Sequential(nn.ReLU()), 500, layers="0", example_input=torch.randn(1, 3, 4, 4)
+        nn.Sequential(nn.ReLU()),
+        500,
+        layers="0",
+        example_input=torch.randn(1, 3, 4, 4),
+        channel_dim={"0": 1},
     )
     assert sum(chosen.parameters.values()) <= 500

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from resadapt.base.attributes import attributes_kept
 from resadapt.base.inputs import map_tensors, named_in
 from resadapt.base.tensors import dense_parts, local_shard, same_bits
 
@@ -22,6 +23,7 @@ __all__ = [
     "EAGERLY",
     "Snapshot",
     "call",
+    "dry_run",
     "is_checkpointed",
     "is_undisturbed",
     "outputs_of",
@@ -185,6 +187,15 @@ def call(model: nn.Module, inputs: object) -> object:
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(inputs)
+
+
+def dry_run(model: nn.Module, inputs: object) -> object:
+    """Calls a model as `undisturbed` does, on a copy of the inputs, and undoes what the call sets.
+
+    The model's hooks and attributes do not change either.
+    """
+    with attributes_kept(model), undisturbed(model):
+        return call(model, map_tensors(inputs, torch.clone))
 
 
 class _Eagerly:

@@ -19,7 +19,7 @@ from resadapt.base.errors import InjectionError, quote_names
 from resadapt.base.overlay import stock_classes
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.tensors import is_dense
-from resadapt.injection.measure import declared
+from resadapt.injection.channels import declared
 from resadapt.injection.walk import (
     backbone_modules,
     backbone_tensors,

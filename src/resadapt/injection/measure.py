@@ -1,46 +1,30 @@
-"""Shapes of site outputs, from the modules' types or else measured in one forward."""
+"""Shapes of site outputs, from the modules' types or else measured in forwards of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.video import resnet as video
-from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
 
-from resadapt.base.errors import AdapterError, InjectionError
+from resadapt.base.errors import AdapterError, InjectionError, quote_names
 from resadapt.base.inputs import generate, guesses, map_tensors
+from resadapt.base.other_inputs import batch_size, resized, with_one_more_sample
 from resadapt.base.spec import SiteSpec
-from resadapt.base.undisturbed import call, undisturbed
+from resadapt.base.undisturbed import dry_run
+from resadapt.injection.channels import Outputs, Shape, declared
 from resadapt.injection.hooks import attach, detach
 from resadapt.injection.walk import backbone_modules, find_module, find_slot
 
-__all__ = ["Shape", "declared", "measure_sites"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The shape of a site's output.
-
-    Args:
-        channels: Number of channels C.
-        spatial_dims: Number of dimensions besides batch and channels.
-        channel_dim: Dimension of the channels, 1 or -1.
-        sure: Whether every input gives this shape; False if only a forward can tell.
-    """
-
-    channels: int
-    spatial_dims: int
-    channel_dim: int = 1
-    sure: bool = True
+__all__ = ["measure_sites"]
 
 
 def measure_sites(
-    model: nn.Module, owners: Mapping[str, str], example_input: object, channel_dim: int | None
+    model: nn.Module,
+    owners: Mapping[str, str],
+    example_input: object,
+    channel_dims: Mapping[str, int],
 ) -> dict[str, Shape]:
     """Finds the shape of each site's output.
 
@@ -49,54 +33,71 @@ def measure_sites(
         owners: The sites, and the modules that their adapters are attached to.
         example_input: The input to call the model with; None generates an input from the first
             convolution, if a forward is needed.
-        channel_dim: Dimension of the channels, 1 or -1; None detects it.
+        channel_dims: Dimension of the channels, 1 or -1, of the sites where the user gives it.
 
     Raises:
-        InjectionError: A site does not run exactly once, does not return a feature map, or its
-            shape cannot be detected.
+        InjectionError: A site does not run exactly once, does not return a feature map, its shape
+            cannot be detected, or its channels are not in the given dimension.
     """
-    known = {name: declared(find_module(model, name)) for name in owners}
+    sites = {name: find_module(model, name) for name in owners}
+    known = {name: declared(module) for name, module in sites.items()}
+    inputs, seen = example_input, dict[str, list[object]]()
     if example_input is not None:
-        outputs = _outputs(model, owners, example_input)
-    elif channel_dim == -1 or not all(shape and shape.sure for shape in known.values()):
-        outputs = _outputs_of_a_guess(model, owners)
-    else:
-        outputs = {}
-    has_token_norms = any(
-        type(module).forward in _LAST_DIM_NORMS for _, module in backbone_modules(model)
-    )
+        seen = _outputs_of_example(model, owners, example_input)
+    elif not all(shape and shape.sure for shape in known.values()):
+        inputs, seen = _outputs_of_a_guess(model, owners)
+    outputs = {
+        name: Outputs(name, sites[name], [tuple(_single(name, each).shape)])
+        for name, each in seen.items()
+        if each or example_input is not None
+    }
+    _see_other_sizes(model, owners, inputs, outputs)
+    _check_batch_is_first(model, owners, inputs, outputs, channel_dims)
+    dims = {name: each.channel_dim(channel_dims.get(name)) for name, each in outputs.items()}
+    if unclear := [outputs[name] for name, dim in dims.items() if dim is None]:
+        raise _ambiguous(unclear)
     shapes = {}
-    for name, shape in known.items():
-        seen = outputs.get(name, [])
-        if seen or example_input is not None:
-            output = _single(name, seen)
-            dim = channel_dim or _channel_dim(
-                name, find_module(model, name), output.shape, has_token_norms
-            )
-            shapes[name] = Shape(output.shape[dim], output.ndim - 2, dim)
-        elif shape and channel_dim != -1:
-            if any(parameter.is_complex() for parameter in find_module(model, name).parameters()):
-                raise InjectionError(
-                    f"Site {name!r} has complex parameters, but an adapter needs a real "
-                    "floating-point output."
-                )
-            shapes[name] = shape  # the first forward with a real input checks it
+    for name, module in sites.items():
+        if dim := dims.get(name):
+            first = outputs[name].shapes[0]
+            shapes[name] = Shape(first[dim], len(first) - 2, dim)
         else:
-            raise InjectionError(
-                f"Module {name!r} ({type(find_module(model, name)).__name__}) does not declare "
-                "its number of output channels, and does not run on an input generated for the "
-                "model. Pass example_input=, an input for one call of the model."
-            )
+            shapes[name] = _unmeasured(name, module, known[name], channel_dims.get(name))
     return shapes
 
 
-def _outputs(
+def _unmeasured(name: str, module: nn.Module, shape: Shape | None, given: int | None) -> Shape:
+    """Returns the shape that a site's type declares; the first forward with a real input checks it.
+
+    Raises:
+        InjectionError: The type does not declare it, or declares another one than the user gives.
+    """
+    kind = type(module).__name__
+    if shape is None or (given == -1 and not shape.sure):
+        raise InjectionError(
+            f"Module {name!r} ({kind}) does not declare its number of output channels, and does "
+            "not run on an input generated for the model. Pass example_input=, an input for one "
+            "call of the model."
+        )
+    if given == -1:
+        raise InjectionError(
+            f"channel_dim=-1 is wrong for site {name!r} ({kind}): its channels are in dimension 1."
+        )
+    if any(parameter.is_complex() for parameter in module.parameters()):
+        raise InjectionError(
+            f"Site {name!r} has complex parameters, but an adapter needs a real floating-point "
+            "output."
+        )
+    return shape
+
+
+def _outputs_of_example(
     model: nn.Module, owners: Mapping[str, str], inputs: object
 ) -> dict[str, list[object]]:
     """Returns the outputs of each site in one forward, one entry per run of the site."""
-    with _recording(model, owners) as outputs, undisturbed(model):
+    with _recording(model, owners) as outputs:
         try:
-            call(model, map_tensors(inputs, torch.clone))
+            dry_run(model, inputs)
         except AdapterError:
             raise
         except Exception as error:
@@ -106,15 +107,17 @@ def _outputs(
     return outputs
 
 
-def _outputs_of_a_guess(model: nn.Module, owners: Mapping[str, str]) -> dict[str, list[object]]:
-    """Returns the outputs of each site on a generated input; {} if the model accepts none."""
+def _outputs_of_a_guess(
+    model: nn.Module, owners: Mapping[str, str]
+) -> tuple[object, dict[str, list[object]]]:
+    """Returns a generated input and each site's outputs; None and {} if the model accepts none."""
     device = next((tensor.device for tensor in nn.Module.parameters(model)), torch.device("cpu"))
     for form in guesses(module for _, module in backbone_modules(model)):
         inputs = map_tensors(generate(form), lambda tensor: tensor.to(device))
-        with _recording(model, owners) as outputs, undisturbed(model), suppress(*_REJECTIONS):
-            call(model, inputs)
-            return outputs
-    return {}
+        with _recording(model, owners) as outputs, suppress(*_REJECTIONS):
+            dry_run(model, inputs)
+            return inputs, outputs
+    return None, {}
 
 
 _REJECTIONS = (
@@ -128,6 +131,67 @@ _REJECTIONS = (
     NotImplementedError,
 )
 """Errors that a model may raise on an unsuitable input."""
+
+
+def _see_other_sizes(
+    model: nn.Module, owners: Mapping[str, str], inputs: object, outputs: dict[str, Outputs]
+) -> None:
+    """Adds the shapes of sites for inputs of other sizes, until they settle the channels."""
+    modules = [module for _, module in backbone_modules(model)]
+    for other in resized(inputs, modules):
+        open_sites = [name for name, each in outputs.items() if not each.settled]
+        if not open_sites:
+            return
+        for name, shape in _shapes(model, owners, open_sites, other).items():
+            if len(shape) == len(outputs[name].shapes[0]):
+                outputs[name].shapes.append(shape)
+
+
+def _check_batch_is_first(
+    model: nn.Module,
+    owners: Mapping[str, str],
+    inputs: object,
+    outputs: Mapping[str, Outputs],
+    given: Mapping[str, int],
+) -> None:
+    """Refuses sites whose output has the batch in dimension 1, unless the user gives the channels.
+
+    Raises:
+        InjectionError: A site returns ``[L, N, C]``.
+    """
+    size = batch_size(inputs)
+    doubtful = [
+        name
+        for name, each in outputs.items()
+        if name not in given and not each.starts_with_channels and each.shapes[0][1] == size
+    ]
+    if not doubtful:
+        return
+    for name, shape in _shapes(model, owners, doubtful, with_one_more_sample(inputs)).items():
+        first = outputs[name].shapes[0]
+        if shape[0] == first[0] and shape[1] == first[1] + 1:
+            raise InjectionError(
+                f"Site {name!r} returned {list(first)}, and {list(shape)} for one more sample: the "
+                "batch is in dimension 1, but an adapter needs the batch first. Build the model "
+                "with batch_first=True. If the family adapts each position alone, as 'bottleneck' "
+                "and 'ssf' do, pass channel_dim=-1."
+            )
+
+
+def _shapes(
+    model: nn.Module, owners: Mapping[str, str], names: list[str], inputs: object
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of sites' outputs for an input that the model may refuse on the way."""
+    with (
+        _recording(model, {name: owners[name] for name in names}) as outputs,
+        suppress(Exception),
+    ):
+        dry_run(model, inputs)
+    return {
+        name: tuple(seen[0].shape)
+        for name, seen in outputs.items()
+        if len(seen) == 1 and isinstance(seen[0], Tensor)
+    }
 
 
 @contextmanager
@@ -171,109 +235,11 @@ def _single(name: str, outputs: list[object]) -> Tensor:
     return output
 
 
-_LAST_DIM_NORMS = (nn.LayerNorm.forward, nn.RMSNorm.forward)
-
-
-def _channel_dim(name: str, module: nn.Module, shape: torch.Size, has_token_norms: bool) -> int:
-    """Returns the dimension of a site's channels, 1 or -1, detected from the layers inside.
-
-    The last layer whose width equals dimension 1 or -1 of the output decides.
-
-    Args:
-        name: The site.
-        module: The site's module.
-        shape: The shape of the site's output.
-        has_token_norms: Whether the model has norms over the last dimension. If not, a site whose
-            layers do not decide returns ``[N, C, ...]``.
-
-    Raises:
-        InjectionError: The channels may be in either dimension.
-    """
-    if len(shape) == 2:
-        return 1
-    if len(shape) == 3 and any(
-        isinstance(each, nn.MultiheadAttention) and not each.batch_first
-        for each in module.modules()
-    ):
-        raise InjectionError(
-            f"Site {name!r} has a MultiheadAttention with batch_first=False, whose sequences are "
-            "[L, N, C], but an adapter needs the batch first. Build the model with "
-            "batch_first=True; if the site returns [N, L, C] anyway, pass channel_dim=-1."
-        )
-    for each in reversed(list(module.modules())):
-        match each:
-            case nn.modules.conv._ConvNd() if len(each.kernel_size) + 2 == len(shape):
-                if each.out_channels == shape[1]:
-                    return 1
-                continue
-            case nn.modules.conv._ConvNd():  # positions were flattened, as in a patch embedding
-                width = each.out_channels
-            case nn.modules.batchnorm._NormBase() if each.num_features == shape[1]:
-                return 1
-            # A subclass with another forward may permute the dimensions first.
-            case nn.LayerNorm() | nn.RMSNorm() if type(each).forward in _LAST_DIM_NORMS:
-                width = each.normalized_shape[-1]
-            case nn.Linear():
-                width = each.out_features
-            case _:
-                continue
-        if width == shape[1] == shape[-1]:
-            raise _ambiguous(name, shape)
-        if width in (shape[1], shape[-1]):
-            return 1 if width == shape[1] else -1
-    if has_token_norms:
-        raise _ambiguous(name, shape)
-    return 1
-
-
-def _ambiguous(name: str, shape: torch.Size) -> InjectionError:
+def _ambiguous(sites: list[Outputs]) -> InjectionError:
+    first, *others = sites
+    also = f" So may those of {quote_names([each.name for each in others])}." if others else ""
     return InjectionError(
-        f"Site {name!r} returned shape {list(shape)}, whose channels may be in dimension 1 or in "
-        "the last one. Pass channel_dim=1 or channel_dim=-1, or an example_input= of another size."
+        f"Site {first.name!r} returned shape {list(first.shapes[0])}, whose channels may be in "
+        f"dimension 1 or in the last one. Pass channel_dim=1 or channel_dim=-1, for some sites "
+        f"only as channel_dim={{{first.name!r}: -1}}.{also}"
     )
-
-
-_KEEPS_SHAPE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SiLU,
-    nn.GELU,
-    nn.LeakyReLU,
-    nn.Hardswish,
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.Dropout3d,
-)
-
-
-def declared(module: nn.Module) -> Shape | None:
-    """Returns the output shape that a module's type declares, or None.
-
-    The first forward checks the declared shape.
-    """
-    match module:
-        case nn.Conv1d() | nn.ConvTranspose1d():
-            return Shape(module.out_channels, 1)
-        case nn.Conv2d() | nn.ConvTranspose2d():
-            return Shape(module.out_channels, 2)
-        case nn.Conv3d() | nn.ConvTranspose3d():
-            return Shape(module.out_channels, 3)
-        case nn.BatchNorm2d() | nn.InstanceNorm2d():
-            return Shape(module.num_features, 2)
-        case nn.BatchNorm3d() | nn.InstanceNorm3d():
-            return Shape(module.num_features, 3)
-        case FrozenBatchNorm2d():
-            return Shape(module.weight.numel(), 2)
-        case nn.Linear():
-            return Shape(module.out_features, 0, sure=False)  # the input may be tokens, [N, L, C]
-        case SqueezeExcitation():
-            return declared(module.fc2)
-        case Bottleneck() | video.Bottleneck():
-            return declared(module.conv3)
-        case BasicBlock() | video.BasicBlock():
-            return declared(module.conv2)
-        case nn.Sequential() if type(module).forward is nn.Sequential.forward:
-            deciding = [child for child in module if not isinstance(child, _KEEPS_SHAPE)]
-            return declared(deciding[-1]) if deciding else None
-    return None

@@ -13,7 +13,8 @@ from resadapt.adapters.family import Adapter, takes
 from resadapt.base.errors import InjectionError, quote_names
 from resadapt.base.spec import SiteSpec, within
 from resadapt.base.tensors import address
-from resadapt.injection.measure import Shape, measure_sites
+from resadapt.injection.channels import Shape
+from resadapt.injection.measure import measure_sites
 from resadapt.injection.private import call_places
 from resadapt.injection.slots import SLOT
 from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, find_slot
@@ -36,35 +37,33 @@ def names_in(names: object, argument: str) -> list[str]:
     return listed
 
 
-def match(modules: Mapping[str, nn.Module], pattern: str, argument: str) -> list[str]:
-    """Returns the module names that a name or glob matches; a star does not match dots.
+def match(names: Iterable[str], pattern: str, argument: str, where: str) -> list[str]:
+    """Returns the names that a name or glob matches; a star does not match dots.
+
+    Args:
+        names: The names to choose from; "" is ignored.
+        pattern: A name or glob.
+        argument: The argument that the pattern was given as, for the message.
+        where: What the names are of, for the message: "module of ResNet".
 
     Raises:
         InjectionError: Nothing matches; the message lists similar names.
     """
-    if pattern and pattern in modules:
+    names = [name for name in names if name]
+    if pattern in names:
         return [pattern]
     parts = pattern.split(".")
     found = [
         name
-        for name in modules
-        if name
-        and len(segments := name.split(".")) == len(parts)
+        for name in names
+        if len(segments := name.split(".")) == len(parts)
         and all(fnmatchcase(segment, part) for segment, part in zip(segments, parts, strict=True))
     ]
     if not found:
-        near = difflib.get_close_matches(
-            pattern, [name for name in modules if name], n=5, cutoff=0.5
-        )
-        near += [name for name in modules if name.endswith(f".{pattern}") and name not in near][:5]
-        hint = (
-            f"Did you mean {quote_names(near)}?"
-            if near
-            else f"The model has {quote_names([n for n in modules if n])}."
-        )
-        raise InjectionError(
-            f"{argument}: {pattern!r} matches no module of {type(modules['']).__name__}. {hint}"
-        )
+        near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.5)
+        near += [name for name in names if name.endswith(f".{pattern}") and name not in near][:5]
+        hint = f"Did you mean {quote_names(near)}?" if near else f"There is {quote_names(names)}."
+        raise InjectionError(f"{argument}: {pattern!r} matches no {where}. {hint}")
     return found
 
 
@@ -77,7 +76,7 @@ def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
         InjectionError: A name matches nothing, has nothing to train, or shares a tensor with the
             frozen backbone.
     """
-    modules = dict(backbone_modules(model))
+    modules, modules_of = dict(backbone_modules(model)), f"module of {type(model).__name__}"
     given: dict[str, nn.Module] = {}
     asked: set[str] = set()
     for pattern in names_in(head, "head"):
@@ -92,12 +91,14 @@ def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
                     f"head: {pattern!r} is given a module that is part of the model. Give only the "
                     "name, or a copy.deepcopy of the module."
                 )
-            found = match(modules, pattern, "head")
+            found = match(modules, pattern, "head", modules_of)
             given |= dict.fromkeys(found, module)
             asked.update(found)
             continue
         trained = [
-            name for name in match(modules, pattern, "head") if _has_parameters(modules[name])
+            name
+            for name in match(modules, pattern, "head", modules_of)
+            if _has_parameters(modules[name])
         ]
         if not trained:
             raise InjectionError(
@@ -164,7 +165,7 @@ def select_sites(
     layers: object,
     bottleneck: object,
     example_input: object = None,
-    channel_dim: int | None = None,
+    channel_dim: object = None,
 ) -> tuple[SiteSpec, ...]:
     """Returns the sites that `layers` selects.
 
@@ -176,7 +177,8 @@ def select_sites(
             site's channels in (0, 1).
         example_input: An input for one call of the model that measures the sites' outputs; None
             generates an input if needed.
-        channel_dim: Dimension of the channels in the sites' outputs, 1 or -1; None detects it.
+        channel_dim: Dimension of the channels in the sites' outputs, 1 or -1, or a mapping from
+            names or globs of sites to it; None detects it.
 
     Returns:
         The sites, possibly none, in the order of ``model.named_modules()``.
@@ -185,11 +187,6 @@ def select_sites(
         InjectionError: A pattern matches nothing, two sites share an output, or a module cannot
             be a site.
     """
-    if channel_dim is not None and (type(channel_dim) is not int or channel_dim not in (1, -1)):
-        raise InjectionError(
-            f"channel_dim={channel_dim!r}: give 1 for outputs [N, C, ...], -1 for [N, ..., C], or "
-            "None."
-        )
     patterns = names_in(layers, "layers")
     sizes = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(patterns, bottleneck)
     modules = dict(backbone_modules(model))
@@ -206,7 +203,7 @@ def select_sites(
     site_at: dict[str, str] = {}
     for pattern, size in sizes.items():
         checked = _checked_size(pattern, size) if wide else 0
-        for name in match(modules, pattern, "layers"):
+        for name in match(modules, pattern, "layers", f"module of {type(model).__name__}"):
             owner = owner_of(model, name)
             if owner in site_at:
                 raise InjectionError(
@@ -216,13 +213,41 @@ def select_sites(
             site_at[owner] = name
             size_of[name] = checked
     owners = {name: owner for owner, name in site_at.items()}
-    shapes = measure_sites(
-        model,
-        {name: owners[name] for name in modules if name in owners},
-        example_input,
-        channel_dim,
-    )
+    ordered = {name: owners[name] for name in modules if name in owners}
+    shapes = measure_sites(model, ordered, example_input, _channel_dims(channel_dim, ordered))
     return tuple(_site(name, owners[name], shape, size_of[name]) for name, shape in shapes.items())
+
+
+def _channel_dims(channel_dim: object, sites: Iterable[str]) -> dict[str, int]:
+    """Returns the dimension of the channels of the sites for which the user gives it.
+
+    Raises:
+        InjectionError: A dimension is neither 1 nor -1, a name matches no site, or two names give
+            a site different dimensions.
+    """
+    if channel_dim is None:
+        return {}
+    if not isinstance(channel_dim, Mapping):
+        return dict.fromkeys(sites, _checked_dim("channel_dim", channel_dim))
+    dims: dict[str, int] = {}
+    for pattern in names_in(channel_dim, "channel_dim"):
+        dim = _checked_dim(f"channel_dim for {pattern!r}", channel_dim[pattern])
+        for name in match(sites, pattern, "channel_dim", "site"):
+            if dims.setdefault(name, dim) != dim:
+                raise InjectionError(
+                    f"channel_dim gives site {name!r} both 1 and -1. Remove one of the names that "
+                    "match it."
+                )
+    return dims
+
+
+def _checked_dim(what: str, dim: object) -> int:
+    if type(dim) is not int or dim not in (1, -1):
+        raise InjectionError(
+            f"{what}={dim!r:.100}: give 1 for outputs [N, C, ...], -1 for [N, ..., C], or None; or "
+            "a mapping from sites to 1 or -1."
+        )
+    return dim
 
 
 def owner_of(model: nn.Module, name: str) -> str:

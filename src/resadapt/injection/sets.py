@@ -49,7 +49,7 @@ def inject_adapters(
     norm: str = "frozen",
     dropout: float | None = None,
     example_input: object = None,
-    channel_dim: int | None = None,
+    channel_dim: int | Mapping[str, int] | None = None,
     **family_options: Any,
 ) -> ModelT:
     """Injects small trainable adapters into a model, in place, and freezes everything else.
@@ -83,8 +83,9 @@ def inject_adapters(
             keyword arguments), in eval mode, which measures the sites' outputs. Without it, an
             input is generated where the modules' types do not give the shapes.
         channel_dim: Dimension of the channels in the sites' outputs: 1 for ``[N, C, ...]``, -1 for
-            ``[N, ..., C]``. None detects it from the layers inside a site, and raises where they
-            are ambiguous.
+            ``[N, ..., C]``; or a mapping from names or globs of sites to 1 or -1. None, and sites
+            that the mapping leaves out: detected, as the dimension that stays the same when the
+            size of the input changes; raises where it remains ambiguous.
         **family_options: Options of the family, such as ``init="identity"``; the page "Families"
             lists them.
 

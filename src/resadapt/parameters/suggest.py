@@ -17,7 +17,7 @@ from resadapt.adapters.family import apply, takes
 from resadapt.base.errors import AdapterError
 from resadapt.base.inputs import map_tensors
 from resadapt.base.spec import SetSpec, SiteSpec
-from resadapt.base.undisturbed import call, undisturbed
+from resadapt.base.undisturbed import dry_run
 from resadapt.injection.building import buildable, family_named, json_options, meta_adapter
 from resadapt.injection.select import select_sites
 from resadapt.injection.switching import on_backbone
@@ -79,7 +79,7 @@ def suggest_layers(
     layers: str | Iterable[str] = ("layer1", "layer2", "layer3", "layer4"),
     flops: int | None = None,
     example_input: object = None,
-    channel_dim: int | None = None,
+    channel_dim: int | Mapping[str, int] | None = None,
     **family_options: Any,
 ) -> SuggestedLayers:
     """Chooses sites and widths of adapters for a budget.
@@ -231,8 +231,7 @@ def _calls(model: nn.Module, spec: SetSpec, example: object) -> dict[str, tuple[
                 calls[name] = (map_tensors(args, _to_meta), map_tensors(output, _to_meta))
 
             stack.callback(find_module(model, site.owner).register_forward_hook(record).remove)
-        stack.enter_context(undisturbed(model))
-        call(model, map_tensors(example, torch.clone))
+        dry_run(model, example)
     return calls
 
 
