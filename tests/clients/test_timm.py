@@ -97,6 +97,37 @@ def test_a_classifier_comes_back_bit_for_bit(
     assert reloaded(X).shape == (len(X), 3)
 
 
+@pytest.mark.parametrize("size", [64, 128])
+def test_kernels_mixed_by_a_router(size: int, path: Path) -> None:
+    """The router is as wide as the maps of some blocks; the channels are found all the same."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, size, size)
+    rebuild = with_three_classes("efficientnet_cc_b0_4e")
+    model, _ = train_save_reload(rebuild, "blocks.*", path, x, example_input=x)
+    sites = resadapt.list_adapters(model)[0].sites
+    widths = [16, 24, 40, 80, 112, 192, 320]
+    assert [(site.channels, site.channel_dim) for site in sites] == [(w, 1) for w in widths]
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 96, 160)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["caformer_s18", "edgenext_xx_small"])
+def test_norms_of_both_layouts(name: str) -> None:
+    model = backbone(name)()
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    x = torch.randn(1, 3, 64, 64)
+    with pytest.raises(resadapt.InjectionError, match=r"channel_dim=1 is wrong for site 's"):
+        resadapt.inject_adapters(model, [*norms], family="ssf", example_input=x, channel_dim=1)
+    resadapt.inject_adapters(model, [*norms], family="ssf", example_input=x)
+    sites = resadapt.list_adapters(model)[0].sites
+    assert {site.name: site.channels for site in sites} == {
+        site: norm.normalized_shape[0] for site, norm in norms.items()
+    }
+    assert {site.channel_dim for site in sites} == {1, -1}
+    with torch.no_grad():
+        model.eval()(torch.randn(2, 3, 96, 160))
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "layers", "options"),
     FEATURES,
