@@ -36,6 +36,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "injection": (
             ("mixture",),
+            ("recomputation",),
             ("slots",),
             ("walk",),
             ("freeze", "private"),

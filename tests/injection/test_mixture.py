@@ -12,9 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixed import SETS, gradients_of, mixed_model
-from support import images, private, small_net, small_resnet
+from support import images, private, small_net
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import resadapt
@@ -209,51 +208,6 @@ def test_many_sets_on_one_backbone() -> None:
         assert model(x)[:, 0].tolist() == [float(63 - number) for number in range(64)]
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_activations_are_computed_anew_with_the_same_sets(reentrant: bool) -> None:
-    """Or not at all: gradients of another set's numbers would be wrong ones."""
-
-    def built(checkpointed: bool) -> Any:
-        torch.manual_seed(0)
-        model = small_resnet()
-        for name in ("a", "b"):
-            resadapt.inject_adapters(model, "layer*.*", 8, name=name, head="fc", dropout=0.0)
-        if checkpointed:
-            layer4 = model.layer4.forward
-            model.layer4.forward = lambda x: checkpoint(layer4, x, use_reentrant=reentrant)
-        return model.train()
-
-    model, expected, x = built(True), built(False), images(3)
-    for each in (model, expected):
-        with resadapt.adapters_for(each, ["a", "b", "a"]):
-            each(x).square().sum().backward()
-    for name in ("a", "b"):
-        for key, gradient in gradients_of(model, name).items():
-            torch.testing.assert_close(gradient, gradients_of(expected, name)[key], msg=key)
-
-    outside = (
-        "recomputed in the backward pass with 'b', but the forward ran with .* "
-        "call backward before switching sets"
-    )
-    with resadapt.adapters_for(model, ["a", "b", "a"]):
-        loss = model(x).square().sum()
-    with pytest.raises(resadapt.InjectionError, match=outside):
-        loss.backward()
-    resadapt.set_active_adapters(model, "a")
-    loss = model(x).square().sum()
-    resadapt.set_active_adapters(model, "b")
-    with pytest.raises(resadapt.InjectionError, match=outside):
-        loss.backward()
-    resadapt.set_active_adapters(model, "a")
-    loss = model(x).square().sum()
-    with (
-        torch.no_grad(),
-        resadapt.adapters_disabled(model.eval()),
-    ):  # an evaluation on the way changes nothing
-        model(x)
-    loss.backward()
-
-
 class Tiny(nn.Module):
     """Channels that do not change, and a head of several layers."""
 
@@ -433,3 +387,27 @@ def test_an_adapter_that_never_runs_is_named_in_a_mixed_batch_too() -> None:
 def _in_a_mixture(model: nn.Module, x: Tensor) -> None:
     with resadapt.adapters_for(model, ["a"] * len(x)):
         model(x)
+
+
+def test_the_only_sample_of_a_set_moves_no_statistics() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)
+    )
+    for name in ("a", "b"):
+        resadapt.inject_adapters(model, (), norm="affine+stats", name=name)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    message = "more than one value per channel.*single sample for 'b'.*were restored"
+    with (
+        pytest.raises(resadapt.InjectionError, match=message),
+        resadapt.adapters_for(model, ["a", "b", "a"]),
+    ):
+        model(images(3))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    with resadapt.adapters_for(model, ["a", "b", "a", "b"]):
+        model(images(4))
+    assert not torch.equal(
+        private(model, "1", "b").running_mean, before["1.resadapt.b@1.running_mean"]
+    )

@@ -1,4 +1,4 @@
-"""No adapter is idle in silence: what runs twice, never, or without a gradient is named."""
+"""No adapter is idle in silence: what runs never or without a gradient is named."""
 
 from __future__ import annotations
 
@@ -133,29 +133,6 @@ def test_a_model_that_runs_all_its_sites_warns_of_nothing(path: Path) -> None:
     assert warned(lambda: train(model, torch.optim.SGD(model.parameters(), lr=0.1))) == []
     assert resadapt.save_adapters(model, path)["sites"].detail == "all 4 adapters ran on the probe"
     assert warned(lambda: resadapt.load_adapters(small_resnet(), path)) == []
-
-
-@pytest.mark.parametrize("first", [(X,), (X, X)])
-def test_a_site_that_runs_twice_is_found_whichever_call_comes_first(
-    first: tuple[Tensor, ...],
-) -> None:
-    model = resadapt.inject_adapters(paths(), "pair", 2)
-    for arguments in (first, (X,), (X, X), (X,), (X, X)):
-        if len(arguments) == 1:
-            model(*arguments)
-        else:
-            with pytest.raises(
-                resadapt.InjectionError, match="Site 'pair' ran more than once in one forward"
-            ):
-                model(*arguments)
-
-
-def test_a_site_that_runs_twice_is_told_at_saving(path: Path) -> None:
-    with pytest.raises(resadapt.InjectionError, match="Site 'twice' ran more than once"):
-        resadapt.save_adapters(resadapt.inject_adapters(paths(), "twice", 2), path, probe=X)
-    model = resadapt.inject_adapters(paths(), "twice", 2)
-    with resadapt.adapters_disabled(model):
-        model(X)
 
 
 def test_a_part_of_the_model_may_run_as_often_as_one_likes() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import checkpoint
 
 from resadapt.base.attributes import attributes_kept
 from resadapt.base.inputs import map_tensors, named_in
@@ -24,7 +23,6 @@ __all__ = [
     "Snapshot",
     "call",
     "dry_run",
-    "is_checkpointed",
     "is_undisturbed",
     "outputs_of",
     "put_over",
@@ -91,20 +89,6 @@ def _restore_buffers(
             buffer.copy_(value)
         else:  # resized in place
             module._buffers[key] = value
-
-
-def is_checkpointed() -> bool:
-    """Returns whether the caller runs inside `torch.utils.checkpoint`.
-
-    Detects the reentrant and the non-reentrant kind, in the first forward and in recomputation.
-    Only the call stack shows both kinds.
-    """
-    frame = sys._getframe(1)
-    while frame:
-        if frame.f_code.co_filename == checkpoint.__file__:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from resadapt.injection.watch import (
     begin_forward,
     check_first_forward,
     check_rules,
-    count_private,
-    count_run,
     end_forward,
+    note_private,
+    note_run,
 )
 
 __all__ = [
@@ -39,9 +39,10 @@ __all__ = [
 def apply_adapter(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of a site's owner: replaces the output by the active adapter's result."""
     slot: AdapterSlot = module._modules[SLOT]  # type: ignore[assignment]
-    if slot.active in slot.sites or slot.mixture is not None:
-        count_run(slot)
-        if slot.mixture is None and not torch.compiler.is_compiling():
+    choice = slot.choice()
+    if choice.active in slot.sites or choice.mixture is not None:
+        note_run(slot)
+        if choice.mixture is None and not torch.compiler.is_compiling():
             check_rules(module, slot, later_hooks(module))
     return slot.adapt(module, args, output)
 
@@ -97,9 +98,9 @@ def unwatch(root: nn.Module) -> None:
 
 def watch_private(module: nn.Module) -> None:
     """Registers the hook that counts the runs of a private module."""
-    module.register_forward_pre_hook(count_private)
+    module.register_forward_pre_hook(note_private)
 
 
 def unwatch_private(module: nn.Module) -> None:
     """Removes the hook of `watch_private`."""
-    drop_hook(module._forward_pre_hooks, count_private)
+    drop_hook(module._forward_pre_hooks, note_private)

@@ -21,7 +21,6 @@ from resadapt.injection.walk import (
     backbone_tensors,
     find_module,
     find_slot,
-    named_tensors,
     slots_of,
     unwrap,
 )
@@ -162,8 +161,7 @@ def adapter_of(model: nn.Module, spec: SetSpec, site: SiteSpec) -> Adapter:
 def adapter_tensors(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, Tensor]]:
     """Yields the parameters and buffers of a set's adapters as ``site.tensor``."""
     for site in spec.sites:
-        for key, module in adapter_of(model, spec, site).named_modules(remove_duplicate=False):
-            yield from named_tensors(module, f"{site.name}.{key}" if key else site.name)
+        yield from backbone_tensors(adapter_of(model, spec, site), site.name)
 
 
 def set_modules(model: nn.Module, spec: SetSpec) -> Iterator[tuple[str, nn.Module]]:
@@ -183,8 +181,7 @@ def set_tensors(model: nn.Module, spec: SetSpec) -> dict[str, Tensor]:
     return {
         f"{name}: {path}": tensor
         for name, module in set_modules(model, spec)
-        for key, each in module.named_modules(remove_duplicate=False)
-        for path, tensor in named_tensors(each, key)
+        for path, tensor in backbone_tensors(module)
     }
 
 

@@ -16,6 +16,7 @@ from resadapt.base.undisturbed import dry_run
 from resadapt.injection.channels import Outputs, Shape, declared
 from resadapt.injection.hooks import attach, detach
 from resadapt.injection.walk import backbone_modules, find_module, find_slot
+from resadapt.injection.watch import check_may_repeat
 
 __all__ = ["measure_sites"]
 
@@ -36,8 +37,9 @@ def measure_sites(
         channel_dims: Dimension of the channels, 1 or -1, of the sites where the user gives it.
 
     Raises:
-        InjectionError: A site does not run exactly once, does not return a feature map, its shape
-            cannot be detected, or its channels are not in the given dimension.
+        InjectionError: A site does not run, runs several times without weights, does not return a
+            feature map, its shape cannot be detected, or its channels are not in the given
+            dimension.
     """
     sites = {name: find_module(model, name) for name in owners}
     known = {name: declared(module) for name, module in sites.items()}
@@ -47,7 +49,7 @@ def measure_sites(
     elif not all(shape and shape.sure for shape in known.values()):
         inputs, seen = _outputs_of_a_guess(model, owners)
     outputs = {
-        name: Outputs(name, sites[name], [tuple(_single(name, each).shape)])
+        name: Outputs(name, sites[name], _shapes_of_runs(name, sites[name], each))
         for name, each in seen.items()
         if each or example_input is not None
     }
@@ -142,9 +144,9 @@ def _see_other_sizes(
         open_sites = [name for name, each in outputs.items() if not each.settled]
         if not open_sites:
             return
-        for name, shape in _shapes(model, owners, open_sites, other).items():
-            if len(shape) == len(outputs[name].shapes[0]):
-                outputs[name].shapes.append(shape)
+        for name, shapes in _shapes(model, owners, open_sites, other).items():
+            if len(shapes[0]) == len(outputs[name].shapes[0]):
+                outputs[name].shapes += shapes
 
 
 def _check_batch_is_first(
@@ -167,8 +169,8 @@ def _check_batch_is_first(
     ]
     if not doubtful:
         return
-    for name, shape in _shapes(model, owners, doubtful, with_one_more_sample(inputs)).items():
-        first = outputs[name].shapes[0]
+    for name, shapes in _shapes(model, owners, doubtful, with_one_more_sample(inputs)).items():
+        first, shape = outputs[name].shapes[0], shapes[0]
         if shape[0] == first[0] and shape[1] == first[1] + 1:
             raise InjectionError(
                 f"Site {name!r} returned {list(first)}, and {list(shape)} for one more sample: the "
@@ -180,18 +182,18 @@ def _check_batch_is_first(
 
 def _shapes(
     model: nn.Module, owners: Mapping[str, str], names: list[str], inputs: object
-) -> dict[str, tuple[int, ...]]:
+) -> dict[str, list[tuple[int, ...]]]:
     """Returns the shapes of sites' outputs for an input that the model may refuse on the way."""
     with (
         _recording(model, {name: owners[name] for name in names}) as outputs,
         suppress(Exception),
     ):
         dry_run(model, inputs)
-    return {
-        name: tuple(seen[0].shape)
-        for name, seen in outputs.items()
-        if len(seen) == 1 and isinstance(seen[0], Tensor)
-    }
+    shapes = {}
+    for name, seen in outputs.items():
+        with suppress(InjectionError):
+            shapes[name] = _shapes_of_runs(name, find_module(model, name), seen)
+    return shapes
 
 
 @contextmanager
@@ -214,25 +216,40 @@ def _recording(model: nn.Module, owners: Mapping[str, str]) -> Iterator[dict[str
         yield outputs
 
 
-def _single(name: str, outputs: list[object]) -> Tensor:
-    """Returns the output of a site that must have run exactly once."""
-    if len(outputs) != 1:
+def _shapes_of_runs(name: str, module: nn.Module, outputs: list[object]) -> list[tuple[int, ...]]:
+    """Returns the shapes of a site's outputs in one forward, one for each run.
+
+    Raises:
+        InjectionError: The site did not run, ran several times but has no weights, or returned
+            something else than feature maps with the same number of dimensions.
+    """
+    if not outputs:
         raise InjectionError(
-            f"Site {name!r} ran {len(outputs)} times in one forward, but an adapter needs a module "
-            "that runs once. Choose another module, such as the block around it."
+            f"Site {name!r} did not run on the example input, so its adapter would never run. "
+            "Choose a module that the model calls."
         )
-    (output,) = outputs
-    if not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
-        what = (
-            f"shape {list(output.shape)} {output.dtype}"
-            if isinstance(output, Tensor)
-            else type(output).__name__
-        )
+    if len(outputs) > 1:
+        check_may_repeat(name, module)
+    shapes = []
+    for output in outputs:
+        if not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
+            what = (
+                f"shape {list(output.shape)} {output.dtype}"
+                if isinstance(output, Tensor)
+                else type(output).__name__
+            )
+            raise InjectionError(
+                f"Site {name!r} returned {what}, but an adapter needs one floating-point tensor "
+                "[N, C, ...]. Choose a module inside it that returns one."
+            )
+        shapes.append(tuple(output.shape))
+    if len({len(shape) for shape in shapes}) > 1:
         raise InjectionError(
-            f"Site {name!r} returned {what}, but an adapter needs one floating-point tensor [N, C, "
-            "...]. Choose a module inside it that returns one."
+            f"Site {name!r} returned {' and '.join(str(list(shape)) for shape in shapes)} in one "
+            "forward, but an adapter needs the same number of dimensions each time. Choose another "
+            "module."
         )
-    return output
+    return shapes
 
 
 def _ambiguous(sites: list[Outputs]) -> InjectionError:

@@ -32,11 +32,6 @@ class Mixture:
             "Inside adapters_for a model cannot be copied or pickled. Leave the with block first."
         )
 
-    @property
-    def current(self) -> object:
-        """What runs now: forwards with equal values give equal results."""
-        return self.names
-
     def run(
         self,
         place: str,
@@ -95,12 +90,6 @@ class OneOfMany(Mixture):
         super().__init__(names)
         self.name: str | None = None
         """The set that runs now."""
-
-    @property
-    @override
-    def current(self) -> object:
-        """The set that runs now."""
-        return self.name
 
     @override
     def run(

@@ -67,18 +67,14 @@ class Routed(Overlay):
                 )
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         place: str = self._resadapt_place  # type: ignore[attr-defined]
-        if slot.mixture is None:
-            private = slot.private(slot.active, place)
-            return super().forward(*args, **kwargs) if private is None else private(*args, **kwargs)  # type: ignore[misc]
         stock = super().forward  # type: ignore[misc]
 
         def run(name: str | None, values: Any) -> Any:
             rows, keywords = values
             return slot.private(name, place, stock)(*rows, **keywords)
 
-        return slot.mixture.run(
-            place, {name for name in slot.routes if slot.routes[name] == place}, run, (args, kwargs)
-        )
+        routed = {name for name in slot.routes if slot.routes[name] == place}
+        return slot.run(place, routed, run, (args, kwargs))
 
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -151,9 +147,10 @@ def running_at(module: nn.Module) -> nn.Module | None:
     slot = _slot(module)
     if slot is None:
         return module
-    if slot.mixture is not None:
+    choice = slot.choice()
+    if choice.mixture is not None:
         return None
-    return slot.private(slot.active, module.__dict__[_PLACE], module)  # type: ignore[no-any-return]
+    return slot.private(choice.active, module.__dict__[_PLACE], module)  # type: ignore[no-any-return]
 
 
 def holder_of(module: nn.Module) -> nn.Module:

@@ -287,8 +287,8 @@ def owner_of(model: nn.Module, name: str) -> str:
     if len(aliases) > 1:
         raise InjectionError(
             f"Module {name!r} is shared: it is also "
-            f"{quote_names([a for a in aliases if a != name])}, but an adapter needs a module that "
-            "runs once. Choose a module that has one name, or copy the shared module."
+            f"{quote_names([a for a in aliases if a != name])}, but an adapter needs a module with "
+            "one name. Choose the module around it, or copy the shared module."
         )
     return name
 

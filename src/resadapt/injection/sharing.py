@@ -15,10 +15,11 @@ from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.inputs import map_tensors, named_in
-from resadapt.base.undisturbed import EAGERLY, call, is_checkpointed
+from resadapt.base.undisturbed import EAGERLY, call
 from resadapt.injection.intercept import CallInterceptor, intercepted
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.mixture import OneOfMany
+from resadapt.injection.recomputation import checkpointed_calls
 from resadapt.injection.switching import mixed
 from resadapt.injection.walk import are_sharded, backbone_modules, unwrap
 
@@ -38,7 +39,7 @@ def forward_all(
 
     In training, the sets become trainable, as in `adapters_for`, and one backward pass of the sum
     of their losses reaches all of them. Activation checkpointing is refused: it would recompute
-    with the active set.
+    what is shared.
 
     Args:
         model: An injected model.
@@ -129,12 +130,12 @@ class _Shared(CallInterceptor):
 
     @override
     def dispatch(self, place: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Refuses checkpointed calls: the backward pass would recompute them with another set."""
-        if self._training and is_checkpointed():
+        """Refuses checkpointed calls: a recomputation cannot reuse outputs of another set's."""
+        if self._training and checkpointed_calls()[0]:
             raise InjectionError(
-                f"Module {place!r} runs in torch.utils.checkpoint, which would recompute it in the "
-                "backward pass with the active set: run the sets one by one, or call the model "
-                "without checkpointing."
+                f"Module {place!r} runs in torch.utils.checkpoint, which would recompute in the "
+                "backward pass what this set shares with another: run the sets one by one, or call "
+                "the model without checkpointing."
             )
         return super().dispatch(place, run, args, kwargs)
 

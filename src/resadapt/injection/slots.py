@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +13,8 @@ from typing_extensions import override
 from resadapt.adapters.family import apply
 from resadapt.base.errors import InjectionError
 from resadapt.base.spec import SiteSpec
-from resadapt.base.undisturbed import is_checkpointed
 from resadapt.injection.mixture import Mixture
+from resadapt.injection.recomputation import Choice, as_in_forward, thawed
 
 __all__ = ["SLOT", "AdapterSlot"]
 
@@ -36,8 +38,6 @@ class AdapterSlot(nn.Module):
         self.active: str | None = None
         self.mixture: Mixture | None = None
         """The set of each sample, while a mixed batch runs."""
-        self._last: object = None
-        """The set or mixture of the last forward that a backward pass may follow."""
 
     def insert(self, name: str, site: SiteSpec, adapter: nn.Module) -> None:
         """Adds a set's adapter, inactive at first."""
@@ -76,39 +76,56 @@ class AdapterSlot(nn.Module):
         """Returns the module that a set runs in place of a module of the backbone."""
         return self._modules[_key(name, place)] if self.routes.get(name) == place else default  # type: ignore[arg-type]
 
+    @property
+    def names(self) -> list[str]:
+        """The sites and replaced modules of all sets, for messages."""
+        return sorted({site.name for site in self.sites.values()} | {*self.routes.values()})
+
     def site(self) -> SiteSpec:
         """Returns the active set's site; in a mixed batch the site of any set."""
         return self.sites.get(self.active or "") or next(iter(self.sites.values()))
 
-    def adapt(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Returns the adapted output of a call of the slot's owner.
+    def choice(self) -> Choice:
+        """Returns the active set or the set of each sample; in recomputations, as in the forward.
 
-        Only this method chooses the adapter: the active set's, or in a mixed batch that of each
-        sample's set.
+        Whatever depends on the active set asks this method.
         """
-        if not torch.compiler.is_compiling():
-            self._check_recomputation()
-        if self.mixture is None:
-            return self._adapted(self.active, owner, args, output)
-        return self.mixture.run(
+        now = Choice(self.active, self.mixture)
+        if torch.compiler.is_compiling():
+            return now
+        return as_in_forward(self, self.names, now)
+
+    def run(
+        self,
+        place: str,
+        sets: Collection[str],
+        function: Callable[[str | None, Any], Any],
+        values: Any,
+    ) -> Any:
+        """Calls a function with the active set, or in a mixed batch once for each set.
+
+        Args:
+            place: Name of the module that runs, for messages.
+            sets: The sets that change the module; for others the function is called with None.
+            function: Called with a set's name and that set's rows of the values.
+            values: Tensors with the whole batch in dimension 0, in tuples and dicts.
+        """
+        choice = self.choice()
+        with thawed(self, choice) if choice.trainable else nullcontext():
+            if choice.mixture is not None:
+                return choice.mixture.run(place, sets, function, values)
+            return function(choice.active if choice.active in sets else None, values)
+
+    def adapt(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Returns the adapted output of a call of the slot's owner."""
+        if not self.sites:
+            return output
+        return self.run(
             self.site().owner,
             self.sites,
             lambda name, values: self._adapted(name, owner, *values),
             (args, output),
         )
-
-    def _check_recomputation(self) -> None:
-        """Refuses to recompute checkpointed activations with another set than in the forward."""
-        now = self.active if self.mixture is None else self.mixture.current
-        if torch._C._current_graph_task_id() == -1:  # outside of a backward pass
-            if self.training or torch.is_grad_enabled():
-                self._last = now
-        elif now != self._last and is_checkpointed():
-            raise InjectionError(
-                f"Checkpointed activations around {self.site().owner!r} are recomputed in the "
-                f"backward pass with {now!r}, but the forward ran with {self._last!r}: call "
-                "backward before switching sets, and inside the body of adapters_for."
-            )
 
     def _adapted(
         self, name: str | None, owner: nn.Module, args: tuple[Any, ...], output: Any
@@ -131,10 +148,9 @@ class AdapterSlot(nn.Module):
     @override
     def forward(self, *args: object) -> None:
         """Raises: only the owner's forward hook applies adapters."""
-        names = sorted({site.name for site in self.sites.values()} | {*self.routes.values()})
         raise InjectionError(
-            f"The module at site {names} iterates over its children and called the adapter as one "
-            "of them. Choose a module inside it; if adapters were injected there already, call "
+            f"The module at site {self.names} iterates over its children and called the adapter as "
+            "one of them. Choose a module inside it; if adapters were injected there already, call "
             "remove_adapters(model) first."
         )
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 from torch import nn
 
-from resadapt.base.errors import InjectionError
+from resadapt.base.errors import InjectionError, quote_names
 from resadapt.base.overlay import stock_classes
 from resadapt.injection.freeze import allow_statistics_reset, block_statistics_reset
 from resadapt.injection.ledger import AdapterSet, Ledger, find_ledger, set_modules, set_tensors
@@ -109,6 +109,10 @@ def mixed(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
     """Runs the body with the sets of a mixture, all of them trainable.
 
     The sets stay trainable until the active set changes.
+
+    Raises:
+        InjectionError: A norm cannot compute statistics over the only sample of a set; the running
+            statistics are as before the body.
     """
     mixing = tuple(name for name in dict.fromkeys(mixture.names) if name is not None)
     mixed_sets = [ledger.sets[name] for name in mixing]
@@ -123,7 +127,31 @@ def mixed(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
             stack.callback(setattr, slot, "mixture", None)
         ledger.mixing = mixing
         stack.callback(setattr, ledger, "mixing", None)
-        yield
+        lone = [name for name in mixing if mixture.names.count(name) == 1]
+        buffers = [
+            buffer
+            for adapter_set in mixed_sets
+            for _, module in set_modules(model, adapter_set.spec)
+            for buffer in module.buffers()
+            if lone and model.training
+        ]
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        except ValueError as error:
+            if not buffers or _ONE_VALUE not in str(error):
+                raise
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            raise InjectionError(
+                f"A norm needs more than one value per channel in train mode, and the batch has a "
+                f"single sample for {quote_names(lone)}. Give each set with norm='stats' two "
+                "samples or none, or call model.eval(). The running statistics were restored."
+            ) from error
+
+
+_ONE_VALUE = "more than 1 value per channel when training"
+"""Part of the message of torch.nn.functional.batch_norm."""
 
 
 def check_switchable(

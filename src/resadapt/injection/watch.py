@@ -1,6 +1,7 @@
 """Hooks that watch each forward of an injected model for silent mistakes.
 
-Errors: an adapter runs twice, a head was replaced, DDP does not average a trainable parameter.
+Errors: a module without weights runs twice, a head was replaced, DDP does not average a trainable
+parameter.
 Warnings, given once: an adapter never runs or gets no gradient, or a hook would treat a layer and
 its adapter as one layer.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Collection, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,26 +27,28 @@ from resadapt.base.spec import SetSpec
 from resadapt.injection.freeze import hold_in_eval
 from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_of, set_tensors
 from resadapt.injection.private import lost_modules, private_module
+from resadapt.injection.recomputation import checkpointed_calls
 from resadapt.injection.slots import AdapterSlot
-from resadapt.injection.walk import find_module, find_slot, is_leaf
+from resadapt.injection.walk import backbone_tensors, find_module, find_slot, is_leaf
 
 __all__ = [
     "begin_forward",
     "check_first_forward",
+    "check_may_repeat",
     "check_rules",
-    "count_private",
-    "count_run",
     "end_forward",
+    "note_private",
+    "note_run",
 ]
 
 
 @dataclass
 class _Forward:
-    """One forward of a whole model, with the number of runs of each slot's owner so far."""
+    """One forward of a whole model, with the slots and private modules that ran so far."""
 
-    root: int
+    root: weakref.ref[nn.Module]
     outer: _Forward | None
-    runs: dict[int, int] = field(default_factory=dict)
+    ran: set[int] = field(default_factory=set)
 
 
 _AVERAGED = "_resadapt_averaged"
@@ -58,12 +62,13 @@ def begin_forward(root: nn.Module, args: Any) -> None:
 
     Starts counting, and in train mode checks that the trainable modules are still in place.
     """
-    if torch.compiler.is_compiling():  # a compiled or exported graph must not have side effects
+    # A compiled or exported graph must not have side effects, and recomputing is no forward.
+    if torch.compiler.is_compiling() or checkpointed_calls()[1] is not None:
         return
     outer = _current.get()
-    _current.set(
-        _Forward(id(root), outer if outer is None or outer.root != id(root) else outer.outer)
-    )
+    if outer is not None and outer.root() is root:
+        outer = outer.outer
+    _current.set(_Forward(weakref.ref(root), outer))
     ledger = root.__dict__.get(LEDGER)
     if root.training and isinstance(ledger, Ledger):
         for adapter_set in ledger.running:
@@ -71,34 +76,44 @@ def begin_forward(root: nn.Module, args: Any) -> None:
             _check_averaged(root, adapter_set)
 
 
-def count_run(slot: AdapterSlot) -> None:
-    """Counts one run of a slot's owner in the current forward of the whole model, if any.
+def note_run(slot: AdapterSlot) -> None:
+    """Notes a run of a slot's owner in the current forward of the whole model, if any.
 
     Raises:
-        InjectionError: The owner ran before in this forward.
+        InjectionError: The site has no parameters or buffers, and ran before in this forward.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (forward := _current.get()) is None:
         return
-    forward = _current.get()
-    if forward is None:
-        return
-    if id(slot) not in forward.runs:
-        forward.runs[id(slot)] = 1
-    elif _is_running(forward.root):
-        forward.runs[id(slot)] += 1
+    if id(slot) in forward.ran:
+        root, site = forward.root(), slot.site().name
+        if root is None or not _is_running(root):
+            _current.set(None)  # it was interrupted, and a part of the model is called directly
+        else:
+            check_may_repeat(site, find_module(root, site))
+    forward.ran.add(id(slot))
+
+
+def check_may_repeat(site: str, module: nn.Module) -> None:
+    """Refuses a site that ran several times in one forward, unless its module has weights.
+
+    A module with weights shares them among its runs, and so its adapter; the runs of an activation
+    are layers of their own.
+
+    Raises:
+        InjectionError: The module has no parameters and buffers.
+    """
+    if next(backbone_tensors(module), None) is None:
         raise InjectionError(
-            f"Site {slot.site().name!r} ran more than once in one forward, but an adapter needs a "
-            "module that runs once. Call remove_adapters(model) and choose another module, such as "
-            "the block around it."
+            f"Site {site!r} ran more than once in one forward, and has no weights: the runs are "
+            "separate layers, which one adapter cannot serve. Choose the modules around it, such "
+            "as the blocks."
         )
-    else:  # that forward was interrupted, and a part of the model is now called directly
-        _current.set(None)
 
 
-def count_private(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a private module: counts its runs in the current forward, if any."""
+def note_private(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a private module: notes a run in the current forward, if any."""
     if not torch.compiler.is_compiling() and (forward := _current.get()) is not None:
-        forward.runs[id(module)] = forward.runs.get(id(module), 0) + 1
+        forward.ran.add(id(module))
 
 
 def check_rules(owner: nn.Module, slot: AdapterSlot, later: Collection[int]) -> None:
@@ -131,7 +146,7 @@ def check_first_forward(root: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling()
         else (_current.get(), root.__dict__.get(LEDGER))
     )
-    if forward is not None and forward.root == id(root) and isinstance(ledger, Ledger):
+    if forward is not None and forward.root() is root and isinstance(ledger, Ledger):
         for adapter_set in ledger.running:
             _check_first_of(root, adapter_set, forward, output)
 
@@ -181,7 +196,7 @@ def end_forward(root: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the root, called after errors too: ends the forward."""
     if not torch.compiler.is_compiling():
         forward = _current.get()
-        if forward is not None and forward.root == id(root):
+        if forward is not None and forward.root() is root:
             _current.set(forward.outer)
 
 
@@ -189,14 +204,14 @@ def _warn(message: str) -> None:
     warnings.warn(message, AdapterWarning, stacklevel=2)
 
 
-def _is_running(root: int) -> bool:
-    """Tells whether a forward of the module with this id is on the call stack.
+def _is_running(root: nn.Module) -> bool:
+    """Tells whether a forward of a module is on the call stack.
 
     An interrupted forward leaves its count behind.
     """
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__ and id(frame.f_locals.get("self")) == root:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is root:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
@@ -239,7 +254,7 @@ def _check_averaged(root: nn.Module, adapter_set: AdapterSet) -> None:
 
 
 def _ran(root: nn.Module, name: str, key: int, forward: _Forward) -> bool:
-    return key in forward.runs or _is_compiled(root, name)
+    return key in forward.ran or _is_compiled(root, name)
 
 
 def _is_compiled(root: nn.Module, name: str) -> bool:

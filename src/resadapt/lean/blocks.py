@@ -27,6 +27,7 @@ from resadapt.injection.freeze import FrozenStatistics
 from resadapt.injection.hooks import apply_adapter
 from resadapt.injection.intercept import replaced_forward
 from resadapt.injection.private import running_at
+from resadapt.injection.recomputation import Choice
 from resadapt.injection.walk import find_slot
 from resadapt.lean.functions import is_ordinary
 from resadapt.lean.layers import LEAN
@@ -116,9 +117,10 @@ def _takes_any(module: nn.Module) -> bool:
     Dropout does not: the elements that are dropped depend on the memory format.
     """
     slot = find_slot(module)
-    if replaced_forward(module) is not None or (slot is not None and slot.mixture is not None):
+    choice = slot.choice() if slot is not None else Choice(None, None)
+    if replaced_forward(module) is not None or choice.mixture is not None:
         return False
-    adapter = slot._modules[slot.active] if slot is not None and slot.active in slot.sites else None
+    adapter = slot._modules[choice.active] if slot and choice.active in slot.sites else None
     if adapter is None or isinstance(adapter, PooledAdapter):
         return True
     drops = adapter.training and any(

@@ -137,10 +137,12 @@ class Comparison:
             return Check("sites", "not checked", "the set has no adapters")
         if reloaded.run.probe is None:
             return Check("sites", "not checked", reloaded.run.unusable)
-        if reloaded.idle:
-            detail = f"the adapters at {quote_names(reloaded.idle)} did not run on the probe"
+        if idle := [site for site, runs in reloaded.runs.items() if not runs]:
+            detail = f"the adapters at {quote_names(idle)} did not run on the probe"
             return Check("sites", "failed", detail)
-        return Check("sites", "passed", f"all {len(self.info.set.sites)} adapters ran on the probe")
+        several = [f"{site!r} {runs} times" for site, runs in reloaded.runs.items() if runs > 1]
+        detail = f"all {len(reloaded.runs)} adapters ran on the probe"
+        return Check("sites", "passed", "; ".join([detail, *several]))
 
     def _outputs(self, reloaded: Evidence) -> Check:
         if self.evidence is None:

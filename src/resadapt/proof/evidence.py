@@ -31,14 +31,14 @@ class Evidence:
     Args:
         tensors: The set's tensors.
         run: The model's outputs on a probe.
-        idle: Sites whose adapters did not run on the probe.
+        runs: How often each site's adapter ran on the probe.
         bystanders: Names of another model's modules that also ran on the probe.
         metric: The metric's value, None if not measured.
     """
 
     tensors: dict[str, Tensor]
     run: ProbeRun
-    idle: tuple[str, ...]
+    runs: dict[str, int]
     bystanders: tuple[str, ...] = ()
     metric: float | None = None
 
@@ -65,10 +65,10 @@ def collect(
     ledger = ledger_of(model)
     with activated(model, ledger, name):
         tensors = adapter_state_dict(model, name)
-        with _running(bystander) as on_probe, _idle_sites(model, name) as idle:
+        with _running(bystander) as on_probe, _counted(model, name) as runs:
             outputs = run()
         value = None if metric is None else measure(model, metric)[0]
-    return Evidence(tensors, outputs, tuple(idle), tuple(on_probe), value)
+    return Evidence(tensors, outputs, runs, tuple(on_probe), value)
 
 
 def measure(
@@ -115,23 +115,21 @@ def _unchanged(model: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def _idle_sites(model: nn.Module, name: str) -> Iterator[list[str]]:
-    """Yields a list of a set's sites, and removes those whose adapters run in the body."""
+def _counted(model: nn.Module, name: str) -> Iterator[dict[str, int]]:
+    """Counts in the body how often the adapter at each site of a set runs."""
     spec = ledger_of(model).set_named(name).spec
-    idle = [site.name for site in spec.sites]
+    runs = dict.fromkeys((site.name for site in spec.sites), 0)
 
-    def remove(site: str) -> None:
-        if site in idle:
-            idle.remove(site)
+    def count(site: str) -> None:
+        runs[site] += 1
 
     with ExitStack() as stack:
         for site in spec.sites:
-            adapter = adapter_of(model, spec, site)
-            handle = adapter.register_forward_pre_hook(
-                lambda _module, _args, site=site.name: remove(site)
+            handle = adapter_of(model, spec, site).register_forward_pre_hook(
+                lambda _module, _args, site=site.name: count(site)
             )
             stack.callback(handle.remove)
-        yield idle
+        yield runs
 
 
 @contextmanager
