@@ -325,14 +325,9 @@ def test_transposed_convolutions_are_folded() -> None:
 # Refusals.
 
 
-class OwnForward(nn.Conv2d):
+class OwnLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(nn.functional.pad(x, [0, 1, 0, 1]))
-
-
-class OwnConvForward(nn.Conv2d):
-    def _conv_forward(self, *args: Any) -> Tensor:
-        return 2 * super()._conv_forward(*args)
+        return super().forward(x.flip(1))
 
 
 def patched() -> nn.Module:
@@ -348,12 +343,11 @@ def patched() -> nn.Module:
         (nn.Sequential(nn.Conv2d(3, 4, 3)), "it needs a convolution or a Linear"),
         (None, "it needs a convolution or a Linear"),
         (torch.ao.nn.quantized.Conv2d(3, 4, 3), "it needs a convolution or a Linear"),
-        (OwnForward(3, 4, 3), "with the forward of Conv2d, and this layer overrides forward"),
         (
-            OwnConvForward(3, 4, 3),
-            "with the forward of Conv2d, and this layer overrides _conv_forward",
+            OwnLinear(3, 4),
+            "a Linear with the forward of torch.nn, and this layer overrides forward",
         ),
-        (patched(), "with the forward of Conv2d, and this layer overrides forward"),
+        (patched(), "its own forward reads other positions of its input"),
         (nn.LazyConv2d(4, 3), "its weight has no shape yet"),
     ],
 )
