@@ -422,10 +422,18 @@ def test_the_adapter_of_a_transposed_convolution_can_be_scripted() -> None:
     layer = nn.ConvTranspose2d(4, 4, 3, stride=2)
     adapter = strengthened(LoraAdapter(site_of(layer), 2, dora=True))
     x = torch.randn(1, 4, 3, 3)
-    for args in ((x,), (x, layer.weight, layer.bias)):
-        torch.testing.assert_close(
-            torch.jit.script(adapter)(layer(x), *args), adapter(layer(x), *args)
-        )
+    args = (layer(x), x, layer.weight, layer.bias)
+    torch.testing.assert_close(torch.jit.script(adapter)(*args), adapter(*args))
+
+
+def test_dora_needs_the_weight() -> None:
+    """Without the weight the result would be that of LoRA."""
+    layer, x = nn.Conv2d(4, 4, 3), torch.randn(1, 4, 3, 3)
+    adapter = LoraAdapter(site_of(layer), 2, dora=True)
+    with pytest.raises(TypeError, match=r"call adapter\(output, x, weight, bias\)"):
+        adapter(layer(x), x)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        adapter(layer(x))
 
 
 def test_the_frozen_weight_stays_and_the_adapters_learn() -> None:

@@ -88,6 +88,7 @@ class ConvAdapter(Adapter):
         check_choice("init", init, ("identity", "paper"))
         place = convolution_of(site) if scheme.startswith("conv") else _block_of(site)
         behind = scheme.endswith("sequential")
+        self._parallel = not behind
         if behind:
             self.reads = "output"
         transposed = not behind and isinstance(place, Convolution) and place.transposed
@@ -111,7 +112,12 @@ class ConvAdapter(Adapter):
 
     @override
     def forward(self, output: Tensor, x: Tensor | None = None) -> Tensor:
-        """Adapts the site's output; x is the site's input in the parallel schemes, else None."""
+        """Adapts the site's output; x is the site's input, in the parallel schemes only."""
+        if (x is not None) != self._parallel:
+            raise TypeError(
+                "The parallel schemes read the site's input: call adapter(output, x). The "
+                "sequential schemes do not: call adapter(output)."
+            )
         h = output if x is None else x
         if self.pad is not None:
             h = self.pad(h, output)

@@ -127,8 +127,10 @@ class LoraAdapter(Adapter):
             x = self.pad(x, output)
         change: Tensor = self.scale * self.up(cropped(self.down(x), output, self._cropped))
         magnitude = self.magnitude
-        if weight is None or magnitude is None:
+        if magnitude is None:
             return output + change
+        if weight is None:
+            raise TypeError("DoRA reads the layer's weight: call adapter(output, x, weight, bias)")
         factor = self._factor(weight, magnitude).to(output.dtype).reshape(self._each_channel)
         linear = (
             output if bias is None else output - bias.to(output.dtype).reshape(self._each_channel)
