@@ -28,7 +28,9 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
         ),
         "adapters": (
             ("family",),
-            ("pointwise", "folding", "convolutions", "registry"),
+            ("pointwise", "convolutions", "registry"),
+            ("own_forward",),
+            ("folding",),
             ("pooled", "series", "bottleneck", "ssf", "mona", "conv", "lora", "parallel"),
             ("",),
         ),

@@ -333,6 +333,31 @@ def test_it_is_not_linear() -> None:
         ConvAdapter(site_of(layer), 2).folded(layer)
 
 
+def _site_for(scheme: str) -> str:
+    return "layer1.0.conv1" if scheme.startswith("conv") else "layer1.0"
+
+
+@pytest.mark.parametrize("scheme", ["conv-parallel", "residual-parallel"])
+def test_an_adapter_that_reads_the_input_needs_it(scheme: str) -> None:
+    """opacus, for one, calls a module with its first argument only, and took a wrong gradient."""
+    model = injected(small_resnet(), _site_for(scheme), "conv", bottleneck=8, scheme=scheme)
+    (adapter,) = adapters_of(model).values()
+    x = torch.randn(1, 64, 4, 4)
+    adapter(x, x)
+    with pytest.raises(TypeError, match=r"read the site's input: call adapter\(output, x\)"):
+        adapter(x)
+
+
+@pytest.mark.parametrize("scheme", ["conv-sequential", "residual-sequential"])
+def test_an_adapter_that_does_not_read_the_input_takes_none(scheme: str) -> None:
+    model = injected(small_resnet(), _site_for(scheme), "conv", bottleneck=8, scheme=scheme)
+    (adapter,) = adapters_of(model).values()
+    x = torch.randn(1, 64, 4, 4)
+    adapter(x)
+    with pytest.raises(TypeError, match=r"sequential schemes do not: call adapter\(output\)"):
+        adapter(x, x)
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "reflect": lambda: nn.Conv2d(
         8, 8, (3, 2), stride=(2, 1), padding=(1, 0), padding_mode="reflect", groups=2

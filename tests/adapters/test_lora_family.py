@@ -325,14 +325,9 @@ def test_transposed_convolutions_are_folded() -> None:
 # Refusals.
 
 
-class OwnForward(nn.Conv2d):
+class OwnLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(nn.functional.pad(x, [0, 1, 0, 1]))
-
-
-class OwnConvForward(nn.Conv2d):
-    def _conv_forward(self, *args: Any) -> Tensor:
-        return 2 * super()._conv_forward(*args)
+        return super().forward(x.flip(1))
 
 
 def patched() -> nn.Module:
@@ -348,12 +343,11 @@ def patched() -> nn.Module:
         (nn.Sequential(nn.Conv2d(3, 4, 3)), "it needs a convolution or a Linear"),
         (None, "it needs a convolution or a Linear"),
         (torch.ao.nn.quantized.Conv2d(3, 4, 3), "it needs a convolution or a Linear"),
-        (OwnForward(3, 4, 3), "with the forward of Conv2d, and this layer overrides forward"),
         (
-            OwnConvForward(3, 4, 3),
-            "with the forward of Conv2d, and this layer overrides _conv_forward",
+            OwnLinear(3, 4),
+            "a Linear with the forward of torch.nn, and this layer overrides forward",
         ),
-        (patched(), "with the forward of Conv2d, and this layer overrides forward"),
+        (patched(), "its own forward reads other positions of its input"),
         (nn.LazyConv2d(4, 3), "its weight has no shape yet"),
     ],
 )
@@ -428,10 +422,18 @@ def test_the_adapter_of_a_transposed_convolution_can_be_scripted() -> None:
     layer = nn.ConvTranspose2d(4, 4, 3, stride=2)
     adapter = strengthened(LoraAdapter(site_of(layer), 2, dora=True))
     x = torch.randn(1, 4, 3, 3)
-    for args in ((x,), (x, layer.weight, layer.bias)):
-        torch.testing.assert_close(
-            torch.jit.script(adapter)(layer(x), *args), adapter(layer(x), *args)
-        )
+    args = (layer(x), x, layer.weight, layer.bias)
+    torch.testing.assert_close(torch.jit.script(adapter)(*args), adapter(*args))
+
+
+def test_dora_needs_the_weight() -> None:
+    """Without the weight the result would be that of LoRA."""
+    layer, x = nn.Conv2d(4, 4, 3), torch.randn(1, 4, 3, 3)
+    adapter = LoraAdapter(site_of(layer), 2, dora=True)
+    with pytest.raises(TypeError, match=r"call adapter\(output, x, weight, bias\)"):
+        adapter(layer(x), x)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        adapter(layer(x))
 
 
 def test_the_frozen_weight_stays_and_the_adapters_learn() -> None:

@@ -15,6 +15,7 @@ from roundtrip import (
     three_steps,
     with_strong_adapters,
 )
+from support import small_resnet
 from torch import Tensor, nn
 
 import resadapt
@@ -222,6 +223,48 @@ def test_relevance_on_an_inference_copy_is_that_of_the_network_by_hand(
     relevance = attr.LRP(resadapt.inference_copy(model)).attribute(X, target=LABELS)
     assert expected.abs().max() > 0
     torch.testing.assert_close(relevance, expected)
+
+
+def zennit_relevance(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Outputs and relevance of inputs, by the composite that zennit has for a ResNet."""
+    attribution = pytest.importorskip("zennit.attribution")
+    composites = pytest.importorskip("zennit.composites")
+    canonizer = pytest.importorskip("zennit.torchvision").ResNetCanonizer()
+    composite = composites.EpsilonPlusFlat(canonizers=[canonizer])
+    with attribution.Gradient(model=model, composite=composite) as explainer:
+        output, relevance = explainer(small_images(64), torch.eye(3)[LABELS])
+    return output.detach(), relevance
+
+
+@pytest.mark.parametrize("family", ["lora", "parallel", "series"])
+def test_relevance_of_a_folded_model_is_that_of_a_stock_resnet(family: str) -> None:
+    sizes = {"bottleneck": 8} if family == "lora" else {}
+    model = resadapt.inject_adapters(
+        small_resnet(), "layer*.*.conv*", family=family, head="fc", **sizes
+    )
+    three_steps(model, small_images(64))
+    expected = model.eval()(small_images(64)).detach()
+    stock = small_resnet().eval()
+    stock.load_state_dict(resadapt.fold_adapters(model).state_dict())
+    output, relevance = zennit_relevance(resadapt.fold_adapters(model))
+    torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(relevance, zennit_relevance(stock)[1])
+
+
+@pytest.mark.filterwarnings("ignore:The hooks on site:resadapt.AdapterWarning")
+@pytest.mark.parametrize("family", ["lora", "parallel", "conv", "bottleneck"])
+def test_a_canonizer_merges_norms_into_adapters(family: str) -> None:
+    """If this is right now, docs/sets.md need not warn of it any more."""
+    sizes = {} if family == "parallel" else {"bottleneck": 16}
+    model = resadapt.inject_adapters(
+        small_resnet(), "layer*.*.conv*", family=family, head="fc", **sizes
+    )
+    three_steps(model, small_images(64))
+    expected = model.eval()(small_images(64)).detach()
+    for each in (resadapt.inference_copy(model), model):
+        output, _ = zennit_relevance(each)
+        assert (output - expected).abs().max() > 0.01 * expected.abs().max()
+    assert torch.equal(model(small_images(64)), expected), "zennit undoes what it merged"
 
 
 def from_zero_to_one(maps: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from roundtrip import (
     small_images,
     three_steps,
     train_save_reload,
+    with_strong_adapters,
 )
+from torch import nn
 
 import resadapt
 
@@ -230,10 +232,59 @@ def test_families_that_read_the_input(
     )
 
 
-def test_a_convolution_that_pads_in_its_own_forward_is_refused() -> None:
-    model = timm.create_model("tf_efficientnet_lite0")
+@pytest.mark.parametrize(
+    ("name", "layers", "family"),
+    [
+        ("tf_efficientnet_lite0", "blocks.[12].0.conv_dw", "lora"),  # Conv2dSame
+        ("tf_efficientnet_lite0", "blocks.[12].0.conv_dw", "parallel"),
+        ("tf_efficientnet_lite0", "blocks.[12].0.conv_dw", "conv"),
+        ("resnetv2_50x1_bit", "stages.[01].blocks.0.conv2", "lora"),  # StdConv2d
+        ("nfnet_l0", "stages.[01].0.conv2", "parallel"),  # ScaledStdConv2d
+    ],
+)
+def test_convolutions_with_a_forward_of_their_own(
+    name: str, layers: str, family: str, path: Path
+) -> None:
+    def build() -> Any:
+        model = timm.create_model(name, num_classes=3)
+        for key, parameter in model.named_parameters():
+            if key.endswith("conv3.gain"):  # at zero nothing learns behind it
+                nn.init.ones_(parameter)
+        return model
+
+    rebuild = seeded(build)
+    sizes = {} if family == "parallel" else {"bottleneck": 8}
+    model = resadapt.inject_adapters(rebuild(), layers, family=family, **sizes)
+    with torch.no_grad():
+        assert_same_outputs(model, rebuild(), X)
+    three_steps(model, X)
+    save_and_reload(model, rebuild, path, X)
+    assert_same_outputs(resadapt.inference_copy(model), model, X)
+    if family == "conv":
+        return
+    if name.startswith("tf_"):
+        folded = rebuild().eval()
+        folded.load_state_dict(resadapt.fold_adapters(model).state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(folded(X), model.eval()(X), rtol=1e-4, atol=1e-4)
+        return
     with pytest.raises(
-        resadapt.InjectionError,
-        match=r"'blocks.1.0.conv_dw' \(Conv2dSame\).* overrides forward.*It can adapt",
+        resadapt.AdapterError,
+        match=r"\((Scaled)?StdConv2d\): the forward of \w+ is not a convolution",
     ):
-        resadapt.inject_adapters(model, "blocks.1.0.conv_dw", 4, family="lora")
+        resadapt.fold_adapters(model)
+
+
+def test_every_convolution_of_a_port_from_tensorflow() -> None:
+    """Images of two sizes, for which Conv2dSame pads differently."""
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    resadapt.inject_adapters(model, ["conv_stem", "blocks.*.*.conv*"], 2, family="lora")
+    with_strong_adapters(model)
+    folded = resadapt.fold_adapters(model)
+    for size in (64, 75):
+        x = torch.randn(1, 3, size, size)
+        with torch.no_grad():
+            expected = model(x)
+            torch.testing.assert_close(
+                folded(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()
+            )

@@ -286,6 +286,35 @@ def test_an_adapter_that_was_pruned_or_parametrized(prune: str, path: Path) -> N
     assert resadapt.save_adapters(model, path, rebuild=net).ok
 
 
+def test_tensors_that_were_added_to_an_adapter(path: Path) -> None:
+    """As tools do that count operations."""
+    model = resadapt.inject_adapters(net(), "bn", 4, head="fc", norm="affine")
+    adapter = model.bn.resadapt.default
+    for module in (adapter, adapter.up):
+        module.register_buffer("total_ops", torch.zeros(1))
+    for call in (
+        lambda: resadapt.save_adapters(model, path),
+        lambda: resadapt.adapter_state_dict(model),
+    ):
+        with pytest.raises(
+            resadapt.AdapterKeyError,
+            match=r"Tensors were added to the adapters of set 'default' after the injection: "
+            r"'adapters\.bn\.total_ops', 'adapters\.bn\.up\.total_ops'\. An adapter file cannot",
+        ):
+            call()
+    for module in (adapter, adapter.up):
+        del module.total_ops
+    private(model, "bn").register_buffer("total_ops", torch.zeros(1))
+    with pytest.raises(
+        resadapt.AdapterKeyError,
+        match=r"'norms\.bn\.total_ops' is unexpected.*If a tool added them to a module",
+    ):
+        resadapt.save_adapters(model, path)
+    del private(model, "bn").total_ops
+    assert not list(path.parent.iterdir())
+    assert resadapt.save_adapters(model, path, rebuild=net).ok
+
+
 def test_a_head_of_another_form_draws_nothing(path: Path) -> None:
     model = resadapt.inject_adapters(net(), "conv", 2, head={"fc": nn.Linear(4, 7)})
     state = torch.get_rng_state()

@@ -9,12 +9,12 @@ from typing_extensions import override
 
 from resadapt.adapters.convolutions import (
     Convolution,
-    convolution_like,
     convolution_of,
     cropped,
     nn_class,
 )
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
+from resadapt.adapters.own_forward import InputPadding, bypass_like
 
 __all__ = ["ConvAdapter"]
 
@@ -33,7 +33,8 @@ class ConvAdapter(Adapter):
     `up` has kernel size 1. C_h k^2 + b C_out + C_out parameters.
 
     Args:
-        site: A convolution; for the residual schemes a block with a `downsample` attribute.
+        site: A convolution, also with a forward of its own; for the residual schemes a block with a
+            `downsample` attribute.
         bottleneck: b, number of hidden channels; C_h / gamma in the paper.
         scheme: ``"conv-parallel"``: `down` has the kernel size, stride, padding and dilation of the
             site's convolution. ``"conv-sequential"``: the kernel size and dilation of the site's
@@ -87,13 +88,19 @@ class ConvAdapter(Adapter):
         check_choice("init", init, ("identity", "paper"))
         place = convolution_of(site) if scheme.startswith("conv") else _block_of(site)
         behind = scheme.endswith("sequential")
+        self._parallel = not behind
         if behind:
             self.reads = "output"
         transposed = not behind and isinstance(place, Convolution) and place.transposed
         self._cropped = site.spatial_dims if transposed else 0
-        self.down = (
-            _beside(place, site, bottleneck) if not behind else _behind(place, site, bottleneck)
-        )
+        self.pad: InputPadding | None = None
+        if behind:
+            self.down = _behind(place, site, bottleneck)
+        elif isinstance(place, Convolution):
+            channels = _divided(place.in_channels, bottleneck)
+            self.pad, self.down = bypass_like(place, channels, bottleneck, bottleneck)
+        else:
+            self.down = _beside(place, site, bottleneck)
         self.act = _ACTIVATIONS[activation]()
         self.up = nn_class("Conv", site.spatial_dims)(bottleneck, site.channels, 1, bias=False)
         self.scale = nn.Parameter(torch.ones(site.channels, *[1] * site.spatial_dims))
@@ -105,17 +112,22 @@ class ConvAdapter(Adapter):
 
     @override
     def forward(self, output: Tensor, x: Tensor | None = None) -> Tensor:
-        """Adapts the site's output; x is the site's input in the parallel schemes, else None."""
+        """Adapts the site's output; x is the site's input, in the parallel schemes only."""
+        if (x is not None) != self._parallel:
+            raise TypeError(
+                "The parallel schemes read the site's input: call adapter(output, x). The "
+                "sequential schemes do not: call adapter(output)."
+            )
         h = output if x is None else x
+        if self.pad is not None:
+            h = self.pad(h, output)
         hidden = self.act(cropped(self.down(h), output, self._cropped))
         change: Tensor = self.scale.to(output.dtype) * self.up(hidden)
         return output + change
 
 
 def _beside(place: nn.Module, site: Site, width: int) -> Convolution:
-    """Returns a grouped convolution of a module's input, with the module's output size."""
-    if isinstance(place, Convolution):
-        return convolution_like(place, _divided(place.in_channels, width), width, width)
+    """Returns a grouped convolution of a block's input, with the block's output size."""
     shortcut = list(place.downsample.modules()) if isinstance(place.downsample, nn.Module) else []
     first = next((each for each in shortcut if isinstance(each, Convolution)), None)
     channels = site.channels if first is None else first.in_channels

@@ -13,11 +13,11 @@ __all__ = [
     "convolution_like",
     "convolution_of",
     "cropped",
+    "has_own_forward",
     "layer_of",
     "nn_class",
     "paddings",
     "rows",
-    "weight_and_bias",
     "weight_from",
 ]
 
@@ -27,43 +27,43 @@ _STRAIGHT: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def layer_of(site: Site) -> Layer:
-    """Returns a site's module if it is a convolution or Linear with the forward of torch.nn.
+def has_own_forward(layer: Layer) -> bool:
+    """Tells whether a layer overrides the forward of torch.nn, by its class or on the instance."""
+    kinds = (*_STRAIGHT, *_TRANSPOSED, nn.Linear)
+    stock = next((kind for kind in kinds if isinstance(layer, kind)), None)
+    return any(
+        getattr(type(layer), name, None) is not getattr(stock, name, None) or name in vars(layer)
+        for name in ("forward", "_conv_forward")
+    )
 
-    Subclasses that inherit `forward`, such as torchvision's ``Conv3DSimple``, are accepted.
-    Subclasses that override `forward` are refused, since their attributes do not describe the
-    computation: timm's ``Conv2dSame`` pads, quantization-aware layers round.
+
+def layer_of(site: Site) -> Layer:
+    """Returns a site's module if it is a convolution, or a Linear with the forward of torch.nn.
 
     Args:
         site: The site of an adapter.
 
     Raises:
-        ValueError: The module is neither a convolution nor a Linear, overrides `forward`, or has a
-            weight without a shape.
+        ValueError: The module is neither a convolution nor a Linear, is a Linear that overrides
+            `forward`, or has a weight without a shape.
     """
     module = site.module
     if not isinstance(module, Convolution | nn.Linear):
         raise ValueError("it needs a convolution or a Linear")
-    stock = next(kind for kind in (*_STRAIGHT, *_TRANSPOSED, nn.Linear) if isinstance(module, kind))
-    for name in ("forward", "_conv_forward"):
-        if (
-            getattr(type(module), name, None) is not getattr(stock, name, None)
-            or name in module.__dict__
-        ):
-            raise ValueError(
-                f"it needs a layer with the forward of {stock.__name__}, and this layer overrides "
-                f"{name}"
-            )
+    if isinstance(module, nn.Linear) and has_own_forward(module):
+        raise ValueError(
+            "it needs a Linear with the forward of torch.nn, and this layer overrides forward"
+        )
     if is_lazy(module.weight):
         raise ValueError("its weight has no shape yet: run the model once before the injection")
     return module
 
 
 def convolution_of(site: Site) -> Convolution:
-    """Returns a site's module if it is a convolution with the forward of torch.nn.
+    """Returns a site's module if it is a convolution.
 
     Raises:
-        ValueError: The module is not such a convolution.
+        ValueError: The module is not a convolution, or has a weight without a shape.
     """
     if not isinstance(site.module, Convolution):
         raise ValueError("it needs a convolution")
@@ -73,7 +73,7 @@ def convolution_of(site: Site) -> Convolution:
 
 
 def convolution_like(
-    layer: Convolution, in_channels: int, out_channels: int, groups: int
+    layer: Convolution, in_channels: int, out_channels: int, groups: int, *, padded: bool = True
 ) -> Convolution:
     """Returns a new stock convolution without bias, with the geometry of another convolution.
 
@@ -85,6 +85,7 @@ def convolution_like(
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         groups: Number of groups.
+        padded: Whether the convolution pads its input as the other one does; else it pads nothing.
     """
     options: dict[str, Any] = {}
     if layer.transposed:
@@ -97,11 +98,11 @@ def convolution_like(
         out_channels,
         layer.kernel_size,
         stride=layer.stride,
-        padding=layer.padding,
+        padding=layer.padding if padded else 0,
         dilation=layer.dilation,
         groups=groups,
         bias=False,
-        padding_mode=layer.padding_mode,
+        padding_mode=layer.padding_mode if padded else "zeros",
         **options,
     )
     return convolution
@@ -144,18 +145,3 @@ def weight_from(rows: Tensor, like: Tensor, groups: int, transposed: bool) -> Te
         return rows.reshape(like.shape)
     parts = rows.reshape(groups, like.shape[1], like.shape[0] // groups, -1)
     return parts.transpose(1, 2).reshape(like.shape)
-
-
-def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Returns the parameters of a layer that an adapter can be merged into.
-
-    Raises:
-        ValueError: The weight or bias is computed from other tensors in every forward.
-    """
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    if weight is None or (bias is None and module.bias is not None):
-        raise ValueError(
-            f"this {type(module).__name__} computes its weight or bias from other tensors, so the "
-            "adapter cannot be merged into it"
-        )
-    return weight, bias

@@ -7,8 +7,9 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d
 
 from resadapt.adapters.family import Site
+from resadapt.adapters.own_forward import uses_parameters
 
-__all__ = ["affine_tensors", "swap_if_transposed"]
+__all__ = ["affine_tensors", "swap_if_transposed", "weight_and_bias"]
 
 _CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm, FrozenBatchNorm2d, LayerNorm2d)
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
@@ -37,14 +38,11 @@ def affine_tensors(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None
         torch.Size([8, 3, 5, 5])
     """
     kind = type(module).__name__
-    forwards = [
-        getattr(type(module), name).__module__
-        for name in ("forward", "_conv_forward")
-        if hasattr(module, name)
-    ]
-    if not isinstance(module, _CHANNELS_FIRST + _CHANNELS_LAST) or not all(
-        each.startswith(_KNOWN) for each in forwards
-    ):
+    if isinstance(module, _ConvNd):
+        _check_uses_parameters(module)
+    elif not isinstance(module, _CHANNELS_FIRST + _CHANNELS_LAST) or not type(
+        module
+    ).forward.__module__.startswith(_KNOWN):
         raise ValueError(
             f"{kind} is not a convolution, Linear or norm of torch, so the adapter cannot be "
             "merged into it"
@@ -87,3 +85,33 @@ def swap_if_transposed(module: nn.Module, weight: Tensor) -> Tensor:
         return weight
     grouped = weight.reshape(module.groups, -1, *weight.shape[1:])
     return grouped.transpose(1, 2).flatten(0, 1)
+
+
+def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Returns the parameters of a layer that an adapter can be merged into.
+
+    Raises:
+        ValueError: The weight or bias is computed from other tensors in every forward.
+    """
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if weight is None or (bias is None and module.bias is not None):
+        raise ValueError(
+            f"this {type(module).__name__} computes its weight or bias from other tensors, so the "
+            "adapter cannot be merged into it"
+        )
+    if isinstance(module, _ConvNd):
+        _check_uses_parameters(module)
+    return weight, bias
+
+
+def _check_uses_parameters(module: _ConvNd) -> None:
+    """Checks that a convolution's forward convolves with the parameters, and does nothing else.
+
+    Raises:
+        ValueError: The forward computes another weight, or changes the result.
+    """
+    if not uses_parameters(module):
+        raise ValueError(
+            f"the forward of {type(module).__name__} is not a convolution of the padded input with "
+            "the parameters weight and bias, so the adapter cannot be merged into them"
+        )

@@ -7,15 +7,15 @@ from typing_extensions import override
 from resadapt.adapters.convolutions import (
     Convolution,
     Layer,
-    convolution_like,
     cropped,
     layer_of,
     nn_class,
     rows,
-    weight_and_bias,
     weight_from,
 )
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
+from resadapt.adapters.folding import weight_and_bias
+from resadapt.adapters.own_forward import InputPadding, bypass_like, uses_parameters
 
 __all__ = ["LoraAdapter"]
 
@@ -36,7 +36,7 @@ class LoraAdapter(Adapter):
     backbone. A frozen row of zeros remains zero. C_out more parameters.
 
     Args:
-        site: A convolution or a Linear.
+        site: A convolution, also with a forward of its own, or a Linear.
         bottleneck: r, the rank.
         dropout: Probability of dropping an element of A's input in training, in [0, 1). The frozen
             layer's input has no dropout.
@@ -90,10 +90,11 @@ class LoraAdapter(Adapter):
         self._cropped = site.spatial_dims if self.transposed else 0
         self.down: Layer
         self.up: Layer
+        self.pad: InputPadding | None = None
         if isinstance(layer, Convolution):
             self.groups, self._each_channel = layer.groups, [-1] + [1] * site.spatial_dims
             width = layer.groups * bottleneck
-            self.down = convolution_like(layer, layer.in_channels, width, layer.groups)
+            self.pad, self.down = bypass_like(layer, layer.in_channels, width, layer.groups)
             self.up = nn_class("Conv", site.spatial_dims)(
                 width, layer.out_channels, 1, groups=layer.groups, bias=False
             )
@@ -102,6 +103,11 @@ class LoraAdapter(Adapter):
             self.down = nn.Linear(layer.in_features, bottleneck, bias=False)
             self.up = nn.Linear(bottleneck, layer.out_features, bias=False)
         if dora:
+            if isinstance(layer, Convolution) and not uses_parameters(layer):
+                raise ValueError(
+                    "dora=True needs a layer that convolves with its parameter weight, and this "
+                    "layer computes another weight or changes the result: leave dora out"
+                )
             self.reads = "weight"
         self.magnitude = nn.Parameter(torch.zeros(site.channels)) if dora else None
         if init == "normal":
@@ -117,10 +123,14 @@ class LoraAdapter(Adapter):
     ) -> Tensor:
         """Adapts a layer's output, given the layer's input, and for DoRA its weight and bias."""
         x = self.dropout(x)
+        if self.pad is not None:
+            x = self.pad(x, output)
         change: Tensor = self.scale * self.up(cropped(self.down(x), output, self._cropped))
         magnitude = self.magnitude
-        if weight is None or magnitude is None:
+        if magnitude is None:
             return output + change
+        if weight is None:
+            raise TypeError("DoRA reads the layer's weight: call adapter(output, x, weight, bias)")
         factor = self._factor(weight, magnitude).to(output.dtype).reshape(self._each_channel)
         linear = (
             output if bias is None else output - bias.to(output.dtype).reshape(self._each_channel)

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from resadapt.adapters.convolutions import convolution_of, nn_class, paddings, weight_and_bias
+from resadapt.adapters.convolutions import convolution_of, nn_class, paddings
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
+from resadapt.adapters.folding import weight_and_bias
+from resadapt.adapters.own_forward import input_padding
 
 __all__ = ["ParallelAdapter"]
 
@@ -24,7 +26,7 @@ class ParallelAdapter(Adapter):
     padding mode. C_in C_out / groups parameters.
 
     Args:
-        site: A convolution.
+        site: A convolution, also with a forward of its own.
         init: ``"identity"`` starts alpha at zero; ``"he"`` draws alpha with variance 2 / C_out as
             the authors do, so that the adapter does not start as the identity.
 
@@ -65,7 +67,9 @@ class ParallelAdapter(Adapter):
             (left - before, right - behind)
             for (left, right), (before, behind) in zip(paddings(layer), spans, strict=True)
         ]
-        self.pad = nn.Identity() if self.transposed else _pad(layer.padding_mode, around)
+        self.own_pad = input_padding(layer, one_tap=True)
+        declared = self.own_pad is None and not self.transposed
+        self.pad = _pad(layer.padding_mode, around) if declared else nn.Identity()
         self._first = [-left for left, _ in around]
         self._embedding = [
             side for k in reversed(layer.kernel_size) for side in ((k - 1) // 2, k // 2)
@@ -89,6 +93,8 @@ class ParallelAdapter(Adapter):
     def forward(self, output: Tensor, x: Tensor) -> Tensor:
         """Adapts a convolution's output, given the convolution's input."""
         x = self.pad(x)
+        if self.own_pad is not None:
+            x = self.own_pad(x, output)
         for dim, step in enumerate(self._steps):
             x = torch.ops.aten.slice(x, 2 + dim, None, None, step)
         change: Tensor = self.alpha(x)

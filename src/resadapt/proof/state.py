@@ -122,9 +122,15 @@ def live_tensors(model: nn.Module, adapter_set: AdapterSet) -> dict[str, Tensor]
         for key, tensor in adapters.items()
         if is_sharded(tensor) or is_dense(tensor)
     }
-    if changed := sorted(
-        {key for key, _ in described.items() ^ found.items()} | (adapters.keys() - described.keys())
-    ):
+    added = adapters.keys() - described.keys()
+    if added and not described.items() - found.items():
+        raise AdapterKeyError(
+            f"Tensors were added to the adapters of set {spec.name!r} after the injection: "
+            f"{quote_names(sorted(added))}. An adapter file cannot contain them. Delete them from "
+            "every module of the model. If a tool that counts operations has left them behind, as "
+            "thop leaves total_ops and total_params, count on resadapt.inference_copy(model)."
+        )
+    if changed := sorted({key for key, _ in described.items() ^ found.items()} | added):
         raise AdapterKeyError(
             f"The adapters of set {spec.name!r} do not have the tensors of their family: "
             f"{quote_names(changed)}. They were pruned, parametrized, quantized or flattened. Make "
@@ -196,6 +202,8 @@ def fitting(
             if head
             else "Inject with the layers, bottleneck and family of the saved set."
         )
+        if set(problems.values()) == {"is unexpected"}:
+            mend += " If a tool added them to a module, as thop adds total_ops, delete them there."
         raise AdapterKeyError(
             f"The tensors do not fit the set {name!r}: {quote_reasons(problems)}. {mend}"
         )
