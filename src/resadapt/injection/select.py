@@ -12,7 +12,7 @@ from torch import nn
 from resadapt.adapters.family import Adapter, takes
 from resadapt.base.errors import InjectionError, quote_names
 from resadapt.base.spec import SiteSpec, within
-from resadapt.base.tensors import address
+from resadapt.base.tensors import address, is_dense, kind_name
 from resadapt.injection.measure import Shape, measure_sites
 from resadapt.injection.private import call_places
 from resadapt.injection.slots import SLOT
@@ -108,6 +108,13 @@ def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
         name for name in modules if name in asked and not within(name.rpartition(".")[0], asked)
     )
     for name in outermost:
+        inside = dict(backbone_tensors(given.get(name, find_module(model, name)), name))
+        if wrapped := [path for path, tensor in inside.items() if not is_dense(tensor)]:
+            raise InjectionError(
+                f"head: {wrapped[0]!r} is {kind_name(inside[wrapped[0]])}, and only dense tensors "
+                "that are not quantized can be trained and saved. Give such a head, for example "
+                f"head={{{name!r}: torch.nn.Linear(...)}}, or leave the module out of head."
+            )
         owned = {address(tensor) for _, tensor in backbone_tensors(find_module(model, name))}
         for path, tensor in backbone_tensors(model):
             if not within(path, outermost) and address(tensor) in owned:

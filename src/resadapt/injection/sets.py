@@ -13,14 +13,14 @@ from resadapt.base.errors import AdapterError, InjectionError, check_flag, quote
 from resadapt.base.inputs import describe
 from resadapt.base.spec import SetSpec, blueprint_of
 from resadapt.injection.building import family_named, json_options
-from resadapt.injection.freeze import norms_of
+from resadapt.injection.freeze import freeze_backbone, norms_of
 from resadapt.injection.installation import check_model, install, take_place, uninstall
-from resadapt.injection.ledger import Ledger, ledger_of
+from resadapt.injection.ledger import Ledger, ledger_of, set_tensors
 from resadapt.injection.mixture import Mixture
 from resadapt.injection.private import private_module
 from resadapt.injection.select import select_head, select_sites
 from resadapt.injection.switching import activated, check_switchable, mixed, on_backbone, switch
-from resadapt.injection.walk import are_sharded, backbone_modules, unwrap
+from resadapt.injection.walk import are_sharded, backbone_modules, reshard, slots_of, unwrap
 
 __all__ = [
     "adapters_disabled",
@@ -196,10 +196,15 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
 
 
 def set_active_adapters(model: nn.Module, name: str | None) -> None:
-    """Switches between named sets, with their heads; the backbone stays frozen.
+    """Switches between named sets, with their heads, and freezes the backbone.
 
-    Gradients of the other sets are dropped, so that an optimizer over all parameters cannot apply
-    them later.
+    Call it for the set that is active already after other code changed `requires_grad`: the
+    backbone and the other sets are frozen again. If other code froze the whole set, its parameters
+    require gradients again; a part that you froze by hand stays frozen. Values do not change: a
+    backbone that was trained meanwhile has drifted.
+
+    Gradients of the backbone and of the other sets are dropped, so that an optimizer over all
+    parameters cannot apply them later.
 
     Args:
         model: An injected model.
@@ -217,8 +222,20 @@ def set_active_adapters(model: nn.Module, name: str | None) -> None:
         >>> [info.name for info in list_adapters(model) if info.active]
         ['day']
     """
-    ledger = ledger_of(model)
-    switch(unwrap(model), ledger, None if name is None else ledger.set_named(name).spec.name)
+    ledger, inner = ledger_of(model), unwrap(model)
+    adapter_set = None if name is None else ledger.set_named(name)
+    tensors = {} if adapter_set is None else set_tensors(inner, adapter_set.spec)
+    again = name == ledger.active
+    switch(inner, ledger, name)
+    reshard(inner)
+    freeze_backbone(inner)
+    if again:
+        _freeze_others(inner, {id(tensor) for tensor in tensors.values()})
+    if adapter_set is not None:
+        own = {path: tensors[path] for path in tensors.keys() & adapter_set.trainable}
+        frozen = not any(tensor.requires_grad for tensor in own.values())
+        for path, tensor in tensors.items():
+            tensor.requires_grad_(path in own and (frozen or tensor.requires_grad))
 
 
 @contextmanager
@@ -295,6 +312,15 @@ def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]
             ledger.set_named(name)
     with mixed(unwrap(model), ledger, Mixture(listed)):
         yield model
+
+
+def _freeze_others(model: nn.Module, own: set[int]) -> None:
+    """Freezes the sets' parameters whose ids are not among the given ones."""
+    for slot in slots_of(model):
+        for parameter in slot.parameters():
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
+                parameter.grad = None
 
 
 def _set_to_keep(ledger: Ledger, going: list[str], name: str | None) -> str:

@@ -243,8 +243,10 @@ def _refuse_drift(model: nn.Module) -> None:
         raise BackboneDriftError(
             f"{len(report.drifted)} tensors and modules of the backbone have changed since the "
             f"injection: {quote_reasons(report.reasons)}. The adapter file would not contain these "
-            "changes. Keep the backbone frozen; or, if the change is intended (a full checkpoint "
-            "was loaded), call accept_backbone(model). If this is an average of models (EMA), "
+            "changes. Keep the backbone frozen: where a trainer thaws it, call "
+            "set_active_adapters(model, name) before training starts. Or, if the change is "
+            "intended (a full checkpoint was loaded), call accept_backbone(model). If this is an "
+            "average of models (EMA), "
             "which rounds frozen tensors too, load its set into the trained model or a newly "
             "injected model, load_adapter_state_dict(model, adapter_state_dict(average)), and save "
             "that model.",
