@@ -137,7 +137,7 @@ OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "verify": (resadapt.verify_adapters, ("path", "probe", "metric", "tolerance", "rebuild")),
     "inference copy": (resadapt.inference_copy, ("name",)),
     "fold": (resadapt.fold_adapters, ("name",)),
-    "combine": (resadapt.combine_adapters, ("weights", "name")),
+    "combine": (resadapt.combine_adapters, ("weights", "name", "sum_of")),
     "mix": (mixed, ("names",)),
     "forward all": (resadapt.forward_all, ("names",)),
     "cache": (resadapt.cache_prefix, ("data", "batch_size", "num_workers", "variants", "progress")),

@@ -27,6 +27,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("undisturbed", "fingerprint"),
         ),
         "adapters": (
+            ("summing",),
             ("family",),
             ("pointwise", "folding", "convolutions", "registry"),
             ("pooled", "series", "bottleneck", "ssf", "mona", "conv", "lora", "parallel"),

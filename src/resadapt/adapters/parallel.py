@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from resadapt.adapters.convolutions import convolution_of, nn_class, paddings, weight_and_bias
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
+from resadapt.adapters.summing import Terms, weighted_sum
 
 __all__ = ["ParallelAdapter"]
 
@@ -105,6 +106,11 @@ class ParallelAdapter(Adapter):
         """Returns the convolution's weight with alpha added at the centre, and the bias."""
         weight, bias = weight_and_bias(module)
         return weight + F.pad(self.alpha.weight, self._embedding), bias
+
+    @override
+    def summed(self, terms: Terms) -> dict[str, Tensor]:
+        """Returns the sum of the tensors."""
+        return weighted_sum(terms)
 
 
 def _pad(mode: str, around: list[tuple[int, int]]) -> nn.Module:
