@@ -133,7 +133,7 @@ OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         resadapt.save_adapters,
         ("path", "name", "probe", "metric", "tolerance", "metadata", "verify", "rebuild"),
     ),
-    "load": (resadapt.load_adapters, ("path", "name")),
+    "load": (resadapt.load_adapters, ("path", "name", "head")),
     "verify": (resadapt.verify_adapters, ("path", "probe", "metric", "tolerance", "rebuild")),
     "inference copy": (resadapt.inference_copy, ("name",)),
     "fold": (resadapt.fold_adapters, ("name",)),

@@ -207,7 +207,9 @@ def fitting(
     if problems:
         head = any(key.startswith("head.") for key in problems)
         mend = (
-            "Replace the model's head by a head of the saved form before injecting or loading."
+            "Replace the model's head by a head of the saved form before injecting or loading, or "
+            "give such a head: load_adapters(model, path, head={name: module}), or head= of "
+            "inject_adapters."
             if head
             else "Inject with the layers, bottleneck and family of the saved set."
         )
