@@ -27,6 +27,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("undisturbed", "fingerprint", "other_inputs"),
         ),
         "adapters": (
+            ("summing",),
             ("family",),
             ("pointwise", "convolutions", "registry"),
             ("own_forward",),

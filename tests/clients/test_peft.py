@@ -11,6 +11,7 @@ import torch
 from geometries import site_of
 from torch import Tensor, nn
 
+import resadapt
 from resadapt.adapters import LoraAdapter
 from resadapt.adapters.family import apply
 
@@ -94,6 +95,32 @@ def test_three_steps_of_training_are_the_same(name: str) -> None:
             optimizer.step()
         outputs.append(forward(x).detach())
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv", "1-D"])
+def test_the_sum_of_changes_is_its_cat(name: str) -> None:
+    build, _ = LAYERS[name]
+    layer = build().requires_grad_(False)
+    net = nn.Sequential(layer)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(net), peft.LoraConfig(r=3, target_modules=["0"], lora_alpha=3), "a"
+    )
+    theirs.add_adapter("b", peft.LoraConfig(r=2, target_modules=["0"], lora_alpha=2))
+    its = theirs.base_model.model[0]
+    for rank, each in ((3, "a"), (2, "b")):
+        net = resadapt.inject_adapters(
+            net, "0", rank, family="lora", name=each, example_input=torch.randn(LAYERS[name][1])
+        )
+        adapter = net[0].resadapt.get_submodule(each)
+        with torch.no_grad():
+            for mine, their in ((adapter.down, its.lora_A), (adapter.up, its.lora_B)):
+                mine.weight.normal_()
+                their[each].weight.copy_(mine.weight)
+    weights = {"a": 1.5, "b": 0.5}
+    resadapt.combine_adapters(net, weights, "sum")
+    theirs.add_weighted_adapter([*weights], [*weights.values()], "sum", combination_type="cat")
+    change = net[0].resadapt.get_submodule("sum").folded(net[0])[0] - net[0].weight
+    torch.testing.assert_close(its.get_delta_weight("sum"), change, rtol=1e-3, atol=1e-5)
 
 
 def test_what_it_cannot_do() -> None:

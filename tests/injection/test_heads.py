@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,24 +108,180 @@ def own_resnet() -> Any:
 
 
 def test_a_head_that_cannot_be_told_as_data_must_be_there(tmp_path: Path) -> None:
-    model, x = resadapt.inject_adapters(own_resnet(), "layer4", head="fc"), images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", resadapt.AdapterWarning)
+        model, x = resadapt.inject_adapters(own_resnet(), "layer4", head="fc"), images()
     train_steps(model)
     assert resadapt.save_adapters(model, tmp_path / "own", rebuild=own_resnet).ok
-    assert resadapt.read_adapter_info(tmp_path / "own").set.blueprints == {}
+    info = resadapt.read_adapter_info(tmp_path / "own")
+    assert info.set.blueprints == {"fc": {"classes": ["OwnLinear"]}}
     assert torch.equal(
         resadapt.load_adapters(own_resnet(), tmp_path / "own").eval()(x), model.eval()(x)
     )
     with pytest.raises(
         resadapt.AdapterKeyError,
-        match=r"'head\.fc\.weight' has shape \[10, 512\], the model has \[3, 512\]",
+        match=r"'head\.fc\.weight' has shape \[10, 512\], the model has \[3, 512\].*Replace the "
+        r"model's head by a head of the saved form.*load_adapters\(model, path, head=",
     ):
         resadapt.load_adapters(small_resnet(), tmp_path / "own")
-    given = resadapt.inject_adapters(small_resnet(), "layer4", head={"fc": OwnLinear(512, 10)})
-    with pytest.raises(
-        resadapt.AdapterKeyError, match="Replace the model's head by a head of the saved form"
-    ):
-        resadapt.save_adapters(given, tmp_path / "given")
-    assert not (tmp_path / "given").exists()
+
+
+WARNING = (
+    r"cannot describe the head \{'fc': OwnLinear\(...\)\}.*load_adapters\(model, path, "
+    r"head=\{'fc': OwnLinear\(...\)\}\), or a backbone that has one.*rebuild=.*Sequential of "
+)
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_a_given_head_of_ones_own_class_is_told_at_the_injection(
+    rebuilt: bool, tmp_path: Path
+) -> None:
+    """Two heads of another width than the backbone's: both files load into one fresh backbone."""
+    outputs, heads, x = {}, {"ten": OwnLinear(512, 10), "four": OwnLinear(512, 4)}, images()
+
+    def rebuild() -> Any:
+        model: Any = small_resnet()
+        model.fc = copy.deepcopy(heads[name])
+        return model
+
+    for name, head in heads.items():
+        with pytest.warns(resadapt.AdapterWarning, match=WARNING):
+            model = resadapt.inject_adapters(small_resnet(), "layer4", name=name, head={"fc": head})
+        train_steps(model)
+        report = resadapt.save_adapters(
+            model, tmp_path / name, probe=x, rebuild=rebuild if rebuilt else None
+        )
+        assert report.ok
+        assert report["outputs"].outcome == "passed"
+        line = report["reconstruction"]
+        assert line.outcome == ("passed" if rebuilt else "not checked")
+        assert rebuilt or "its head 'fc' (load_adapters needs head=)" in line.detail
+        assert resadapt.verify_adapters(model, tmp_path / name, probe=x).ok
+        assert resadapt.check_backbone(model).ok
+        outputs[name] = model.eval()(x)
+    fresh = small_resnet()
+    for name, head in heads.items():
+        before = picture(fresh)
+        with pytest.raises(resadapt.AdapterKeyError, match=r"load_adapters\(model, path, head="):
+            resadapt.load_adapters(fresh, tmp_path / name)
+        assert picture(fresh) == before
+        given = OwnLinear(512, head.out_features)
+        resadapt.load_adapters(fresh, tmp_path / name, head={"fc": given})
+        assert torch.equal(fresh.eval()(x), outputs[name])
+        assert not torch.equal(given.weight, private(fresh, "fc", name).weight)
+        assert resadapt.verify_adapters(fresh, tmp_path / name, probe=x).ok
+        with pytest.raises(resadapt.AdapterError, match="Remove head="):
+            resadapt.load_adapters(fresh, tmp_path / name, head={"fc": given})
+    for name in heads:
+        resadapt.set_active_adapters(fresh, name)
+        assert torch.equal(fresh.eval()(x), outputs[name])
+        resadapt.load_adapters(fresh, tmp_path / name)
+
+
+class Doubling(nn.Linear):
+    """The tensors of a Linear, and other outputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_a_head_of_another_class_with_the_same_tensors(rebuilt: bool, tmp_path: Path) -> None:
+    def doubling() -> Any:
+        model: Any = small_resnet()
+        model.fc = Doubling(512, 3)
+        return model
+
+    x = images()
+    with pytest.warns(resadapt.AdapterWarning, match=r"'fc': Doubling\(...\)"):
+        model = resadapt.inject_adapters(small_resnet(), "layer4", head={"fc": Doubling(512, 3)})
+    rebuild = doubling if rebuilt else None
+    assert resadapt.save_adapters(model, tmp_path / "own", probe=x, rebuild=rebuild).ok
+    expected = model.eval()(x)
+    for given in (None, {"fc": nn.Linear(512, 3)}, {"fc": OwnLinear(512, 3)}):
+        fresh = small_resnet()
+        with pytest.raises(
+            resadapt.AdapterKeyError, match=r"'fc' is with the classes \['Doubling'\], but the"
+        ):
+            resadapt.load_adapters(fresh, tmp_path / "own", head=given)
+    resadapt.load_adapters(fresh, tmp_path / "own", head={"fc": Doubling(512, 3)})
+    assert torch.equal(fresh.eval()(x), expected)
+    assert torch.equal(resadapt.load_adapters(doubling(), tmp_path / "own").eval()(x), expected)
+    plain = resadapt.inject_adapters(small_resnet(), "layer4", head="fc")
+    resadapt.save_adapters(plain, tmp_path / "plain")
+    with pytest.raises(resadapt.AdapterError, match=r"made of torch.nn layers, .* but the given"):
+        resadapt.load_adapters(small_resnet(), tmp_path / "plain", head={"fc": Doubling(512, 3)})
+
+
+@pytest.mark.parametrize(
+    ("head", "error", "message"),
+    [
+        ("fc", resadapt.AdapterError, "give a mapping"),
+        ({"layer4": nn.Identity()}, resadapt.AdapterError, "'layer4' is not in the head of"),
+        ({"fc": OwnLinear(512, 7)}, resadapt.AdapterKeyError, r"has shape \[10, 512\]"),
+        ({"fc": 7}, resadapt.AdapterError, "not a torch.nn.Module"),
+    ],
+)
+def test_heads_that_do_not_fit_a_file(
+    head: Any, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    resadapt.save_adapters(resadapt.inject_adapters(own_resnet(), head="fc"), tmp_path / "own")
+    fresh = small_resnet()
+    before = picture(fresh)
+    with pytest.raises(error, match=message):
+        resadapt.load_adapters(fresh, tmp_path / "own", head=head)
+    assert picture(fresh) == before
+
+
+def test_a_file_that_names_no_classes_still_loads(tmp_path: Path) -> None:
+    """As 0.2 wrote it: only shapes are compared."""
+    model, x = resadapt.inject_adapters(own_resnet(), "layer4", head="fc"), images()
+    spec = model._resadapt.sets["default"].spec
+    spec.blueprints.clear()
+    resadapt.save_adapters(model, tmp_path / "old", rebuild=own_resnet)
+    assert resadapt.read_adapter_info(tmp_path / "old").set.blueprints == {}
+    expected = model.eval()(x)
+    fresh = resadapt.inject_adapters(own_resnet(), "layer4", head="fc").eval()
+    for each in (own_resnet().eval(), fresh):
+        assert torch.equal(resadapt.load_adapters(each, tmp_path / "old")(x), expected)
+    linear = resadapt.inject_adapters(small_resnet(), "layer4", head={"fc": nn.Linear(512, 10)})
+    with pytest.raises(resadapt.AdapterKeyError, match="differs from the file's in 'blueprints'"):
+        resadapt.load_adapters(linear, tmp_path / "old")
+
+
+def test_two_box_predictors_on_one_detector(tmp_path: Path) -> None:
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+
+    def detector() -> Any:
+        torch.manual_seed(0)
+        model = fasterrcnn_mobilenet_v3_large_320_fpn(
+            weights=None, weights_backbone=None, num_classes=4
+        )
+        return model.eval()
+
+    place, x = "roi_heads.box_predictor", [torch.rand(3, 64, 64)]
+    outputs: dict[str, Any] = {}
+    for name, classes in (("cars", 3), ("birds", 7)):
+        with pytest.warns(resadapt.AdapterWarning, match=r"FastRCNNPredictor\(...\)"):
+            model = resadapt.inject_adapters(
+                detector(),
+                "backbone.fpn.layer_blocks.*",
+                4,
+                family="bottleneck",
+                name=name,
+                head={place: FastRCNNPredictor(1024, classes)},
+            )
+        assert resadapt.save_adapters(model, tmp_path / name).ok
+        outputs[name] = model.eval()(x)
+    fresh = detector()
+    for name, classes in (("cars", 3), ("birds", 7)):
+        head = {place: FastRCNNPredictor(1024, classes)}
+        resadapt.load_adapters(fresh, tmp_path / name, head=head)
+    for name, expected in outputs.items():
+        resadapt.set_active_adapters(fresh, name)
+        (found,), (wanted,) = fresh.eval()(x), expected
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize(

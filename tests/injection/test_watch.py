@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import images, picture, small_net, small_resnet, train
+from support import images, picture, private, small_net, small_resnet, train
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -167,7 +167,7 @@ def test_a_first_forward_that_fails_leaves_no_count() -> None:
         model(X)
     for _ in range(2):
         model.c2(torch.zeros(1, 4, 2, 2))
-    model.head = nn.Linear(4, 2)
+    model.head = nn.Linear(4, 2).requires_grad_(False)
     assert warned(lambda: model(X)) == []
 
 
@@ -390,3 +390,85 @@ def test_outputs_that_cannot_be_walked_to_the_end(wrap: Any) -> None:
             return wrap(self.conv(x))
 
     assert resadapt.inject_adapters(Net(), "conv", 2).train()(images(2, 8))
+
+
+def two_sets() -> Any:
+    model = resadapt.inject_adapters(small_net(), "c2", 2, name="other", head="head")
+    return resadapt.inject_adapters(model, "c2", 2, name="own", head="head", norm="affine+stats")
+
+
+def test_a_set_that_other_code_froze_is_told_at_the_first_training_forward() -> None:
+    model = two_sets()
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    for forward in (lambda: model.eval()(X), lambda: resadapt.adapters_disabled(model)):
+        assert warned(forward) == []
+    (message,) = warned(lambda: model.train()(X))
+    assert "Set 'own': none of its parameters requires a gradient" in message
+    assert "Call set_active_adapters(model, 'own')" in message
+    assert warned(lambda: model(X)) == [], "once"
+    resadapt.set_active_adapters(model, "own")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    model(X).sum().backward()
+    assert all(p.grad is not None for p in resadapt.trainable_parameters(model))
+
+
+def test_a_set_frozen_in_part_is_not_told() -> None:
+    model = two_sets()
+    for module in (private(model, "head", "own"), private(model, "bn", "own")):
+        module.requires_grad_(False)
+    assert warned(lambda: model.train()(X)) == []
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    resadapt.set_active_adapters(model, "own")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    nothing_to_train = resadapt.inject_adapters(small_net(), (), norm="stats")
+    assert warned(lambda: nothing_to_train.train()(X)) == []
+
+
+def test_one_of_a_mixed_batchs_sets_may_be_frozen() -> None:
+    model = two_sets()
+    private(model, "head", "other").requires_grad_(False)
+    for each in model.c2.resadapt.children():
+        each.requires_grad_(False)
+    with resadapt.adapters_for(model, ["own", "other"]):
+        for path, parameter in model.named_parameters():
+            if ".other" in path:
+                parameter.requires_grad_(False)
+        assert warned(lambda: model.train()(X)) == []
+
+
+def test_a_thawed_backbone_is_told_at_the_first_training_forward_and_freezes_again(
+    tmp_path: Path,
+) -> None:
+    """Ultralytics' trainer, for one, sets requires_grad on every parameter."""
+    model = two_sets()
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.requires_grad_(True)
+    assert warned(lambda: model.eval()(X)) == []
+    (message,) = warned(lambda: model.train()(X))
+    assert "The backbone is not frozen any more: 'conv.weight'" in message
+    assert "Call set_active_adapters(model, 'own'), which freezes the backbone again" in message
+    model(X).sum().backward()
+    resadapt.set_active_adapters(model, "own")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    model(X).sum().backward()
+    optimizer.step()
+    changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert changed
+    assert all(flags[name] for name in changed)
+    assert resadapt.save_adapters(model, tmp_path / "a.pt").ok
+
+
+@pytest.mark.parametrize("name", ["other", None])
+def test_a_switch_freezes_a_thawed_backbone_too(name: str | None) -> None:
+    model = two_sets()
+    model.requires_grad_(True)
+    model(X).sum().backward()
+    resadapt.set_active_adapters(model, name)
+    backbone = [p for path, p in model.named_parameters() if "resadapt" not in path.split(".")]
+    assert not any(p.requires_grad or p.grad is not None for p in backbone)
+    trained = {path for path, _ in resadapt.named_trainable_parameters(model)}
+    assert all(".other" in path for path in trained)
+    assert bool(trained) is (name is not None)

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -755,3 +756,34 @@ def test_loading_fails_before_gradients_are_gone(path: Path) -> None:
             resadapt.load_adapters(model, path)
         assert picture(model) == before
         assert all(p.grad is gradient for p, gradient in gradients)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("where", ["adapters.layer4.up.weight", "head.fc.weight"])
+def test_quantized_tensors_of_a_set_are_told(where: str, suffix: str, tmp_path: Path) -> None:
+    model: Any = resadapt.inject_adapters(small_resnet(), "layer4", 4, head="fc").eval()
+    module = private(model, "fc") if "head" in where else model.layer4[1].resadapt.default.up
+    quantized = torch.quantize_per_tensor(module.weight.detach(), 0.1, 0, torch.qint8)
+    module.weight = nn.Parameter(quantized, requires_grad=False)
+    with pytest.raises(
+        resadapt.AdapterKeyError,
+        match=rf"'{re.escape(where)}' is Parameter \(qint8, strided\).*Save the set before "
+        r"quantizing, or leave the sets out: quantize_\(model, config, filter_fn=",
+    ):
+        resadapt.adapter_state_dict(model)
+    target = tmp_path / f"adapters.{suffix}"
+    with pytest.raises(resadapt.AdapterError):
+        resadapt.save_adapters(model, target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantized_head_is_told_at_the_injection() -> None:
+    model: Any = small_resnet()
+    quantized = torch.quantize_per_tensor(model.fc.weight.detach(), 0.1, 0, torch.qint8)
+    model.fc.weight = nn.Parameter(quantized, requires_grad=False)
+    before = picture(model)
+    with pytest.raises(resadapt.InjectionError, match=r"head: 'fc\.weight' is Parameter \(qint8"):
+        resadapt.inject_adapters(model, "layer4", 4, head="fc")
+    with pytest.raises(resadapt.InjectionError, match=r"head: 'fc\.weight' is Parameter \(qint8"):
+        resadapt.inject_adapters(small_resnet(), "layer4", 4, head={"fc": model.fc})
+    assert picture(model) == before

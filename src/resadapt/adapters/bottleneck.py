@@ -5,6 +5,7 @@ from typing_extensions import override
 
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
 from resadapt.adapters.pointwise import pointwise
+from resadapt.adapters.summing import Terms, concatenated
 
 __all__ = ["BottleneckAdapter"]
 
@@ -80,3 +81,8 @@ class BottleneckAdapter(Adapter):
         """Adapts a feature map ``[N, C, ...]`` or ``[N, ..., C]``; the shape does not change."""
         correction: Tensor = self.up(self.dropout(self.act(self.down(x))))
         return x + correction
+
+    @override
+    def summed(self, terms: Terms) -> dict[str, Tensor]:
+        """Returns the hidden units of all adapters, concatenated."""
+        return concatenated(terms)

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from resadapt.adapters.summing import Terms
+
 __all__ = [
     "FAMILIES",
     "Adapter",
@@ -18,6 +20,7 @@ __all__ = [
     "default_of",
     "options_of",
     "register_family",
+    "sums_changes",
     "takes",
 ]
 
@@ -100,6 +103,22 @@ class Adapter(nn.Module):
         """
         raise ValueError("it is not linear")
 
+    def summed(self, terms: Terms) -> dict[str, Tensor]:
+        """Returns the tensors with which this adapter adds the weighted sum of adapters' changes.
+
+        An adapter's change is the adapted output minus the output. This adapter is new, and its
+        bottleneck is the sum of the bottlenecks. `combine_adapters` calls this method if
+        ``sum_of="changes"``, which is the default for families that also have `folded`.
+
+        Args:
+            terms: For each adapter its weight, and its parameters and persistent buffers by name,
+                in float64.
+
+        Raises:
+            ValueError: No adapter of this family adds such a sum.
+        """
+        raise ValueError("no adapter of the family adds the sum of two adapters' changes")
+
 
 AdapterT = TypeVar("AdapterT", bound=type[Adapter])
 FAMILIES: dict[str, type[Adapter]] = {}
@@ -165,6 +184,11 @@ def register_family(name: str) -> Callable[[AdapterT], AdapterT]:
 def takes(family: type[Adapter], argument: str) -> bool:
     """Returns whether a family's constructor has a parameter of this name."""
     return argument in inspect.signature(family).parameters
+
+
+def sums_changes(family: type[Adapter]) -> bool:
+    """Returns whether `combine_adapters` sums changes of a family by default, and not tensors."""
+    return family.folded is not Adapter.folded and family.summed is not Adapter.summed
 
 
 def default_of(family: type[Adapter], argument: str, otherwise: Any) -> Any:

@@ -16,6 +16,7 @@ from resadapt.adapters.convolutions import (
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
 from resadapt.adapters.folding import weight_and_bias
 from resadapt.adapters.own_forward import InputPadding, bypass_like, uses_parameters
+from resadapt.adapters.summing import Terms, concatenated
 
 __all__ = ["LoraAdapter"]
 
@@ -84,7 +85,7 @@ class LoraAdapter(Adapter):
         super().__init__()
         check_choice("init", init, ("identity", "normal"))
         layer = layer_of(site)
-        self.scale = 1.0 if alpha is None else alpha / bottleneck
+        self.scale, self._divided = (1.0, False) if alpha is None else (alpha / bottleneck, True)
         self.dropout = nn.Dropout(dropout)
         self.transposed = isinstance(layer, Convolution) and layer.transposed
         self._cropped = site.spatial_dims if self.transposed else 0
@@ -163,3 +164,22 @@ class LoraAdapter(Adapter):
         if self.magnitude is not None:
             changed = self._factor(weight, self.magnitude)[:, None] * changed
         return weight_from(changed, weight, self.groups, self.transposed), bias
+
+    @override
+    def summed(self, terms: Terms) -> dict[str, Tensor]:
+        """Returns the ranks of all adapters, concatenated.
+
+        Raises:
+            ValueError: The adapter has learned norms (DoRA).
+        """
+        if self.magnitude is not None:
+            raise ValueError("with dora=True the change is not a sum of low-rank changes")
+        rank = self.up.weight.shape[1]
+        # alpha / r of each adapter over that of this one
+        scaled = [
+            (weight * rank / each["up.weight"].shape[1] if self._divided else weight, each)
+            for weight, each in terms
+        ]
+        if self.transposed:
+            return concatenated(scaled, hidden_dim=1)
+        return concatenated(scaled, self.groups)

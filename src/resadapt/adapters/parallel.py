@@ -11,6 +11,7 @@ from resadapt.adapters.convolutions import convolution_of, nn_class, paddings
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
 from resadapt.adapters.folding import weight_and_bias
 from resadapt.adapters.own_forward import input_padding
+from resadapt.adapters.summing import Terms, weighted_sum
 
 __all__ = ["ParallelAdapter"]
 
@@ -111,6 +112,11 @@ class ParallelAdapter(Adapter):
         """Returns the convolution's weight with alpha added at the centre, and the bias."""
         weight, bias = weight_and_bias(module)
         return weight + F.pad(self.alpha.weight, self._embedding), bias
+
+    @override
+    def summed(self, terms: Terms) -> dict[str, Tensor]:
+        """Returns the sum of the tensors."""
+        return weighted_sum(terms)
 
 
 def _pad(mode: str, around: list[tuple[int, int]]) -> nn.Module:

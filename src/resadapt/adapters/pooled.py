@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
+from resadapt.adapters.summing import Terms, concatenated
 
 __all__ = ["PooledAdapter"]
 
@@ -75,3 +76,8 @@ class PooledAdapter(Adapter):
             pooled = x.mean(self._positions, keepdim=True).reshape(self._vectors)
         correction: Tensor = self.up(self.dropout(self.act(self.down(pooled))))
         return x + correction.reshape(self._broadcast)
+
+    @override
+    def summed(self, terms: Terms) -> dict[str, Tensor]:
+        """Returns the hidden units of all adapters, concatenated."""
+        return concatenated(terms)

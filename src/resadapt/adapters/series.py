@@ -9,6 +9,7 @@ from typing_extensions import override
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
 from resadapt.adapters.folding import affine_tensors, swap_if_transposed
 from resadapt.adapters.pointwise import pointwise
+from resadapt.adapters.summing import Terms, weighted_sum
 
 __all__ = ["SeriesAdapter"]
 
@@ -115,3 +116,14 @@ class SeriesAdapter(Adapter):
         if shift.any():
             raise ValueError(f"{kind} has no bias for the shift of the adapter's norm")
         return mixed, None
+
+    @override
+    def summed(self, terms: Terms) -> dict[str, Tensor]:
+        """Returns the sum of the tensors.
+
+        Raises:
+            ValueError: The adapter has a norm.
+        """
+        if isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
+            raise ValueError("one norm (batch_norm=True) cannot stand for two")
+        return weighted_sum(terms)

@@ -1,5 +1,6 @@
 """The `ssf` family: a scale and a shift per channel."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -8,6 +9,7 @@ from typing_extensions import override
 
 from resadapt.adapters.family import Adapter, Site, check_choice, register_family
 from resadapt.adapters.folding import affine_tensors, swap_if_transposed
+from resadapt.adapters.summing import Terms, weighted_sum
 
 __all__ = ["SsfAdapter"]
 
@@ -81,3 +83,10 @@ class SsfAdapter(Adapter):
                 "site"
             )
         return scaled, None
+
+    @override
+    def summed(self, terms: Terms) -> dict[str, Tensor]:
+        """Returns the sum of the tensors, with gamma summed as its difference from 1."""
+        total = weighted_sum(terms)
+        total["gamma"] = total["gamma"] + (1 - math.fsum(weight for weight, _ in terms))
+        return total

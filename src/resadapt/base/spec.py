@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-__all__ = ["SetSpec", "SiteSpec", "blueprint_of", "build_from", "within"]
+from resadapt.base.overlay import class_of
+
+__all__ = ["SetSpec", "SiteSpec", "blueprint_of", "build_from", "form_of", "is_buildable", "within"]
 
 _MOST_DIMS = 8
 _SET_FIELDS = {
@@ -34,7 +36,7 @@ _SITE_FIELDS = {
     "channel_dim": int,
 }
 # Fields in which two sets must agree for the tensors of one set to fit the other.
-_STRUCTURE = ("family", "options", "norm", "sites", "head", "norms", "blueprints")
+_STRUCTURE = ("family", "options", "norm", "sites", "head", "norms")
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ class SetSpec:
         head: Names of the backbone's modules that are trained and saved with the adapters.
         norms: Names of the backbone's norms that the set has a private copy of, under the norm
             policy.
-        blueprints: JSON descriptions from which modules of the head can be built, by name; modules
-            that `blueprint_of` cannot describe are left out.
+        blueprints: JSON descriptions of the head's modules, by name, as from `form_of`.
     """
 
     name: str
@@ -143,7 +144,13 @@ class SetSpec:
 
     def differences(self, other: SetSpec) -> list[str]:
         """Names the fields that must agree for one set's tensors to fit the other, and differ."""
-        return [field for field in _STRUCTURE if getattr(self, field) != getattr(other, field)]
+        differing = [name for name in _STRUCTURE if getattr(self, name) != getattr(other, name)]
+        for name in self.blueprints.keys() | other.blueprints.keys():
+            pair = [self.blueprints.get(name), other.blueprints.get(name)]
+            # Files of 0.2 name no classes.
+            if pair[0] != pair[1] and (None not in pair or any(map(is_buildable, pair))):
+                return [*differing, "blueprints"]
+        return differing
 
 
 def _typed(data: Any, what: str, kinds: Mapping[str, type]) -> dict[str, Any]:
@@ -190,6 +197,31 @@ _TYPES: dict[str, type[nn.Module]] = {
     )
 }
 _DEEPEST = 16
+
+
+def form_of(module: nn.Module) -> dict[str, Any] | None:
+    """Describes a module of a head as JSON values.
+
+    The blueprint; or for a module that cannot be built from one, the names of the classes in it
+    that are not torch's; None if all are.
+    """
+    blueprint, classes = blueprint_of(module), sorted(set(_own_classes(module)))
+    return blueprint or ({"classes": classes} if classes else None)
+
+
+def _own_classes(module: nn.Module) -> Iterator[str]:
+    """Yields the names of the classes in a module that belong neither to torch nor to resadapt."""
+    kind = class_of(module)
+    if not kind.__module__.startswith("torch."):
+        yield kind.__name__
+    for child in module._modules.values():
+        if child is not None and not type(child).__module__.startswith("resadapt."):
+            yield from _own_classes(child)
+
+
+def is_buildable(blueprint: Any) -> bool:
+    """Returns whether a module can be built from a description, if the description is valid."""
+    return blueprint is not None and not (isinstance(blueprint, dict) and "classes" in blueprint)
 
 
 def blueprint_of(module: nn.Module) -> dict[str, Any] | None:

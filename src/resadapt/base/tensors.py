@@ -21,6 +21,7 @@ __all__ = [
     "is_channels_last",
     "is_dense",
     "is_sharded",
+    "kind_name",
     "local_shard",
     "memory_format",
     "raw_bytes",
@@ -54,6 +55,12 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not (
         tensor.is_quantized or tensor.is_nested or wrapper
     )
+
+
+def kind_name(tensor: Tensor) -> str:
+    """Returns a tensor's class, dtype and layout, such as ``"Tensor (float32, strided)"``."""
+    layout = str(tensor.layout).removeprefix("torch.")
+    return f"{type(tensor).__name__} ({dtype_name(tensor)}, {layout})"
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

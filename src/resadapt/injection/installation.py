@@ -32,7 +32,7 @@ from resadapt.injection.hooks import (
     watch,
     watch_private,
 )
-from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, find_ledger
+from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, find_ledger, set_tensors
 from resadapt.injection.private import HOOKS, computing_hooks, private_copies, route, unroute
 from resadapt.injection.select import owner_of
 from resadapt.injection.slots import AdapterSlot
@@ -150,6 +150,9 @@ def install(
         watch(model)
         fill()
         train(model, ledger, (spec.name,))
+        ledger.sets[spec.name].trainable = {
+            path for path, tensor in set_tensors(model, spec).items() if tensor.requires_grad
+        }
     except BaseException:
         uninstall(model, ledger, spec.name)
         if ledger.sets:

@@ -53,6 +53,8 @@ class AdapterSet:
     """Shapes of the adapters' tensors when built, by ``site.tensor``."""
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """Flags of the set's tensors, saved while the set is not trained, by name in the model."""
+    trainable: set[str] = field(default_factory=set)
+    """The tensors that require a gradient when built, by name in the set."""
     runs_checked: bool = False
     """Whether a forward has shown which adapters and private modules run."""
     gradients_checked: bool = False

@@ -8,18 +8,33 @@ from fnmatch import fnmatchcase
 from numbers import Integral
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from resadapt.adapters.family import Adapter, takes
 from resadapt.base.errors import InjectionError, quote_names
-from resadapt.base.spec import SiteSpec, within
-from resadapt.base.tensors import address
+from resadapt.base.spec import SiteSpec, blueprint_of, form_of, within
+from resadapt.base.tensors import address, is_dense, kind_name
 from resadapt.injection.channels import Shape
 from resadapt.injection.measure import measure_sites
 from resadapt.injection.private import call_places
 from resadapt.injection.slots import SLOT
-from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, find_slot
+from resadapt.injection.walk import (
+    backbone_modules,
+    backbone_tensors,
+    find_module,
+    find_slot,
+    persistent_tensors,
+)
 
-__all__ = ["called_modules", "match", "names_in", "owner_of", "select_head", "select_sites"]
+__all__ = [
+    "called_modules",
+    "heads_to_give",
+    "match",
+    "names_in",
+    "owner_of",
+    "select_head",
+    "select_sites",
+]
 
 
 def names_in(names: object, argument: str) -> list[str]:
@@ -109,6 +124,13 @@ def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
         name for name in modules if name in asked and not within(name.rpartition(".")[0], asked)
     )
     for name in outermost:
+        inside = dict(backbone_tensors(given.get(name, find_module(model, name)), name))
+        if wrapped := [path for path, tensor in inside.items() if not is_dense(tensor)]:
+            raise InjectionError(
+                f"head: {wrapped[0]!r} is {kind_name(inside[wrapped[0]])}, and only dense tensors "
+                "that are not quantized can be trained and saved. Give such a head, for example "
+                f"head={{{name!r}: torch.nn.Linear(...)}}, or leave the module out of head."
+            )
         owned = {address(tensor) for _, tensor in backbone_tensors(find_module(model, name))}
         for path, tensor in backbone_tensors(model):
             if not within(path, outermost) and address(tensor) in owned:
@@ -125,6 +147,32 @@ def select_head(model: nn.Module, head: object) -> dict[str, nn.Module]:
                 else modules[place]
             )
     return heads
+
+
+def heads_to_give(model: nn.Module, heads: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the names of a set's head modules that `load_adapters` needs as ``head=``.
+
+    They cannot be built from a blueprint, and the backbone's modules differ in classes or shapes.
+
+    Args:
+        model: The backbone.
+        heads: The set's head, by name in the model.
+    """
+    return [
+        name
+        for name, head in heads.items()
+        if blueprint_of(head) is None
+        and (form_of(head), _shapes(head))
+        != (form_of(place := find_module(model, name)), _shapes(place))
+    ]
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {
+        path: () if is_lazy(tensor) else tuple(tensor.shape)
+        for name, each in backbone_modules(module)
+        for path, tensor in persistent_tensors(each, name)
+    }
 
 
 def called_modules(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -9,18 +10,25 @@ from typing import Any, TypeVar
 from torch import nn
 
 from resadapt.adapters.family import default_of, takes
-from resadapt.base.errors import AdapterError, InjectionError, check_flag, quote_names
+from resadapt.base.errors import (
+    AdapterError,
+    AdapterWarning,
+    InjectionError,
+    check_flag,
+    quote_names,
+)
 from resadapt.base.inputs import describe
-from resadapt.base.spec import SetSpec, blueprint_of
+from resadapt.base.overlay import class_of
+from resadapt.base.spec import SetSpec, form_of
 from resadapt.injection.building import family_named, json_options
-from resadapt.injection.freeze import norms_of
+from resadapt.injection.freeze import freeze_backbone, norms_of
 from resadapt.injection.installation import check_model, install, take_place, uninstall
-from resadapt.injection.ledger import Ledger, ledger_of
+from resadapt.injection.ledger import Ledger, ledger_of, set_tensors
 from resadapt.injection.mixture import Mixture
 from resadapt.injection.private import private_module
-from resadapt.injection.select import select_head, select_sites
+from resadapt.injection.select import heads_to_give, select_head, select_sites
 from resadapt.injection.switching import activated, check_switchable, mixed, on_backbone, switch
-from resadapt.injection.walk import are_sharded, backbone_modules, unwrap
+from resadapt.injection.walk import are_sharded, backbone_modules, reshard, slots_of, unwrap
 
 __all__ = [
     "adapters_disabled",
@@ -131,16 +139,19 @@ def inject_adapters(
             head=tuple(heads),
             norms=norms_of(model, norm, heads),
             blueprints={
-                path: blueprint
+                path: form
                 for path, module in heads.items()
-                if (blueprint := blueprint_of(module)) is not None
+                if (form := form_of(module)) is not None
             },
         )
+        to_give = heads_to_give(model, heads)
     if not spec.sites and not spec.private:
         raise InjectionError(
             "layers is empty, and the set has no head and no private norms: name at least one "
             "module, such as layers=('layer4',), or head='fc'."
         )
+    if to_give:
+        _warn_of_heads({name: class_of(heads[name]).__name__ for name in to_give})
     install(model, spec, describe(example_input), heads, **start)
     return model
 
@@ -197,10 +208,15 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
 
 
 def set_active_adapters(model: nn.Module, name: str | None) -> None:
-    """Switches between named sets, with their heads; the backbone stays frozen.
+    """Switches between named sets, with their heads, and freezes the backbone.
 
-    Gradients of the other sets are dropped, so that an optimizer over all parameters cannot apply
-    them later.
+    Call it for the set that is active already after other code changed `requires_grad`: the
+    backbone and the other sets are frozen again. If other code froze the whole set, its parameters
+    require gradients again; a part that you froze by hand stays frozen. Values do not change: a
+    backbone that was trained meanwhile has drifted.
+
+    Gradients of the backbone and of the other sets are dropped, so that an optimizer over all
+    parameters cannot apply them later.
 
     Args:
         model: An injected model.
@@ -218,8 +234,20 @@ def set_active_adapters(model: nn.Module, name: str | None) -> None:
         >>> [info.name for info in list_adapters(model) if info.active]
         ['day']
     """
-    ledger = ledger_of(model)
-    switch(unwrap(model), ledger, None if name is None else ledger.set_named(name).spec.name)
+    ledger, inner = ledger_of(model), unwrap(model)
+    adapter_set = None if name is None else ledger.set_named(name)
+    tensors = {} if adapter_set is None else set_tensors(inner, adapter_set.spec)
+    again = name == ledger.active
+    switch(inner, ledger, name)
+    reshard(inner)
+    freeze_backbone(inner)
+    if again:
+        _freeze_others(inner, {id(tensor) for tensor in tensors.values()})
+    if adapter_set is not None:
+        own = {path: tensors[path] for path in tensors.keys() & adapter_set.trainable}
+        frozen = not any(tensor.requires_grad for tensor in own.values())
+        for path, tensor in tensors.items():
+            tensor.requires_grad_(path in own and (frozen or tensor.requires_grad))
 
 
 @contextmanager
@@ -296,6 +324,30 @@ def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]
             ledger.set_named(name)
     with mixed(unwrap(model), ledger, Mixture(listed)):
         yield model
+
+
+def _warn_of_heads(classes: Mapping[str, str]) -> None:
+    """Warns of head modules, by name, whose classes no file can describe."""
+    given = ", ".join(f"{name!r}: {kind}(...)" for name, kind in classes.items())
+    warnings.warn(
+        f"An adapter file cannot describe the head {{{given}}}, which differs from the backbone's: "
+        "a file describes stock torch.nn layers only. Loading the file needs such a head: "
+        f"load_adapters(model, path, head={{{given}}}), or a backbone that has one. A save is "
+        "verified with a copy of the live head; to verify on one that is built afresh, pass "
+        "rebuild=, a function that returns a backbone with such a head. A Sequential of stock "
+        "layers as head needs none of this.",
+        AdapterWarning,
+        stacklevel=3,
+    )
+
+
+def _freeze_others(model: nn.Module, own: set[int]) -> None:
+    """Freezes the sets' parameters whose ids are not among the given ones."""
+    for slot in slots_of(model):
+        for parameter in slot.parameters():
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
+                parameter.grad = None
 
 
 def _set_to_keep(ledger: Ledger, going: list[str], name: str | None) -> str:

@@ -184,11 +184,38 @@ def _check_first_of(
             "the backbone's modules directly. Unless they run later, choose the modules around "
             "them."
         )
+    if training:
+        _check_flags(root, adapter_set)
     if training and (cut_off := _cut_off(root, spec, output, {*idle, *unused})):
         _warn(
             f"Set {spec.name!r}: {quote_names(cut_off)} get no gradient from the model's output. "
             "The forward runs under no_grad there, or detaches the result. They will not be "
             "trained."
+        )
+
+
+def _check_flags(root: nn.Module, adapter_set: AdapterSet) -> None:
+    """Warns if other code froze all running sets, or thawed the backbone."""
+    spec = adapter_set.spec
+    mend = f"Call set_active_adapters(model, {spec.name!r})"
+    running = root.__dict__[LEDGER].running
+    if adapter_set.trainable and not any(
+        tensor.requires_grad for each in running for tensor in set_tensors(root, each.spec).values()
+    ):
+        _warn(
+            f"Set {spec.name!r}: none of its parameters requires a gradient any more, so nothing "
+            f"is trained. {mend}, which restores the flags; then build the optimizer."
+        )
+    thawed = [
+        path
+        for path, tensor in backbone_tensors(root)
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+    ]
+    if thawed:
+        _warn(
+            f"The backbone is not frozen any more: {quote_names(thawed)} require gradients. An "
+            f"adapter file would not contain their training. {mend}, which freezes the backbone "
+            "again."
         )
 
 

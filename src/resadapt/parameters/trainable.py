@@ -81,6 +81,7 @@ def parameter_groups(
     norm_lr: float | None = None,
     weight_decay: float = 0.0,
     decay_bias: bool = True,
+    by_ndim: bool = False,
 ) -> list[dict[str, Any]]:
     """Groups the trainable parameters for a torch optimizer.
 
@@ -92,6 +93,8 @@ def parameter_groups(
         weight_decay: Weight decay of all groups.
         decay_bias: Whether weight decay applies to biases and other one-dimensional parameters,
             such as norm weights.
+        by_ndim: Whether parameters of different numbers of dimensions are in different groups. Each
+            group then has the number as ``ndim``. `torch.optim.Muon` takes groups with 2 only.
 
     Returns:
         Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, without empty groups,
@@ -112,9 +115,12 @@ def parameter_groups(
         [('adapters', 0.0001), ('head', 0.0005)]
         >>> [group["name"] for group in parameter_groups(model, 1e-4, decay_bias=False)]
         ['adapters', 'adapters, no decay', 'head', 'head, no decay']
+        >>> [group["name"] for group in parameter_groups(model, 1e-4, by_ndim=True)]
+        ['adapters, 1-D', 'adapters, 2-D', 'head, 1-D', 'head, 2-D']
         >>> optimizer = torch.optim.AdamW(groups)
     """
     check_flag("decay_bias", decay_bias)
+    check_flag("by_ndim", by_ndim)
     head_lr, norm_lr = (lr if rate is None else rate for rate in (head_lr, norm_lr))
     rates = {"lr": lr, "head_lr": head_lr, "norm_lr": norm_lr, "weight_decay": weight_decay}
     for name, value in rates.items():
@@ -124,10 +130,11 @@ def parameter_groups(
     for parameter in trainable_parameters(model):
         member = members[id(parameter)]
         decays = decay_bias or parameter.ndim > 1
-        key = member + ("" if decays else ", no decay")
+        key = member + ("" if decays else ", no decay") + (f", {parameter.ndim}-D" * by_ndim)
         rate = {"adapters": lr, "head": head_lr, "norm": norm_lr}[member]
         decay = weight_decay if decays else 0.0
         group = {"params": [], "lr": rate, "weight_decay": decay, "name": key}
+        group |= {"ndim": parameter.ndim} if by_ndim else {}
         groups.setdefault(key, group)["params"].append(parameter)
     if not groups:
         raise AdapterKeyError(

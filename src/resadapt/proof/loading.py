@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,12 @@ from resadapt.base.errors import (
     quote_reasons,
 )
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.spec import blueprint_of, build_from, within
+from resadapt.base.spec import build_from, form_of, is_buildable, within
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.injection.building import meta_adapter, saved_shapes
 from resadapt.injection.installation import check_model, install
 from resadapt.injection.ledger import backbone_differences, find_ledger
-from resadapt.injection.select import called_modules
+from resadapt.injection.select import called_modules, select_head
 from resadapt.injection.switching import on_backbone, switch
 from resadapt.injection.walk import backbone_modules, backbone_tensors, unwrap
 from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, tensors_to_save
@@ -38,7 +38,11 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def load_adapters(
-    model: ModelT, path: str | bytes | os.PathLike[str], *, name: str | None = None
+    model: ModelT,
+    path: str | bytes | os.PathLike[str],
+    *,
+    name: str | None = None,
+    head: Mapping[str, nn.Module] | None = None,
 ) -> ModelT:
     """Loads an adapter file into a model and makes the loaded set active.
 
@@ -49,11 +53,16 @@ def load_adapters(
         model: The backbone that the adapters were trained on, injected or not.
         path: The file.
         name: The set to load into; None is the name in the file.
+        head: Modules of the head's form, by name in the model; the set gets copies, with the file's
+            values. Needed for a head that is not made of torch.nn layers and differs from the
+            model's module, such as torchvision's ``FastRCNNPredictor`` with other classes.
 
     Returns:
         The same model.
 
     Raises:
+        AdapterError: `head` names a module that is not in the file's head, or the model has the set
+            already.
         AdapterFileError: The file is missing, damaged, of another kind, of a newer format, or
             cannot be injected into this model.
         BackboneMismatchError: The backbone differs; the message lists tensors and modules.
@@ -84,7 +93,12 @@ def load_adapters(
     ledger = find_ledger(model)
     if ledger is None or name not in ledger.sets:
         check_model(model)
-    load_file_content(unwrap(model), info, tensors, name)
+    elif head is not None:
+        raise AdapterError(
+            f"The model has a set {name!r} with a head already. Remove head=, or load under "
+            "another name=."
+        )
+    load_file_content(unwrap(model), info, tensors, name, head=head)
     return model
 
 
@@ -94,6 +108,7 @@ def load_file_content(
     tensors: Mapping[str, Tensor],
     name: str,
     today: Fingerprint | None = None,
+    head: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Loads the content of a file into a model under a set name, all or nothing.
 
@@ -103,6 +118,7 @@ def load_file_content(
         tensors: The file's tensors.
         name: The set to load into.
         today: The fingerprint of the model, if known.
+        head: As for `load_adapters`.
 
     Raises:
         AdapterFileError, BackboneMismatchError, AdapterKeyError: As `load_adapters`.
@@ -123,7 +139,7 @@ def load_file_content(
     }
     ledger = find_ledger(model)
     if ledger is None or name not in ledger.sets:
-        _inject_from_file(model, info, state, name, today)
+        _inject_from_file(model, info, state, name, today, head or {})
         return
     if differing := info.set.differences(ledger.sets[name].spec):
         raise AdapterKeyError(
@@ -164,13 +180,14 @@ def _inject_from_file(
     state: Mapping[str, Tensor],
     name: str,
     fingerprint: Fingerprint | None,
+    head: Mapping[str, nn.Module],
 ) -> None:
     spec = replace(info.set, name=name)
     try:
         with torch.random.fork_rng(devices=[]):  # initial values are overwritten at once
             with on_backbone(model):
                 _check_description(model, info, state)
-                heads = _heads(model, info, state)
+                heads = _heads(model, info, state, _given(model, info, head))
             install(
                 model,
                 spec,
@@ -185,12 +202,33 @@ def _inject_from_file(
         ) from error
 
 
+def _given(
+    model: nn.Module, info: AdapterInfo, head: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Returns the user's modules for a file's head, by name in the model."""
+    if not isinstance(head, Mapping):
+        raise AdapterError(
+            f"head is {type(head).__name__}: give a mapping from names in the model to modules."
+        )
+    given = select_head(model, head)
+    if extra := sorted(given.keys() - {*info.set.head}):
+        raise AdapterError(
+            f"head: {quote_names(extra)} is not in the head of {info.path}, which has "
+            f"{quote_names(info.set.head) or 'no modules'}. Remove it from head=."
+        )
+    return given
+
+
 def _heads(
-    model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]
+    model: nn.Module,
+    info: AdapterInfo,
+    state: Mapping[str, Tensor],
+    given: Mapping[str, nn.Module],
 ) -> dict[str, nn.Module]:
     """Returns the modules for a file's head, by name in the model.
 
-    The model's module if it has the file's form, else a module built from the file's blueprint.
+    The user's module; or the model's module if it has the file's form; or else a module built from
+    the file's blueprint.
     """
     modules, heads = dict(backbone_modules(model)), {}
     built: dict[int, nn.Module] = {}  # one for all names of a shared module
@@ -199,10 +237,17 @@ def _heads(
         if name not in modules:
             raise InjectionError(f"The backbone has no module {name!r}, but the file's head has.")
         stored = {key: tensor for key, tensor in state.items() if within(key, (f"head.{name}",))}
-        blueprint = spec.blueprints.get(name)
-        if blueprint is None or blueprint_of(modules[name]) == blueprint:
-            fitting(tensors_to_save(backbone_modules(modules[name], name), spec), stored, spec.name)
-            heads[name] = modules[name]
+        blueprint, source = spec.blueprints.get(name), given.get(name, modules[name])
+        found = form_of(source)
+        if name in given or found == blueprint or not is_buildable(blueprint):
+            fitting(tensors_to_save(backbone_modules(source, name), spec), stored, spec.name)
+            if blueprint not in (None, found):
+                raise AdapterKeyError(
+                    f"{info.path}: the head {name!r} is {_form(blueprint)}, but the "
+                    f"{'given' if name in given else 'model has a'} module {_form(found)}. Give "
+                    f"such a head: load_adapters(model, path, head={{{name!r}: module}})."
+                )
+            heads[name] = source
             continue
         try:
             with torch.device("meta"):  # no memory before the shapes are compared with the file
@@ -217,6 +262,13 @@ def _heads(
                 f"{info.path}: the head {name!r} cannot be built from its description: {error}."
             ) from error
     return heads
+
+
+def _form(blueprint: Any) -> str:
+    """Returns a head's description for a message."""
+    if is_buildable(blueprint):
+        return f"made of torch.nn layers, {blueprint}"
+    return f"with the classes {blueprint['classes']}" if blueprint else "of torch's classes"
 
 
 def _check_description(model: nn.Module, info: AdapterInfo, state: Mapping[str, Tensor]) -> None:

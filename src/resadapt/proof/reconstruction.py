@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError, quote_names
+from resadapt.base.spec import SetSpec
 from resadapt.base.tensors import is_dense, is_sharded
 from resadapt.base.undisturbed import random_states_kept
+from resadapt.injection.installation import take_place
 from resadapt.injection.ledger import find_ledger
+from resadapt.injection.private import private_copies, private_module
+from resadapt.injection.select import heads_to_give
 from resadapt.injection.sets import remove_adapters
 from resadapt.injection.walk import backbone_modules, backbone_tensors, slots_of, unwrap
 from resadapt.proof.report import Check
@@ -39,17 +43,21 @@ class Reconstruction:
     shared: str = ""
 
 
-def reconstruct(live: nn.Module, rebuild: Rebuild | None) -> Reconstruction:
+def reconstruct(
+    live: nn.Module, rebuild: Rebuild | None, spec: SetSpec | None = None
+) -> Reconstruction:
     """Returns a backbone without adapters to restore a file on.
 
     Args:
         live: The live model.
         rebuild: Builds the backbone as in another process; None copies the live model.
+        spec: The live model's set of which the file is, if there is one. A copy has the set's head
+            where a load needs to be given the head.
 
     Raises:
         AdapterError: `rebuild` does not return a backbone without adapters.
     """
-    return _rebuilt(live, rebuild) if rebuild is not None else _copied(live)
+    return _rebuilt(live, rebuild) if rebuild is not None else _copied(live, spec)
 
 
 def _rebuilt(live: nn.Module, rebuild: Rebuild) -> Reconstruction:
@@ -95,7 +103,7 @@ def _copy_strides(model: nn.Module, like: Mapping[str, Tensor]) -> None:
             )
 
 
-def _copied(live: nn.Module) -> Reconstruction:
+def _copied(live: nn.Module, spec: SetSpec | None) -> Reconstruction:
     # The adapters are not copied, since the copy's sets are removed at once.
     unused = dict.fromkeys(
         (id(adapter) for slot in slots_of(live) for adapter in slot.children()), nn.Identity()
@@ -110,10 +118,15 @@ def _copied(live: nn.Module) -> Reconstruction:
             return Reconstruction(Check(_LINE, "failed", detail))
         if find_ledger(model) is not None:
             remove_adapters(model)
+        heads = {} if spec is None else _given_heads(live, model, spec)
+        for name, head in heads.items():
+            take_place(model, name, head)
     except Exception as error:
         detail = f"the live model cannot be copied ({type(error).__name__}: {error}): pass rebuild="
         return Reconstruction(Check(_LINE, "failed", detail))
-    detail = "a copy of the live model; pass rebuild= to verify on a backbone built without it"
+    own = f" and its head {quote_names(heads)} (load_adapters needs head=)" if heads else ""
+    mend = "pass rebuild= to verify on a backbone built without it"
+    detail = f"a copy of the live model{own}; {mend}"
     replaced, reason = replaced_forwards(model), ""
     if replaced:
         reason = (
@@ -121,6 +134,13 @@ def _copied(live: nn.Module) -> Reconstruction:
             "live model: pass rebuild="
         )
     return Reconstruction(Check(_LINE, "not checked", detail), model, reason)
+
+
+def _given_heads(live: nn.Module, model: nn.Module, spec: SetSpec) -> dict[str, nn.Module]:
+    """Returns copies of the modules of a set's head that a load needs to be given."""
+    heads = {name: private_module(live, spec, name) for name in spec.head}
+    given = {name: heads[name] for name in heads_to_give(model, heads)}
+    return private_copies(model, given, given)
 
 
 def replaced_forwards(model: nn.Module) -> list[str]:

@@ -10,10 +10,19 @@ from torch import Tensor, nn
 from resadapt.base.errors import AdapterFileError, AdapterKeyError, quote_names, quote_reasons
 from resadapt.base.module_record import other_state
 from resadapt.base.spec import SetSpec, within
-from resadapt.base.tensors import address, dtype_name, full_tensor, is_dense, is_sharded, same_bits
+from resadapt.base.tensors import (
+    address,
+    dtype_name,
+    full_tensor,
+    is_dense,
+    is_sharded,
+    kind_name,
+    same_bits,
+)
 from resadapt.injection.building import saved_tensors
 from resadapt.injection.ledger import AdapterSet, adapter_of, ledger_of
 from resadapt.injection.private import private_modules
+from resadapt.injection.slots import SLOT
 from resadapt.injection.walk import persistent_tensors, reshard, unwrap
 
 __all__ = [
@@ -116,12 +125,21 @@ def live_tensors(model: nn.Module, adapter_set: AdapterSet) -> dict[str, Tensor]
         for site in spec.sites
         for key, tensor in saved_tensors(adapter_of(model, spec, site))
     }
+    live = adapters | tensors_to_save(private_modules(model, adapter_set.spec), spec)
+    if wrapped := {
+        key: f"is {kind_name(tensor)}"
+        for key, tensor in live.items()
+        if not (is_sharded(tensor) or is_dense(tensor))
+    }:
+        raise AdapterKeyError(
+            f"Set {spec.name!r} has tensors that an adapter file cannot contain: "
+            f"{quote_reasons(wrapped)}. They were quantized or wrapped; torchao's quantize_ takes "
+            "every Linear, those of adapters and heads too. Save the set before quantizing, or "
+            "leave the sets out: quantize_(model, config, filter_fn=lambda module, name: "
+            f"isinstance(module, torch.nn.Linear) and {SLOT!r} not in name.split('.'))."
+        )
     described = {f"adapters.{key}": shape for key, shape in adapter_set.shapes.items()}
-    found = {
-        key: tuple(tensor.shape)
-        for key, tensor in adapters.items()
-        if is_sharded(tensor) or is_dense(tensor)
-    }
+    found = {key: tuple(tensor.shape) for key, tensor in adapters.items()}
     added = adapters.keys() - described.keys()
     if added and not described.items() - found.items():
         raise AdapterKeyError(
@@ -130,14 +148,13 @@ def live_tensors(model: nn.Module, adapter_set: AdapterSet) -> dict[str, Tensor]
             "every module of the model. If a tool that counts operations has left them behind, as "
             "thop leaves total_ops and total_params, count on resadapt.inference_copy(model)."
         )
-    if changed := sorted({key for key, _ in described.items() ^ found.items()} | added):
+    if changed := sorted({key for key, _ in described.items() ^ found.items()}):
         raise AdapterKeyError(
             f"The adapters of set {spec.name!r} do not have the tensors of their family: "
-            f"{quote_names(changed)}. They were pruned, parametrized, quantized or flattened. Make "
-            "pruning or parametrization permanent (torch.nn.utils.prune.remove, "
-            "parametrize.remove_parametrizations); save before quantizing or flattening."
+            f"{quote_names(changed)}. They were pruned, parametrized or flattened. Make pruning or "
+            "parametrization permanent (torch.nn.utils.prune.remove, "
+            "parametrize.remove_parametrizations); save before flattening."
         )
-    live = adapters | tensors_to_save(private_modules(model, adapter_set.spec), spec)
     if gone := [key for key, tensor in live.items() if tensor.is_meta]:
         raise AdapterKeyError(
             f"Tensors of set {spec.name!r} are on the meta device (offloaded?): "
@@ -198,7 +215,9 @@ def fitting(
     if problems:
         head = any(key.startswith("head.") for key in problems)
         mend = (
-            "Replace the model's head by a head of the saved form before injecting or loading."
+            "Replace the model's head by a head of the saved form before injecting or loading, or "
+            "give such a head: load_adapters(model, path, head={name: module}), or head= of "
+            "inject_adapters."
             if head
             else "Inject with the layers, bottleneck and family of the saved set."
         )

@@ -121,7 +121,8 @@ def save_adapters(
             inner, adapter_set.spec.name, lambda: run_probe(inner, probe, forms), metric
         )
     # Hash the weights only once: the copy has the same weights as the live model.
-    copied = reconstruct(inner, None) if verify and rebuild is None and not sharded else None
+    plain = verify and rebuild is None and not sharded
+    copied = reconstruct(inner, None, adapter_set.spec) if plain else None
     today = fingerprint_of(copied.model) if copied and copied.model else None
     if today != ledger.fingerprint:
         _refuse_drift(inner)
@@ -211,11 +212,12 @@ def verify_adapters(
     ledger = find_ledger(inner)
     looked_at = ledger.sets.values() if ledger and metric is not None else []
     with sets_kept(inner, info.path, looked_at):
-        evidence = None
+        evidence, spec = None, None
         if ledger is not None and (
             name := info.set.name if info.set.name in ledger.sets else ledger.active
         ):
-            if differing := in_called_modules(inner, info).set.differences(ledger.sets[name].spec):
+            spec = ledger.sets[name].spec
+            if differing := in_called_modules(inner, info).set.differences(spec):
                 detail = f"set {name!r} differs from the file's set in {quote_names(differing)}"
                 checks = [Check("tensors", "failed", detail)]
                 return report_of(info.path, checks, "the sets are not the same")
@@ -227,7 +229,7 @@ def verify_adapters(
                 "remove metric=."
             )
         return Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(
-            reconstruct(inner, rebuild)
+            reconstruct(inner, rebuild, spec)
         )
 
 
@@ -243,8 +245,10 @@ def _refuse_drift(model: nn.Module) -> None:
         raise BackboneDriftError(
             f"{len(report.drifted)} tensors and modules of the backbone have changed since the "
             f"injection: {quote_reasons(report.reasons)}. The adapter file would not contain these "
-            "changes. Keep the backbone frozen; or, if the change is intended (a full checkpoint "
-            "was loaded), call accept_backbone(model). If this is an average of models (EMA), "
+            "changes. Keep the backbone frozen: where a trainer thaws it, call "
+            "set_active_adapters(model, name) before training starts. Or, if the change is "
+            "intended (a full checkpoint was loaded), call accept_backbone(model). If this is an "
+            "average of models (EMA), "
             "which rounds frozen tensors too, load its set into the trained model or a newly "
             "injected model, load_adapter_state_dict(model, adapter_state_dict(average)), and save "
             "that model.",
