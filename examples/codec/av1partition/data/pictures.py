@@ -147,8 +147,9 @@ def _open(path: Path) -> Image.Image:
     """A picture, upright, as grey values or RGB."""
     try:
         with Image.open(path) as image:
-            bits = _BITS.get(image.format or "", lambda *_: 8)(image, path.read_bytes())
-            if bits > 8 or image.mode.startswith(("I", "F")):
+            bits = _BITS.get(image.format or "")
+            deep = bits is not None and bits(image, path.read_bytes()) > 8
+            if deep or image.mode.startswith(("I", "F")):
                 raise DatasetError(
                     f"{path}: has values of more than 8 bits (mode {image.mode}); convert it to 8 "
                     "bits first: divide values of 0..1023 by 4, values of 0..65535 by 256"
