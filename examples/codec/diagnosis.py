@@ -26,16 +26,17 @@ from av1partition.evaluation.reports import write_json
 from av1partition.models.backbones import front, parts
 from av1partition.models.stage1_files import load_stage1
 from av1partition.training.focal_loss import ClassBalancedFocalLoss
-from av1partition.training.loop import predict_logits
+from av1partition.training.loop import full_batches, predict_logits
 from av1partition.training.state import TrainingStateError, digest_of_data
 from av1partition.training.trees import block_numbers, new_trees
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 CPU = torch.device("cpu")
 HIDDEN = 128
 EPOCHS = 20
+BATCH = 256
 LEARNERS = ("trees", "network")
 # Of maps larger than 2x2, the means of the four quarters; smaller ones as they are.
 QUARTERS = 2
@@ -213,10 +214,9 @@ def _network(train: TensorDataset, val: TensorDataset, seed: int) -> Tensor:
         train.tensors[1].bincount(minlength=classes), beta=1 - 1e-6, gamma=0
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    sampler = BatchSampler(RandomSampler(train), 256, drop_last=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)
     for _ in range(EPOCHS):
-        for x, labels in DataLoader(train, sampler=sampler, batch_size=None):
+        for x, labels in full_batches(train, BATCH):
             optimizer.zero_grad()
             torch.autograd.backward(loss(model(x), labels))
             optimizer.step()

@@ -20,7 +20,14 @@ from av1partition.atomic_folder import check_free, new_folder
 from av1partition.command_line import run
 from av1partition.data.blocks import DatasetError, cut_blocks
 from av1partition.data.frame_folder import Coded, write_frame_folder
-from av1partition.data.libaom import FLAGS, HIGHEST_CQ_LEVEL, Libaom, find_libaom
+from av1partition.data.label_kinds import describe_kinds
+from av1partition.data.libaom import (
+    CPU_USED,
+    HIGHEST_CPU_USED,
+    HIGHEST_CQ_LEVEL,
+    Libaom,
+    find_libaom,
+)
 from av1partition.data.partition_trees import labels_of_nodes
 from av1partition.data.pictures import LUMA, Crop, crop_of, find_pictures, read_planes, y4m_10bit
 from av1partition.data.splits import split_by_name_or_share
@@ -53,6 +60,15 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[20, 32, 43, 55],
         metavar="CQ",
         help="0..63 (default: 20 32 43 55)",
+    )
+    parser.add_argument(
+        "--cpu-used",
+        type=int,
+        default=CPU_USED,
+        metavar="SPEED",
+        help=f"libaom's speed, 0..{HIGHEST_CPU_USED} (default: %(default)s). A faster one costs "
+        "kinds: at 3 HORZ, VERT and 1:4 are half as many, at 4 AB is rare too, from 5 on there is "
+        "neither AB nor 1:4",
     )
     parser.add_argument(
         "--downscale",
@@ -88,6 +104,11 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--cq-level is {wrong[0]}, expected 0..{HIGHEST_CQ_LEVEL}; it is libaom's cq level, "
             "not base_q_idx"
         )
+    if not 0 <= options.cpu_used <= HIGHEST_CPU_USED:
+        parser.error(
+            f"--cpu-used is {options.cpu_used}, expected 0..{HIGHEST_CPU_USED}, the speeds of "
+            "libaom's good quality"
+        )
     options.work_dir = options.work_dir or options.output_dir.with_name(
         options.output_dir.name + ".work"
     )
@@ -98,7 +119,9 @@ def code(libaom: Libaom, name: str, path: Path, crop: Crop, cq_level: int, work_
     """Code a picture at a cq level, unless that was done before, and derive its labels."""
     y4m = y4m_10bit(read_planes(path, crop))
     # By what went in, so that a changed picture, crop or encoder never meets an old stream.
-    made_of = hashlib.sha256(" ".join([libaom.version, *FLAGS]).encode() + y4m).hexdigest()[:16]
+    made_of = hashlib.sha256(" ".join([libaom.version, *libaom.flags]).encode() + y4m).hexdigest()[
+        :16
+    ]
     stream = work_dir / f"{name}_cq{cq_level}_{made_of}.ivf"
     if not stream.exists():
         libaom.encode(y4m, cq_level, stream)
@@ -129,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name: crop_of(path, options.downscale)
         for name, path in tqdm(pictures.items(), desc="checking", unit="picture")
     }
-    libaom = find_libaom(options.aomenc, options.inspect)
+    libaom = find_libaom(options.aomenc, options.inspect, options.cpu_used)
     options.work_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(name, cq) for name in pictures for cq in sorted(set(options.cq_level))]
     # Threads do: each waits for an encoder, which is a process of its own.
@@ -157,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "description": "AV1 16x16 intra partition decisions of libaom",
         "encoder": {
             "version": libaom.version,
-            "command_line": f"aomenc {' '.join(FLAGS)} --cq-level=CQ -q -o FRAME.ivf FRAME.y4m",
+            "command_line": " ".join(
+                ["aomenc", *libaom.flags, "--cq-level=CQ", "-q", "-o", "FRAME.ivf", "FRAME.y4m"]
+            ),
         },
         "luma": LUMA,
         "downscale": options.downscale,
@@ -167,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_frame_folder(folder, lumas, crops, splits, coded, about)
         for split, blocks in cut_blocks(folder).items():
             logger.info("%s: %d nodes of %d pictures", split, len(blocks), len(splits[split]))
+            for line in describe_kinds(blocks, learn=split == "train"):
+                logger.info("  %s", line)
     logger.info(
         "%s is ready; %s holds the coded streams and may be deleted",
         options.output_dir,

@@ -1,6 +1,7 @@
 """Turn the study tool's raw files into train.pt, val.pt and test.pt.
 
-The raw files hold the samples, labels and quantizers of each sequence.
+The raw files hold the samples, labels and quantizers of each sequence. The script says which kinds
+the labels have, and which stages cannot be trained on them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from pathlib import Path
 
 from av1partition.atomic_folder import check_free, new_folder
 from av1partition.command_line import run
+from av1partition.data.label_kinds import describe_kinds
 from av1partition.data.raw_triplets import join, open_triplet, sequence_names
 from av1partition.data.splits import check_not_empty, split_by_name
 from av1partition.data.study_layout import write_study_file
-from av1partition.data.tasks import PARTITIONS
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -66,13 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if members:
                 blocks = join([triplets[name] for name in members])
                 write_study_file(blocks, folder / f"{split}.pt")
-                counts = blocks.labels_stage0.bincount(minlength=len(PARTITIONS)).tolist()
-                kinds = ", ".join(
-                    f"{name} {count}" for name, count in zip(PARTITIONS, counts, strict=True)
-                )
-                logger.info(
-                    "%s: %d blocks of %s (%s)", split, len(blocks), ", ".join(members), kinds
-                )
+                logger.info("%s: %d blocks of %s", split, len(blocks), ", ".join(members))
+                for line in describe_kinds(blocks, learn=split == "train"):
+                    logger.info("  %s", line)
 
 
 if __name__ == "__main__":

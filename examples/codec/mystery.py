@@ -25,11 +25,11 @@ from av1partition.models.backbones import build_backbone, kind_of
 from av1partition.models.cascade import Answers, Cascade, adapt
 from av1partition.models.hand_made import HandMadeStage2
 from av1partition.models.stage1_files import load_stage1
-from av1partition.training.loop import predict_logits
+from av1partition.training.loop import full_batches, predict_logits
 from av1partition.training.small_maps import SmallMaps
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import TensorDataset
 
 from resadapt import (
     AdapterError,
@@ -254,8 +254,7 @@ class Reproduction:
     def _epoch(self, model: nn.Module, optimizer: Optimizer, epoch: int) -> None:
         torch.manual_seed(self.seed * 1_000_003 + epoch)
         model.train()
-        sampler = BatchSampler(RandomSampler(self.train), self.batch_size, drop_last=True)
-        for inputs, labels in DataLoader(self.train, sampler=sampler, batch_size=None):
+        for inputs, labels in full_batches(self.train, self.batch_size):
             optimizer.zero_grad()
             with SmallMaps():
                 loss = F.cross_entropy(model(inputs), labels)

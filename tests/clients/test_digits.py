@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+import resadapt
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "digits"
 
 
@@ -76,3 +78,47 @@ def test_the_committed_table_is_that_of_its_figures(script: ModuleType) -> None:
         assert [run["seed"] for run in runs] == list(script.SEEDS)
         assert len({run["rate"] for run in runs}) == 1
         assert statistics.mean(run["test"] for run in runs) > 0.5
+
+
+@pytest.fixture
+def noisy(script: ModuleType) -> Iterator[ModuleType]:
+    import noisy_pictures
+
+    yield noisy_pictures
+    sys.modules.pop("noisy_pictures")
+
+
+def test_own_statistics_are_those_of_the_unlabelled_batch(
+    noisy: ModuleType, script: ModuleType
+) -> None:
+    model, pictures = script.backbone(), script.digits()["val"][0][:8]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    noisy.take_statistics(model, pictures)
+    state = resadapt.adapter_state_dict(model)
+    seen = torch.nn.functional.conv2d(
+        torch.nn.functional.pad(pictures, (0, 1, 0, 1)), before["conv_stem.weight"], stride=2
+    )
+    close = {"rtol": 1e-3, "atol": 1e-3}  # sums in another order
+    torch.testing.assert_close(state["norms.bn1.running_mean"], seen.mean((0, 2, 3)), **close)
+    torch.testing.assert_close(state["norms.bn1.running_var"], seen.var((0, 2, 3)), **close)
+    resadapt.remove_adapters(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_the_committed_table_of_noisy_pictures_says_what_the_docs_say(noisy: ModuleType) -> None:
+    result = json.loads((noisy.RESULTS / "noisy_pictures.json").read_text())
+    assert (noisy.RESULTS / "noisy_pictures.md").read_text() == noisy.table(result) + "\n"
+    assert len(result) == len(noisy.SEEDS)
+    mean = {
+        strength: [
+            statistics.mean(each) for each in zip(*(run[strength] for run in result), strict=True)
+        ]
+        for strength in result[0]
+    }
+    clean = mean["0.0"][0]
+    for strength in ("0.05", "0.1", "0.2"):
+        plain, few, many = mean[strength]
+        assert plain < few < many
+        assert many - plain > (clean - plain) / 2
+    assert mean["0.0"][1] < mean["0.0"][2] < clean

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from av1partition.data.blocks import DATA_DIR, DatasetError, cut_blocks
 from av1partition.data.frame_folder import Coded, write_frame_folder
-from av1partition.data.libaom import FLAGS
+from av1partition.data.libaom import Libaom
 from av1partition.data.pictures import LUMA, Crop
 from av1partition.data.splits import split_by_name_or_share
 from encode_pictures import main
@@ -52,11 +52,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_flags_and_luma_are_those_of_the_examples_own_data() -> None:
+    flags = " ".join(Libaom("", "", "").flags)
     assert (
         EXAMPLE["encoder"]["command_line"]
-        == f"aomenc {' '.join(FLAGS)} --cq-level=CQ -q -o FRAME_cqCQ.ivf FRAME.y4m"
+        == f"aomenc {flags} --cq-level=CQ -q -o FRAME_cqCQ.ivf FRAME.y4m"
     )
     assert EXAMPLE["luma"] == LUMA
+
+
+def test_the_speed_is_a_flag_of_the_encoder() -> None:
+    default, fast = Libaom("", "", "").flags, Libaom("", "", "", cpu_used=6).flags
+    assert set(default) ^ set(fast) == {"--cpu-used=1", "--cpu-used=6"}
 
 
 # Splits.
@@ -219,6 +225,8 @@ def test_refused_before_any_work(folder: Path, how: str) -> None:
             r"--cq-level is 64, expected 0\.\.63; it is libaom's cq level, not base_q_idx",
         ),
         (["--cq-level=-1"], "--cq-level is -1, expected 0..63"),
+        (["--cpu-used", "7"], r"--cpu-used is 7, expected 0\.\.6, the speeds of libaom's good"),
+        (["--cpu-used=-1"], "--cpu-used is -1, expected 0..6"),
         (["--downscale", "0"], "argument --downscale: is 0, expected 1 or more"),
         (["--jobs", "0"], "argument --jobs: is 0, expected 1 or more"),
     ],

@@ -115,6 +115,20 @@ def test_a_run_goes_on_and_ends_with_the_same_bytes(grey: Path) -> None:
     assert sorted(work.iterdir()) == streams
 
 
+def test_a_fast_encoder_has_fewer_kinds(grey: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    output = run(grey, "--cpu-used", "6")
+    assert (
+        "--cpu-used=6"
+        in json.loads((output / "MANIFEST.json").read_text())["encoder"]["command_line"]
+    )
+    with gzip.open(output / "nodes.csv.gz", "rt") as file:
+        kinds = {int(node["label"]) for node in csv.DictReader(file)}
+    assert 0 in kinds
+    assert not kinds & set(range(4, 10))
+    assert "Stage 3 AB cannot be trained" in caplog.text
+
+
 def test_a_changed_picture_is_coded_again(grey: Path) -> None:
     first = nodes_in(run(grey, cq_levels=["20"]), "skimage-camera-0", 20)
     shutil.rmtree(grey.parent / "out")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+from av1partition.data.blocks import DatasetError
 from av1partition.data.pictures import Crop, crop_of, find_pictures, read_planes, y4m_10bit
 from PIL import Image
 
@@ -120,3 +124,102 @@ def test_names_come_without_endings_and_other_files_are_left_out(tmp_path: Path)
         ("b", tmp_path / "in" / "b.png"),
         ("lonely", tmp_path / "lonely.JPG"),
     ]
+
+
+# What Pillow reads as 8 bits, though the file has more.
+
+SAMPLES = np.random.default_rng(0).integers(0, 1024, (64, 64, 4), dtype=np.uint16)
+
+
+def png(values: npt.NDArray[np.uint16], colour_type: int) -> bytes:
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", 64, 64, 16, colour_type, 0, 0, 0)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+
+
+def tiff(values: npt.NDArray[np.uint16], planar: bool = False) -> bytes:
+    """Uncompressed; one strip, or one for each colour."""
+    channels = values.shape[2]
+    strips = [values[..., c] for c in range(channels)] if planar else [values]
+    size, extra = strips[0].size * 2, 8 + 2 + 11 * 12 + 4
+    bits, offsets, counts = extra, extra + 8, extra + 8 + 4 * channels
+    start = extra + 8 + 8 * channels
+    count = len(strips)
+    one = count == 1
+    entries = [
+        (256, 3, 1, 64), (257, 3, 1, 64), (258, 3, channels, bits), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, count, start if one else offsets), (277, 3, 1, channels), (278, 3, 1, 64),
+        (279, 4, count, size if one else counts), (284, 3, 1, 2 if planar else 1),
+        (339, 3, 1, 1),
+    ]  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    tail = struct.pack("<4H", 16, 16, 16, 16)
+    tail += struct.pack(f"<{channels}I", *(start + k * size for k in range(channels)))
+    tail += struct.pack(f"<{channels}I", *[size] * channels)
+    data = b"".join(strip.astype("<u2").tobytes() for strip in strips)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + tail + data
+
+
+def jpeg2000_of_16_bits(folder: Path) -> bytes:
+    save(folder / "8.jp2", 64, 64, colour=True)
+    content = bytearray((folder / "8.jp2").read_bytes())
+    for component in range(3):
+        content[content.index(b"\xff\x4f\xff\x51") + 42 + 3 * component] = 15
+    (folder / "8.jp2").unlink()
+    return bytes(content)
+
+
+RGB, RGBA, LA = SAMPLES[..., :3], SAMPLES, SAMPLES[..., :2]
+SGI = struct.pack(">HBBHHHHII", 474, 0, 2, 3, 64, 64, 3, 0, 65535).ljust(512, b"\0")
+DEEP = {
+    "a.png": png(RGB, 2),
+    "with_alpha.png": png(RGBA, 6),
+    "grey_with_alpha.png": png(LA, 4),
+    "a.tif": tiff(RGB),
+    "planes.tif": tiff(RGB, planar=True),
+    "a.ppm": b"P6 64 64 65535\n" + RGB.astype(">u2").tobytes(),
+    "ten.ppm": b"P6 64 64 1023\n" + RGB.astype(">u2").tobytes(),
+    "text.ppm": f"P3 64 64 1023\n{' '.join(map(str, RGB.flatten()))}\n".encode(),
+    "a.rgb": SGI + RGB.transpose(2, 0, 1)[:, ::-1].astype(">u2").tobytes(),
+    "a.jp2": b"",
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_more_than_8_bits_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(DEEP[name] or jpeg2000_of_16_bits(tmp_path))
+    with Image.open(tmp_path / name) as image:
+        assert image.mode in ("RGB", "RGBA"), "Pillow does not tell"
+    with pytest.raises(
+        DatasetError,
+        match=rf"{name}: has values of more than 8 bits \(mode RGBA?\); convert it to 8 bits first: "
+        r"divide values of 0\.\.1023 by 4, values of 0\.\.65535 by 256$",
+    ):
+        crop_of(tmp_path / name, 1)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg", "a.ppm", "a.sgi", "a.jp2", "a.bmp",
+                                  "a.gif", "a.webp"])  # fmt: skip
+@pytest.mark.parametrize("colour", [False, True])
+def test_8_bits_are_read(tmp_path: Path, name: str, colour: bool) -> None:
+    path = save(tmp_path / name, 64, 64, colour)
+    assert read_planes(path, crop_of(path, 1))[0].std() > 10
+
+
+def test_pixels_of_16_bits_and_small_maxima_are_read(tmp_path: Path) -> None:
+    """A BMP with 5, 6 and 5 bits of the colours, and values up to 100."""
+    pixels = np.random.default_rng(0).integers(0, 65536, 64 * 64, dtype="<u2").tobytes()
+    head = struct.pack("<IiiHHIIiiII", 40, 64, 64, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    head += struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    start = 14 + len(head)
+    (tmp_path / "a.bmp").write_bytes(
+        b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + head + pixels
+    )
+    values = np.random.default_rng(0).integers(0, 101, (64, 64, 3), dtype=np.uint8)
+    (tmp_path / "a.ppm").write_bytes(b"P6 64 64 100\n" + values.tobytes())
+    for path in tmp_path.iterdir():
+        assert read_planes(path, crop_of(path, 1))[0].std() > 10

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from av1partition.atomic_folder import new_folder
-from av1partition.data.blocks import DatasetError
+from av1partition.data.blocks import BlockSet, DatasetError
+from av1partition.data.label_kinds import describe_kinds
 from av1partition.data.raw_triplets import join, open_triplet
 from av1partition.data.study_layout import load_dataset
 from import_triplets import main
@@ -99,6 +100,38 @@ def test_sequences_go_whole_into_their_split(
         )
         assert blocks.labels_stage0.tolist() == labels
         assert blocks.qps.tolist() == qps
+
+
+def test_what_labels_cannot_teach_is_said(raw: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, labels in (("crowd_1", "0 3 1"), ("crowd_2", "3 3"), ("park", "0 0 0 2")):
+        (raw / "labels" / f"{name}_labels_16_intra.txt").write_text(labels)
+    with caplog.at_level("INFO"):
+        run(raw, "--val", "park", "--test", "sea")
+    said = [record.getMessage() for record in caplog.records]
+    assert said[:4] == [
+        "train: 5 blocks of crowd_1, crowd_2",
+        "  NONE 1 (20.0%), HORZ 1 (20.0%), SPLIT 3 (60.0%); no VERT, HORZ_A, HORZ_B, VERT_A, "
+        "VERT_B, HORZ_4, VERT_4",
+        "  Stage 2 cannot be trained: no block is AB",
+        "  Stage 3 RECT cannot be trained: no block is VERT",
+    ]
+    assert said[4] == (
+        "  Stage 3 AB cannot be trained: no block is HORZ_A, HORZ_B, VERT_A or VERT_B"
+    )
+    assert said[5:7] == [
+        "val: 4 blocks of park",
+        "  NONE 3 (75.0%), VERT 1 (25.0%); no HORZ, SPLIT, HORZ_A, HORZ_B, VERT_A, VERT_B, "
+        "HORZ_4, VERT_4",
+    ], "of what only evaluates, the kinds alone"
+
+
+def test_rare_classes_are_said() -> None:
+    labels = torch.tensor([0] * 50 + [3] * 150 + [1] * 100 + [4])
+    blocks = BlockSet(torch.zeros(len(labels), 1, 16, 16), labels, torch.full_like(labels, 80))
+    assert describe_kinds(blocks, learn=True)[1] == (
+        "Stage 2 will hardly learn AB (0.4%): too few of its 251 blocks"
+    )
+    assert describe_kinds(blocks.take(labels > 9), learn=True) == []
 
 
 def put(folder: str, end: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:

@@ -6,6 +6,7 @@ Tables say what the figures beside them say, verdicts follow from them, and ever
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import mystery
 import pytest
 import run_pipeline
 import study
+from av1partition.data.blocks import DATA_DIR
 from av1partition.evaluation.comparison import choose, decide, table
 from av1partition.training.variants import VARIANTS
 
@@ -97,3 +99,15 @@ def test_every_block_ends_somewhere(name: str) -> None:
     assert sum(each["blocks"] for each in result["flow"]) == result["blocks"]
     right = sum(each["blocks"] for each in result["flow"] if each["end"] == "right")
     assert right / result["blocks"] == pytest.approx(result["final"]["accuracy"])
+
+
+def test_the_kinds_of_other_encoders_are_those_of_the_finding() -> None:
+    script = (DATA_DIR.parents[2] / "findings" / "partition_kinds.sh").read_text()
+    _, *found = (line.split() for line in re.findall(r"^#   (\S.*)$", script, re.MULTILINE))
+    readme = (DATA_DIR / "README.md").read_text()
+    rows = [
+        f"| {name} {version} {speed} | {' | '.join(shares)} |"
+        for name, version, speed, _, *shares in found
+    ]
+    assert len(rows) == 17
+    assert "|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n" in readme

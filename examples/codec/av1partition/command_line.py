@@ -12,6 +12,7 @@ from av1partition.data.blocks import DatasetError
 from av1partition.evaluation.html_report import ReportError
 from av1partition.models.specialist_files import SpecialistFileError
 from av1partition.models.stage1_files import Stage1FileError
+from av1partition.training.loop import BatchSizeError
 from av1partition.training.state import TrainingStateError
 from resadapt import AdapterError
 
@@ -19,6 +20,7 @@ from resadapt import AdapterError
 # of the program, and its traceback is wanted.
 MENDABLE = (
     AdapterError,
+    BatchSizeError,
     DatasetError,
     FloatingPointError,
     OSError,

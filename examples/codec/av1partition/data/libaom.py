@@ -17,22 +17,8 @@ import numpy.typing as npt
 from av1partition.data.blocks import DatasetError
 
 HIGHEST_CQ_LEVEL = 63
-# One key frame in a stream: then the constant-quality mode uses the cq level itself as the frame's
-# quantizer.
-FLAGS = (
-    *("--ivf", "--limit=1", "--good", "--passes=2", "--cpu-used=1"),
-    *("--threads=1", "--row-mt=0", "--tile-columns=0", "--tile-rows=0"),
-    *("--input-bit-depth=10", "--bit-depth=10"),
-    *("--end-usage=q", "--kf-max-dist=0", "--lag-in-frames=0"),
-    *("--aq-mode=0", "--deltaq-mode=0", "--denoise-noise-level=0"),
-    *(
-        "--sb-size=64",
-        "--enable-rect-partitions=1",
-        "--enable-ab-partitions=1",
-        "--enable-1to4-partitions=1",
-    ),
-    *("--min-partition-size=4", "--max-partition-size=64"),
-)
+# aomenc's --cpu-used in good quality. The example's data are of the default.
+CPU_USED, HIGHEST_CPU_USED = 1, 6
 ENCODER = "AOMedia Project AV1 Encoder"
 HOW_TO_GET = {
     "aomenc": "on Debian or Ubuntu: apt-get install aom-tools",
@@ -56,11 +42,30 @@ class Libaom:
         aomenc: The encoder.
         inspect: The decoder that prints what it decoded.
         version: The encoder's, as it says.
+        cpu_used: The encoder's speed: the faster, the fewer kinds of partition it tries.
     """
 
     aomenc: str
     inspect: str
     version: str
+    cpu_used: int = CPU_USED
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Of the encoder, all but the cq level and the files.
+
+        One key frame in a stream: then the constant-quality mode uses the cq level itself as the
+        frame's quantizer.
+        """
+        return (
+            *("--ivf", "--limit=1", "--good", "--passes=2", f"--cpu-used={self.cpu_used}"),
+            *("--threads=1", "--row-mt=0", "--tile-columns=0", "--tile-rows=0"),
+            *("--input-bit-depth=10", "--bit-depth=10"),
+            *("--end-usage=q", "--kf-max-dist=0", "--lag-in-frames=0"),
+            *("--aq-mode=0", "--deltaq-mode=0", "--denoise-noise-level=0", "--sb-size=64"),
+            *("--enable-rect-partitions=1", "--enable-ab-partitions=1"),
+            *("--enable-1to4-partitions=1", "--min-partition-size=4", "--max-partition-size=64"),
+        )
 
     def encode(self, y4m: bytes, cq_level: int, stream: Path) -> None:
         """Code one frame; the stream is there whole or not at all.
@@ -74,7 +79,7 @@ class Libaom:
             _run(
                 [
                     self.aomenc,
-                    *FLAGS,
+                    *self.flags,
                     f"--cq-level={cq_level}",
                     "-q",
                     "-o",
@@ -97,7 +102,7 @@ class Libaom:
         return read_inspection(_run([self.inspect, str(stream), "-bs"]), stream)
 
 
-def find_libaom(aomenc: str, inspect: str) -> Libaom:
+def find_libaom(aomenc: str, inspect: str, cpu_used: int = CPU_USED) -> Libaom:
     """Look for both programs, and let them code and read a small grey frame.
 
     Raises:
@@ -110,7 +115,7 @@ def find_libaom(aomenc: str, inspect: str) -> Libaom:
     if version is None:
         raise DatasetError(f"--aomenc {aomenc}: is not libaom's aomenc; {HOW_TO_GET['aomenc']}")
     libaom = Libaom(
-        programs["aomenc"], programs["inspect"], version[version.index(ENCODER) :].strip()
+        programs["aomenc"], programs["inspect"], version[version.index(ENCODER) :].strip(), cpu_used
     )
     frame = b"YUV4MPEG2 W64 H64 F25:1 Ip A1:1 C420p10 XYSCSS=420P10\nFRAME\n" + bytes([0, 2]) * (
         64 * 64 * 3 // 2

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,19 @@ LUMA = (
     "BT.709, limited range, on gamma-encoded R'G'B' in 0..255: "
     "Y = round(16 + 219/255 * (0.2126 R + 0.7152 G + 0.0722 B))"
 )
+# Bits of a sample in the file. Pillow's mode does not tell: of a colour's 16 bits Pillow keeps the
+# upper 8. Other formats have 8 at most, or as AVIF 10 or 12, which Pillow scales.
+_BITS: dict[str, Callable[[Any, bytes], int]] = {
+    "PNG": lambda image, content: content[24],
+    "TIFF": lambda image, content: max(image.tag_v2.get(258, (1,))),
+    # Its values go to a maximum, which Pillow gives its decoder where it is not 255.
+    "PPM": lambda image, content: max(
+        (each for each in image.tile[0][3] if isinstance(each, int)), default=255
+    ).bit_length(),
+    "SGI": lambda image, content: 8 * content[3],
+    # In the codestream's first segment.
+    "JPEG2000": lambda image, content: (content[content.index(b"\xff\x4f\xff\x51") + 42] & 127) + 1,
+}
 
 
 @dataclass(frozen=True)
@@ -133,10 +147,12 @@ def _open(path: Path) -> Image.Image:
     """A picture, upright, as grey values or RGB."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
+            bits = _BITS.get(image.format or "")
+            deep = bits is not None and bits(image, path.read_bytes()) > 8
+            if deep or image.mode.startswith(("I", "F")):
                 raise DatasetError(
                     f"{path}: has values of more than 8 bits (mode {image.mode}); convert it to 8 "
-                    "bits first"
+                    "bits first: divide values of 0..1023 by 4, values of 0..65535 by 256"
                 )
             upright = ImageOps.exif_transpose(image)
             return upright.copy() if upright.mode == "L" else upright.convert("RGB")

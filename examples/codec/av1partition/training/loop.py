@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import math
 from collections.abc import Callable
@@ -29,6 +30,16 @@ LOWEST_LR = 1e-6
 EVALUATION_BATCH = 1024
 
 log = logging.getLogger("av1partition")
+
+
+class BatchSizeError(ValueError):
+    """The model cannot be trained with batches of this size."""
+
+
+ONE_BLOCK = (
+    "--batch-size is 1, but a BatchNorm in training needs two or more values a channel, and the "
+    "last stages make one of a block; pass --batch-size 2 or more"
+)
 
 
 @dataclass(frozen=True)
@@ -97,8 +108,11 @@ def fit(
         One record for each epoch: losses, accuracy, macro-F1, learning rates.
 
     Raises:
+        BatchSizeError: A batch is one block, and a BatchNorm needs more.
         TrainingStateError: ``state_file`` is damaged or belongs to another run.
     """
+    if schedule.batch_size == 1:
+        _try_one_block(trainee.model, train, schedule.device)
     scheduler = CosineAnnealingLR(trainee.optimizer, T_max=schedule.epochs, eta_min=LOWEST_LR)
     history: list[dict[str, Any]] = []
     if state := load_state(state_file, config):
@@ -154,6 +168,23 @@ def predict_logits(model: nn.Module, samples: Tensor, device: torch.device) -> T
         )
 
 
+def full_batches(data: TensorDataset, batch_size: int) -> DataLoader[tuple[Tensor, ...]]:
+    """Batches in random order for a model with BatchNorm; a last one that is not full is left out.
+
+    Raises:
+        BatchSizeError: No batch is full, or each is of one block.
+    """
+    if batch_size == 1:
+        raise BatchSizeError(ONE_BLOCK)
+    if len(data) < batch_size:
+        raise BatchSizeError(
+            f"there are {len(data)} blocks to train on, and a batch has {batch_size}; pass more "
+            "blocks"
+        )
+    sampler = BatchSampler(RandomSampler(data), batch_size, drop_last=True)
+    return DataLoader(data, sampler=sampler, batch_size=None)
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """The options that the training scripts of both stages have."""
     parser.add_argument(
@@ -203,6 +234,16 @@ def _train_epoch(
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss is {mean} in epoch {epoch}; lower the learning rates")
     return mean
+
+
+def _try_one_block(model: nn.Module, train: TensorDataset, device: torch.device) -> None:
+    # On a copy, because the forward changes statistics.
+    try:
+        copy.deepcopy(model).train()(train.tensors[0][:1].to(device))
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise BatchSizeError(ONE_BLOCK) from error
+        raise
 
 
 def _batches(data: TensorDataset, schedule: Schedule) -> DataLoader[tuple[Tensor, ...]]:
