@@ -139,7 +139,7 @@ def load_file_content(
     }
     ledger = find_ledger(model)
     if ledger is None or name not in ledger.sets:
-        _inject_from_file(model, info, state, name, today, head or {})
+        _inject_from_file(model, info, state, name, today, {} if head is None else head)
         return
     if differing := info.set.differences(ledger.sets[name].spec):
         raise AdapterKeyError(
