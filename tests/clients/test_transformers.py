@@ -71,7 +71,12 @@ MODELS: list[tuple[Callable[[], Any], Any, str, int]] = [
     (dpt, images(2, 32), "neck.fusion_stage.layers.*", 1),
     (wav2vec2, torch.randn(2, 4000), "encoder.layers.*.feed_forward", -1),
     (wav2vec2, torch.randn(2, 4000), "feature_extractor.conv_layers.*", 1),
-    (bert, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, "encoder.layer.*.output", -1),
+    (
+        bert,
+        {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)},
+        "encoder.layer.*.output",
+        -1,
+    ),
 ]
 
 
