@@ -298,6 +298,11 @@ def test_a_channel_dim_that_contradicts_what_is_known_is_refused(
     )
 
 
+def test_a_mapping_for_a_set_without_sites() -> None:
+    with pytest.raises(resadapt.InjectionError, match=r"'c2' matches no site. There is none"):
+        resadapt.inject_adapters(small_net(), (), head="head", channel_dim={"c2": 1})
+
+
 def test_an_output_without_channels_is_refused() -> None:
     class Pairs(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
