@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,6 +13,11 @@ from resadapt.base.inputs import named_in
 from resadapt.base.other_inputs import batch_size, resized, with_one_more_sample
 
 CONV, LINE, TOKENS = nn.Conv2d(3, 4, 1), nn.Conv1d(1, 4, 1), nn.Linear(5, 4)
+
+
+@dataclass
+class Wrapped:
+    pixels: Tensor
 
 
 def shapes(inputs: Any, *modules: nn.Module) -> list[list[tuple[int, ...]]]:
@@ -61,6 +67,7 @@ def test_other_layouts(inputs: Tensor, layer: nn.Module, smaller: tuple[int, ...
         (3.5, CONV),
         ("text", CONV),
         ((), CONV),
+        (Wrapped(torch.ones(2, 3, 8, 8)), CONV),  # cannot be made again
     ],
 )
 def test_inputs_without_sizes(inputs: Any, layer: nn.Module) -> None:

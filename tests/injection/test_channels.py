@@ -74,6 +74,13 @@ class MapNorm(nn.LayerNorm):
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class LastBatchNorm(nn.BatchNorm2d):
+    """Over the last dimension of a map."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 class Flat(nn.Module):
     """Positions as tokens [N, L, C]."""
 
@@ -116,6 +123,7 @@ def stem(channels: int, *rest: nn.Module) -> nn.Sequential:
         (lambda: stem(8, Last(), OwnNorm(8)), "2", None, (8, -1)),
         (lambda: stem(8, Last(), nn.RMSNorm(8)), "2", images(2, 8), (8, -1)),
         (lambda: stem(8, nn.GroupNorm(2, 8)), "1", images(2, 8), (8, 1)),
+        (lambda: stem(64, Last(), LastBatchNorm(64)), "2", None, (64, -1)),
         # One and three dimensions.
         (lambda: nn.Sequential(nn.Conv1d(2, 9, 1), Act()), "1", torch.ones(2, 2, 9), (9, 1)),
         (
@@ -267,6 +275,13 @@ def test_a_channel_dim_that_is_none(dims: Any, message: str) -> None:
         (lambda: stem(8), "0", None, -1, r"'0' \(Conv2d\): its channels are in dimension 1"),
         (lambda: nn.Sequential(nn.Linear(5, 7)), "0", torch.ones(2, 3, 5), 1, "the last dimension"),
         (fixed, "3.norm", images(2, 4), 1, "the last dimension"),
+        (
+            lambda: stem(12, Flat(), Positions(16, 12), OwnNorm(12)),
+            "3",
+            images(2, 4),
+            1,
+            r"it returned \[2, 16, 12\] and has 12 channels",
+        ),
     ],
 )
 def test_a_channel_dim_that_contradicts_what_is_known_is_refused(
@@ -281,6 +296,11 @@ def test_a_channel_dim_that_contradicts_what_is_known_is_refused(
     assert sites_of(
         resadapt.inject_adapters(model, layer, 2, example_input=example, channel_dim=-dim)
     )
+
+
+def test_a_mapping_for_a_set_without_sites() -> None:
+    with pytest.raises(resadapt.InjectionError, match=r"'c2' matches no site. There is none"):
+        resadapt.inject_adapters(small_net(), (), head="head", channel_dim={"c2": 1})
 
 
 def test_an_output_without_channels_is_refused() -> None:
@@ -376,6 +396,14 @@ def test_norms_that_an_earlier_set_has_copies_of() -> None:
     layers = ["2", "3", "4"]
     resadapt.inject_adapters(model, layers, family="ssf", name="second", example_input=images(2, 8))
     assert sites_of(model, "second") == dict.fromkeys(layers, (8, -1))
+    model = resadapt.inject_adapters(fixed(16), (), norm="affine", name="first")
+    resadapt.inject_adapters(model, "3", 2, name="second", example_input=images(2, 4))
+    assert sites_of(model, "second") == {"3": (16, -1)}
+    model = resadapt.inject_adapters(
+        stem(64, Last(), LastBatchNorm(64)), (), norm="affine", name="first"
+    )
+    resadapt.inject_adapters(model, "2", 2, name="second")
+    assert sites_of(model, "second") == {"2": (64, -1)}
 
 
 def test_stages_of_both_layouts_in_one_set(path: Path) -> None:

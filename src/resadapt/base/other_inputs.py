@@ -51,7 +51,9 @@ def resized(inputs: object, modules: Iterable[nn.Module]) -> Iterator[object]:
         return
     changes = [_smaller] if any(map(_is_index, tensors)) else [_smaller, _larger, _double]
     for change in changes:
-        yield map_tensors(inputs, lambda tensor, c=change: _resized(tensor, layer, sizes, c))  # type: ignore[misc]
+        other = map_tensors(inputs, lambda tensor, c=change: _resized(tensor, layer, sizes, c))  # type: ignore[misc]
+        if [tensor.shape for _, tensor in named_in(other)] != [tensor.shape for tensor in tensors]:
+            yield other
 
 
 def _positions(tensor: Tensor, layer: nn.Module | None) -> range | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ from torchvision.models.video import resnet as video
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
 
 from resadapt.base.errors import InjectionError
-from resadapt.base.overlay import class_of
 from resadapt.injection.walk import backbone_modules, is_leaf
 
 __all__ = ["Outputs", "Shape", "declared"]
@@ -93,12 +93,11 @@ _LAST_FORWARDS = tuple(kind.forward for kind in _LAST)
 
 
 def _is_stock(module: nn.Module) -> bool:
-    """Tells whether a layer computes as torch, torchvision or this library wrote it."""
-    kind = class_of(module)
+    """Tells whether a layer computes as torch or torchvision wrote it."""
+    kind = type(module)
     forwards = [getattr(kind, key) for key in ("forward", "_conv_forward") if hasattr(kind, key)]
     return "forward" not in module.__dict__ and all(
-        forward.__module__.partition(".")[0] in ("torch", "torchvision", "resadapt")
-        for forward in forwards
+        forward.__module__.partition(".")[0] in ("torch", "torchvision") for forward in forwards
     )
 
 
@@ -116,7 +115,7 @@ def _dim_by_type(module: nn.Module, ndim: int) -> int | None:
         return None  # a convolution of another number of dimensions: the input has no batch
     if isinstance(module, _FIRST) and _is_stock(module):
         return 1
-    if class_of(module).forward in _LAST_FORWARDS and _width(module) is not None:
+    if type(module).forward in _LAST_FORWARDS and _width(module) is not None:
         return -1
     return None
 
@@ -194,19 +193,15 @@ class Outputs:
         return _narrowed(stay, lambda dim: first[dim] == _width(self.module))
 
     def _likely(self) -> list[int]:
-        """Returns the possible dimensions, less those that layers inside the site speak against.
-
-        Layers inside are asked only where the output has the same size for every input.
-        """
-        first, *others = self.shapes
-        likely = self._possible()
-        if others:  # a dimension of size 1 for every input holds pooled positions
-            likely = _narrowed(likely, lambda dim: first[dim] != 1)
+        """Returns the possible dimensions, less those that the layers inside speak against."""
+        first = self.shapes[0]
         inside = [each for _, each in backbone_modules(self.module) if _width(each) is not None]
         # Linears are asked last: some mix positions, and some compute a factor for each channel.
         surer = [each for each in inside if not isinstance(each, nn.Linear)]
-        likely = _narrowed(likely, lambda dim: _some_fits(surer, first, dim))
-        return _narrowed(likely, lambda dim: _some_fits(inside, first, dim))
+        likely = _narrowed(self._possible(), lambda dim: _some_fits(surer, first, dim))
+        likely = _narrowed(likely, lambda dim: _some_fits(inside, first, dim))
+        # What is left of pooled positions has size 1.
+        return _narrowed(likely, lambda dim: first[dim] == math.prod(first[1:]))
 
     def _seen(self) -> str:
         return " and ".join(str(list(shape)) for shape in dict.fromkeys(self.shapes))

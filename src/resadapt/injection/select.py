@@ -77,7 +77,11 @@ def match(names: Iterable[str], pattern: str, argument: str, where: str) -> list
     if not found:
         near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.5)
         near += [name for name in names if name.endswith(f".{pattern}") and name not in near][:5]
-        hint = f"Did you mean {quote_names(near)}?" if near else f"There is {quote_names(names)}."
+        hint = (
+            f"Did you mean {quote_names(near)}?"
+            if near
+            else f"There is {quote_names(names) or 'none'}."
+        )
         raise InjectionError(f"{argument}: {pattern!r} matches no {where}. {hint}")
     return found
 
