@@ -44,7 +44,7 @@ def apply_adapter(module: nn.Module, args: Any, output: Any) -> Any:
         note_run(slot)
         if choice.mixture is None and not torch.compiler.is_compiling():
             check_rules(module, slot, later_hooks(module))
-    return slot.adapt(module, args, output)
+    return slot.adapt(choice, module, args, output)
 
 
 def slot_of(owner: nn.Module) -> AdapterSlot:

@@ -74,7 +74,7 @@ class Routed(Overlay):
             return slot.private(name, place, stock)(*rows, **keywords)
 
         routed = {name for name in slot.routes if slot.routes[name] == place}
-        return slot.run(place, routed, run, (args, kwargs))
+        return slot.run(slot.choice(), place, routed, run, (args, kwargs))
 
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:

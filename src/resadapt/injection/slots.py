@@ -97,30 +97,32 @@ class AdapterSlot(nn.Module):
 
     def run(
         self,
+        choice: Choice,
         place: str,
         sets: Collection[str],
         function: Callable[[str | None, Any], Any],
         values: Any,
     ) -> Any:
-        """Calls a function with the active set, or in a mixed batch once for each set.
+        """Calls a function with the chosen set, or in a mixed batch once for each set.
 
         Args:
+            choice: What to run, from `choice`.
             place: Name of the module that runs, for messages.
             sets: The sets that change the module; for others the function is called with None.
             function: Called with a set's name and that set's rows of the values.
             values: Tensors with the whole batch in dimension 0, in tuples and dicts.
         """
-        choice = self.choice()
         with thawed(self, choice) if choice.trainable else nullcontext():
             if choice.mixture is not None:
                 return choice.mixture.run(place, sets, function, values)
             return function(choice.active if choice.active in sets else None, values)
 
-    def adapt(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def adapt(self, choice: Choice, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Returns the adapted output of a call of the slot's owner."""
         if not self.sites:
             return output
         return self.run(
+            choice,
             self.site().owner,
             self.sites,
             lambda name, values: self._adapted(name, owner, *values),
