@@ -15,6 +15,7 @@ from roundtrip import (
     three_steps,
     with_strong_adapters,
 )
+from support import small_resnet
 from torch import Tensor, nn
 
 import resadapt
@@ -222,6 +223,35 @@ def test_relevance_on_an_inference_copy_is_that_of_the_network_by_hand(
     relevance = attr.LRP(resadapt.inference_copy(model)).attribute(X, target=LABELS)
     assert expected.abs().max() > 0
     torch.testing.assert_close(relevance, expected)
+
+
+@pytest.mark.parametrize(
+    ("sites", "family", "unmerged"),
+    [
+        ("layer*", "pooled", 0),
+        ("layer*.*.conv1", "pooled", 8),
+        ("layer*.*.conv*", "lora", 16),
+        ("layer*.*.bn*", "ssf", 0),
+    ],
+)
+def test_zennit_merges_no_norm_into_an_adapter(sites: str, family: str, unmerged: int) -> None:
+    """Its canonizer merges each norm into the layer registered before it."""
+    pytest.importorskip("zennit")
+    from zennit.attribution import Gradient
+    from zennit.composites import EpsilonPlusFlat
+    from zennit.torchvision import ResNetCanonizer
+
+    model = with_strong_adapters(resadapt.inject_adapters(small_resnet(), sites, family=family))
+    x = small_images(64)
+    copied = resadapt.inference_copy(model)
+    norms = [module for module in copied.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [norm.running_var.clone() for norm in norms]
+    with Gradient(model=copied, composite=EpsilonPlusFlat(canonizers=[ResNetCanonizer()])) as run:
+        output, relevance = run(x, torch.eye(3)[LABELS])
+        same = sum(map(torch.equal, [norm.running_var for norm in norms], before))
+    torch.testing.assert_close(output, model(x), rtol=1e-3, atol=1e-3)
+    assert relevance.isfinite().all()
+    assert same == unmerged
 
 
 def from_zero_to_one(maps: Tensor) -> Tensor:
