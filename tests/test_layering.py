@@ -40,6 +40,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("walk",),
             ("freeze", "private"),
             ("ledger",),
+            ("lost",),
             ("watch", "intercept"),
             ("hooks",),
             ("measure",),

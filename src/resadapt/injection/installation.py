@@ -19,6 +19,7 @@ from resadapt.injection.freeze import (
     allow_statistics_reset,
     freeze_backbone,
     freeze_norm,
+    frozen_modules,
     is_frozen,
     norms_of,
     unfreeze_norm,
@@ -150,6 +151,7 @@ def install(
         watch(model)
         fill()
         train(model, ledger, (spec.name,))
+        ledger.frozen = frozen_modules(model)
     except BaseException:
         uninstall(model, ledger, spec.name)
         if ledger.sets:
