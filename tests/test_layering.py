@@ -44,6 +44,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("walk",),
             ("freeze", "private"),
             ("ledger",),
+            ("lost",),
             ("watch", "intercept"),
             ("hooks", "channels"),
             ("measure",),
@@ -64,7 +65,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("blocks", "cache"),
             ("optimize",),
         ),
-        "deploy": (("stock_copy", "same_outputs"), ("inference_copy", "fold")),
+        "deploy": (("adapted", "stock_copy", "same_outputs"), ("inference_copy", "fold")),
         "proof": (
             ("report", "probe", "drift", "state"),
             ("reconstruction", "evidence", "loading", "combine"),

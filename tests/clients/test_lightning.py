@@ -68,6 +68,20 @@ def fit(module: Any, epochs: int, folder: Path, *given: Any, resume: Path | None
     return trainer
 
 
+def test_sync_batchnorm_is_told_at_the_first_step() -> None:
+    """Trainer converts the norms when the training starts; DDP with them needs a GPU."""
+    plugins = pytest.importorskip("lightning.pytorch.plugins")
+    module = plugins.TorchSyncBatchNorm().apply(classifier())
+    with pytest.raises(
+        resadapt.InjectionError,
+        match=r"'bn1'.* were replaced after the injection.*Lightning: sync_batchnorm=True",
+    ):
+        module.train().training_step([X, LABELS], 0)
+    early = classifier(nn.SyncBatchNorm.convert_sync_batchnorm(small_backbone()))
+    early.train().training_step([X, LABELS], 0).backward()
+    assert resadapt.check_backbone(early.model).ok
+
+
 def test_a_module_that_trainer_fitted_comes_back_bit_for_bit(path: Path) -> None:
     module = classifier()
     before = resadapt.adapter_state_dict(module.model)

@@ -162,6 +162,15 @@ def test_a_classifier_that_is_reset_after_the_injection_is_told(classes: int, pa
         resadapt.save_adapters(model, path)
 
 
+def test_norms_that_timm_freezes_after_the_injection_are_told() -> None:
+    model = resadapt.inject_adapters(backbone("resnet18", num_classes=3)(), head="fc")
+    timm.layers.freeze_batch_norm_2d(model)
+    with pytest.raises(resadapt.InjectionError, match=r"'bn1'.* were replaced after the injection"):
+        model.train()(X)
+    early = timm.layers.freeze_batch_norm_2d(backbone("resnet18", num_classes=3)())
+    three_steps(resadapt.inject_adapters(early, "layer*", 8, head="fc"), X)
+
+
 @pytest.mark.parametrize("average", ["ModelEmaV2", "ModelEmaV3"])
 def test_an_averaged_model_ends_in_a_verified_file(average: str, path: Path) -> None:
     rebuild = backbone("resnet18", num_classes=3)

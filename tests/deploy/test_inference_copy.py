@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import images, picture, small_net, small_resnet, train
+from support import images, picture, scramble, small_net, small_resnet, train
 from torch import Tensor, nn
 from torch.ao.quantization import fuse_modules, get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx
@@ -211,11 +211,12 @@ def test_a_site_that_takes_several_arguments() -> None:
     assert isinstance(plain.block, nn.Sequential)
 
 
-def test_a_module_whose_attributes_are_read_by_the_one_around_it() -> None:
+def test_weights_that_another_module_computes_with() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = torch.randn(2, 5, 8)
-    resadapt.inject_adapters(model, "linear1", 2, family="lora", init="normal", example_input=x)
+    resadapt.inject_adapters(model, "linear1", 2, family="lora", example_input=x)
+    scramble(model.linear1.resadapt)
     with pytest.raises(
-        resadapt.AdapterError, match="The copy fails where the model runs: AttributeError"
+        resadapt.AdapterError, match="The outputs of the copy differ from the model's"
     ):
         resadapt.inference_copy(model)

@@ -22,6 +22,7 @@ __all__ = [
     "drop_hook",
     "freeze_backbone",
     "freeze_norm",
+    "frozen_modules",
     "hold_in_eval",
     "is_frozen",
     "norms_of",
@@ -103,6 +104,11 @@ def unfreeze_norm(module: nn.Module) -> None:
 def is_frozen(module: nn.Module) -> bool:
     """Tells whether a module's running statistics are frozen."""
     return isinstance(module, FrozenStatistics) or _is_held(module)
+
+
+def frozen_modules(model: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the backbone's modules whose running statistics are frozen."""
+    return tuple(path for path, module in backbone_modules(model) if is_frozen(module))
 
 
 def _is_held(module: nn.Module) -> bool:

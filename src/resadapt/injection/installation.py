@@ -19,6 +19,7 @@ from resadapt.injection.freeze import (
     allow_statistics_reset,
     freeze_backbone,
     freeze_norm,
+    frozen_modules,
     is_frozen,
     norms_of,
     unfreeze_norm,
@@ -153,6 +154,7 @@ def install(
         ledger.sets[spec.name].trainable = {
             path for path, tensor in set_tensors(model, spec).items() if tensor.requires_grad
         }
+        ledger.frozen = frozen_modules(model)
     except BaseException:
         uninstall(model, ledger, spec.name)
         if ledger.sets:

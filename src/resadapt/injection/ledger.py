@@ -68,6 +68,8 @@ class Ledger:
     fingerprint: Fingerprint
     requires_grad: dict[str, bool]
     training: dict[str, bool]
+    frozen: tuple[str, ...] = ()
+    """The backbone's modules whose running statistics are frozen."""
     sets: dict[str, AdapterSet] = field(default_factory=dict)
     active: str | None = None
     mixing: tuple[str, ...] | None = None

@@ -1,6 +1,6 @@
 """Hooks that watch each forward of an injected model for silent mistakes.
 
-Errors: a module without weights runs twice, a head was replaced, DDP does not average a trainable
+Errors: a module without weights runs twice, a module was replaced, DDP does not average a trainable
 parameter.
 Warnings, given once: an adapter never runs or gets no gradient, or a hook would treat a layer and
 its adapter as one layer.
@@ -26,7 +26,8 @@ from resadapt.base.inputs import named_in
 from resadapt.base.spec import SetSpec
 from resadapt.injection.freeze import hold_in_eval
 from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_of, set_tensors
-from resadapt.injection.private import lost_modules, private_module
+from resadapt.injection.lost import lost_parts
+from resadapt.injection.private import private_module
 from resadapt.injection.recomputation import checkpointed_calls
 from resadapt.injection.slots import AdapterSlot
 from resadapt.injection.walk import backbone_tensors, find_module, find_slot, is_leaf
@@ -71,8 +72,8 @@ def begin_forward(root: nn.Module, args: Any) -> None:
     _current.set(_Forward(weakref.ref(root), outer))
     ledger = root.__dict__.get(LEDGER)
     if root.training and isinstance(ledger, Ledger):
+        _check_not_replaced(root, ledger)
         for adapter_set in ledger.running:
-            _check_private(root, adapter_set)
             _check_averaged(root, adapter_set)
 
 
@@ -244,12 +245,13 @@ def _is_running(root: nn.Module) -> bool:
     return False
 
 
-def _check_private(root: nn.Module, adapter_set: AdapterSet) -> None:
-    if gone := lost_modules(root, adapter_set.spec):
+def _check_not_replaced(root: nn.Module, ledger: Ledger) -> None:
+    if gone := lost_parts(root, ledger):
         raise InjectionError(
-            f"The modules {quote_names(gone)} were replaced after the injection, so the set "
-            f"{adapter_set.spec.name!r} does not train them. Put the injected modules back, or "
-            "replace the head before the injection."
+            f"The modules {quote_names(gone)} were replaced after the injection, and with them "
+            "their adapters, private modules or frozen statistics. Put the injected modules back. "
+            "Convert norms (Lightning: sync_batchnorm=True), swap layers or replace the head "
+            "before the injection."
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.injection.freeze import freeze_norm
+from resadapt.injection.freeze import freeze_norm, frozen_modules
 from resadapt.injection.ledger import backbone_differences, ledger_of
 from resadapt.injection.private import lost_modules
 from resadapt.injection.switching import check_switchable
@@ -98,4 +98,5 @@ def accept_backbone(model: nn.Module) -> None:
     check_not_meta(tensors)
     for module in modules.values():  # norms added since the injection are frozen too
         freeze_norm(module)
+    ledger.frozen = frozen_modules(inner)
     ledger.fingerprint = Fingerprint.of(modules, tensors)
