@@ -214,6 +214,13 @@ def test_a_whole_model_is_folded() -> None:
         torch.testing.assert_close(resadapt.fold_adapters(model)(x), model(x))
 
 
+@pytest.mark.parametrize("kind", [Standardized, Doubled, OwnBias])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_changed_weight_or_result_is_seen(kind: Any, kernel: int, stride: int) -> None:
+    assert not uses_parameters(kind(4, 6, kernel, stride=stride))
+
+
 def test_dora_needs_a_layer_that_uses_its_weight() -> None:
     with pytest.raises(ValueError, match="dora=True needs a layer that convolves with its param"):
         LoraAdapter(site_of(Standardized(4, 4, 3)), 2, dora=True)
