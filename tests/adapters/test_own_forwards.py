@@ -84,6 +84,26 @@ class OwnBias(nn.Conv2d):
         return self._conv_forward(x, self.weight, None) + 1
 
 
+class Rectified(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class Flipped(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flip(1)
+
+
+class FlippedInput(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flip(1))
+
+
+class Twice(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + super().forward(x)
+
+
 class Reflecting(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, [1, 1, 1, 1], mode="reflect"))
@@ -212,6 +232,15 @@ def test_a_whole_model_is_folded() -> None:
     for size in (11, 12):
         x = torch.randn(2, 3, size, size)
         torch.testing.assert_close(resadapt.fold_adapters(model)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "kind", [Standardized, Doubled, OwnBias, Rectified, Flipped, FlippedInput, Twice]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_changed_weight_or_result_is_seen(kind: Any, kernel: int, stride: int) -> None:
+    assert not uses_parameters(kind(4, 6, kernel, stride=stride))
 
 
 def test_dora_needs_a_layer_that_uses_its_weight() -> None:

@@ -132,7 +132,7 @@ def patched() -> nn.Module:
         (Tied, "its weight is shared with another module"),
         (
             lambda: nn.Sequential(Rectified(3, 3, 1)),
-            "Rectified is not a convolution, Linear or norm of torch",
+            "the forward of Rectified is not a convolution of the padded input",
         ),
         (hooked, "has forward hooks from before the injection"),
         (patched, "its forward was replaced"),

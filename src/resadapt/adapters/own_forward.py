@@ -8,7 +8,8 @@ the marks on.
 """
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -116,8 +117,10 @@ class _Reading(NamedTuple):
     uses_parameters: bool
 
 
-class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets each convolution count the ones that it reads, and return NaN where it reads a NaN.
+class _Summing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets convolutions return sums that tell what they read, and NaN where they read a NaN.
+
+    Input and output channels have weights of their own, so a change of their order is seen.
 
     Attributes:
         given: Weight and bias of each call.
@@ -133,12 +136,19 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {}))
         x, weight, bias, *geometry, groups = args
         self.given.append((weight, bias))
-        # On the CPU, since other kernels may return NaN at neighbouring positions too.
-        taps = torch.ones(1, 1, *weight.shape[2:], dtype=torch.float64, device="cpu")
-        counts = func(x[:, :1].double().cpu(), taps, None, *geometry, 1)
         transposed = geometry[3]
         channels = weight.shape[1] * groups if transposed else weight.shape[0]
-        return counts.to(x).repeat_interleave(channels, 1)
+        # On the CPU, since other kernels may return NaN at neighbouring positions too.
+        taps = torch.ones(1, 1, *weight.shape[2:], dtype=torch.float64, device="cpu")
+        one = _ramp(x.shape[1], x.ndim).mul(x.double().cpu()).sum(1, keepdim=True)
+        sums = func(one, taps, None, *geometry, 1) * _ramp(channels, x.ndim)
+        return sums.to(x)
+
+
+def _ramp(channels: int, ndim: int) -> Tensor:
+    """Returns 1, 2, 3 ... along the channels."""
+    numbers = torch.arange(1.0, channels + 1, dtype=torch.float64, device="cpu")
+    return numbers.reshape(-1, *[1] * (ndim - 2))
 
 
 _ROWS = 8
@@ -147,31 +157,29 @@ _ROWS = 8
 
 @torch.no_grad()
 def _read(layer: Convolution) -> _Reading:
-    """Runs a layer's forward on ones in which one position of one dimension is NaN."""
-    counting = _Counting()
+    """Runs a layer's forward on inputs in which one position of one dimension is NaN."""
+    summing = _Summing()
     try:
         marked = list(_marked_inputs(layer))
-        with torch.device("cpu"), counting:
-            outputs = [_in_parts(_copy_of(layer).forward, x) for _, x in marked]
+        with torch.device("cpu"), summing:
+            outputs = [
+                _in_parts(_copy_of(layer).forward, values, marks) for _, values, marks in marked
+            ]
     except Exception as error:  # a forward may raise anything
         raise ValueError(
             f"its own forward fails on a generated input: {type(error).__name__}: {error}"
         ) from error
-    calls = sum(-(-len(x) // _ROWS) for _, x in marked)
-    given_parameters = len(counting.given) == calls and all(
-        weight is layer.weight and bias is layer.bias for weight, bias in counting.given
+    calls = sum(-(-len(marks) // _ROWS) for _, _, marks in marked)
+    given_parameters = len(summing.given) == calls and all(
+        weight is layer.weight and bias is layer.bias for weight, bias in summing.given
     )
-    for before in (None, _before(layer, [dim for dim, _ in marked], outputs)):
-        expected = [
-            _bypassed(layer, before, x, y) for (_, x), y in zip(marked, outputs, strict=True)
+    for before in (None, _before(layer, [dim for dim, _, _ in marked], outputs)):
+        pairs = [
+            (output, _bypassed(layer, before, values, marks, output))
+            for (_, values, marks), output in zip(marked, outputs, strict=True)
         ]
-        if all(
-            y.shape == z.shape and y.isnan().equal(z.isnan())
-            for y, z in zip(outputs, expected, strict=True)
-        ):
-            same = all(
-                y.nan_to_num().equal(z.nan_to_num()) for y, z in zip(outputs, expected, strict=True)
-            )
+        if all(y.shape == z.shape and y.isnan().equal(z.isnan()) for y, z in pairs):
+            same = all(y.nan_to_num().equal(z.nan_to_num()) for y, z in pairs)
             return _Reading(before, given_parameters and same)
     raise ValueError(
         "its own forward reads other positions of its input than a convolution with its "
@@ -184,9 +192,10 @@ def _copy_of(layer: Convolution) -> Convolution:
     return copy.deepcopy(layer, {id(each): each for each in layer.parameters()})
 
 
-def _marked_inputs(layer: Convolution) -> Any:
-    """Yields dimensions and inputs ``[size, C, ...]``; sample i has NaN at position i."""
+def _marked_inputs(layer: Convolution) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yields dimensions, values ``[1, C, ...]``, and marks, of which number i is NaN at i."""
     device = "cpu" if layer.weight.is_meta else layer.weight.device
+    options: Any = {"dtype": layer.weight.dtype, "device": device}
     declared = [0] * len(layer.stride) if isinstance(layer.padding, str) else layer.padding
     for more in range(max(layer.stride)):  # the padding may depend on the remainder
         sizes = [
@@ -195,30 +204,39 @@ def _marked_inputs(layer: Convolution) -> Any:
                 layer.kernel_size, layer.dilation, layer.stride, declared, strict=True
             )
         ]
+        count = layer.in_channels * math.prod(sizes)
+        # Whole numbers of both signs: sums are exact, and an activation changes them.
+        values = (torch.arange(count, device=device) * 7 % 11 - 5).to(layer.weight.dtype)
         for dim, size in enumerate(sizes):
-            x = torch.ones(size, 1, *sizes, dtype=layer.weight.dtype, device=device)
-            x.diagonal(dim1=0, dim2=2 + dim).fill_(torch.nan)
-            yield dim, x.expand(-1, layer.in_channels, *sizes)
+            marks = torch.ones(size, 1, *sizes, **options)
+            marks.diagonal(dim1=0, dim2=2 + dim).fill_(torch.nan)
+            yield dim, values.reshape(1, -1, *sizes), marks
 
 
-def _in_parts(forward: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def _in_parts(
+    forward: Callable[..., Tensor], values: Tensor, marks: Tensor, *others: Tensor
+) -> Tensor:
     """Returns the output of a function that is called with some samples at a time."""
-    parts = zip(*(torch.split(each, _ROWS) for each in tensors), strict=True)
-    return torch.cat([forward(*(part.contiguous() for part in each)) for each in parts])
+    parts = zip(*(torch.split(each, _ROWS) for each in (marks, *others)), strict=True)
+    return torch.cat([forward(values * mark, *other) for mark, *other in parts])
 
 
-def _bypassed(layer: Convolution, before: Any, x: Tensor, output: Tensor) -> Tensor:
-    """Returns what a bypass with some padding counts, in as many channels as a layer's output."""
+def _bypassed(
+    layer: Convolution, before: Any, values: Tensor, marks: Tensor, output: Tensor
+) -> Tensor:
+    """Returns what a stock convolution with some padding sums."""
     padding = None if before is None else InputPadding(layer, before)
-    convolution = convolution_like(layer, 1, 1, 1, padded=padding is None)
+    with torch.device("meta"):  # only the shape of the weight matters
+        convolution = convolution_like(
+            layer, layer.in_channels, layer.out_channels, layer.groups, padded=padding is None
+        )
     dims = len(layer.kernel_size) if layer.transposed else 0
 
     def bypass(x: Tensor, like: Tensor) -> Tensor:
         return cropped(convolution(x if padding is None else padding(x, like)), like, dims)
 
-    with _Counting():
-        counts = _in_parts(bypass, x[:, :1], output)
-    return counts.repeat_interleave(output.shape[1], 1)
+    with _Summing():
+        return _in_parts(bypass, values, marks, output)
 
 
 def _before(layer: Convolution, dims: list[int], outputs: list[Tensor]) -> list[int | None]:

@@ -65,10 +65,10 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
     for owner, adapter in copied.adapters.items():
         module = find_module(copied.model, owner)
         try:
+            _check_not_altered(module, copied.later_hooks[owner])
             with torch.no_grad():
                 changes[owner] = adapter.double().folded(copy.deepcopy(module).double())
             _check_shapes(module, changes[owner])
-            _check_not_altered(module, copied.later_hooks[owner])
             for key, value in zip(("weight", "bias"), changes[owner], strict=True):
                 if value is not None and uses[address(getattr(module, key))] > 1:
                     raise ValueError(f"its {key} is shared with another module")
