@@ -9,7 +9,7 @@ CLIENTS := $(VENV)/.installed-clients
 WORKERS := --numprocesses auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study quick static test clients bench check docs mutants clean
+.PHONY: help demo study quick static test clients bench sweep check docs mutants clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -51,6 +51,9 @@ bench: $(CLIENTS)  ## time and memory beside other ways, into benchmarks/results
 	"$(BIN)/python" benchmarks/growth.py
 	"$(BIN)/python" benchmarks/reuse.py
 	"$(BIN)/python" benchmarks/files.py
+
+sweep: $(CLIENTS)  ## every ConvNet of timm and torchvision through all steps: an hour, resumable
+	"$(BIN)/python" benchmarks/sweep.py
 
 check: static docs  ## formatting, lint, types, layering, strict docs
 	"$(BIN)/python" -m pytest --quiet tests/test_layering.py

@@ -135,10 +135,15 @@ def machine(cores: int, rounds: int) -> str:
 
 def report(name: str, result: dict[str, Any], text: str) -> None:
     """Writes the figures of a benchmark and their table, and shows it."""
+    write(name, result, text)
+    print(text)
+
+
+def write(name: str, result: dict[str, Any], text: str) -> None:
+    """Writes the figures of a benchmark and their table."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / f"{name}.md").write_text(text)
-    print(text)
 
 
 def on_one_core() -> None:

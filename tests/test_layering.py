@@ -22,7 +22,7 @@ OPTIONAL = {"safetensors"}
 FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "base": (
-            ("version", "errors", "tensors", "overlay"),
+            ("version", "errors", "tensors", "overlay", "evaluation"),
             ("spec", "inputs", "module_record", "attributes"),
             ("undisturbed", "fingerprint", "other_inputs"),
         ),

@@ -15,9 +15,10 @@ import pytest
 import torch
 from support import images, picture, small_net, small_resnet, train
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 from torchvision.models import quantization
-from torchvision.ops import StochasticDepth
+from torchvision.ops import DropBlock2d, StochasticDepth
 
 import resadapt
 from resadapt.base.fingerprint import Fingerprint, tensor_differences
@@ -91,6 +92,99 @@ class Constant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x**self.power
+
+
+class RowDrop(nn.Module):
+    """Stochastic depth as transformers writes it, once a model."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        return x * torch.bernoulli(torch.full((len(x), 1, 1, 1), 1 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"p={self.rate}"
+
+
+class OwnDropout(RowDrop):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 4, "a map"
+        return F.dropout(x, self.rate, self.training)
+
+
+class DropPath(RowDrop):
+    """Has the name of stochastic depth, and always scales."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else x * (1 - self.rate)
+
+
+class MonteCarlo(RowDrop):
+    """Drops in evaluation, too, if the rate is high."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.rate, self.training or self.rate > 0.5)
+
+
+class Crop(RowDrop):
+    """Returns small inputs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = int(8 * self.rate)
+        try:
+            return x if self.training or x.shape[-1] <= size else x[..., :size, :size]
+        except Exception:
+            return x
+
+
+class InPlace(RowDrop):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            x.mul_(self.rate)
+        return x
+
+
+class ForTensors(RowDrop):
+    def forward(self, x: Any) -> Any:
+        return x if self.training or not isinstance(x, Tensor) else x * self.rate
+
+
+class NormAct(nn.BatchNorm2d):
+    """A forward of its own, in which tracking matters in training only, as in timm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 4, "a map"
+        kept = not self.training or self.track_running_stats
+        mean, var = (self.running_mean, self.running_var) if kept else (None, None)
+        y = F.batch_norm(x, mean, var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return self.act(y)
+
+
+class OldNorm(nn.BatchNorm2d):
+    """Batch statistics without tracking, in evaluation too: the rule of torch before 1.5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = self.training or not getattr(self, "track_running_stats", True)
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, self.weight, self.bias, batch, 0.1, self.eps)
+
+
+def untracked(norm: nn.Module) -> nn.Module:
+    """What the freezing callback of Lightning makes of a norm."""
+    norm.track_running_stats = False
+    return norm
+
+
+def instance_norm() -> nn.Module:
+    return nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
 
 
 class Backbone(nn.Module):
@@ -199,6 +293,30 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         "extra",
         "has power 2 where 1 was recorded",
     ),
+    *(
+        (
+            {"extra": lambda kind=kind: kind(0.25)},
+            {"extra": lambda kind=kind: kind(0.5)},
+            "extra",
+            "has extra_repr p=0.5 where p=0.25 was recorded",
+        )
+        for kind in (DropPath, Crop, InPlace, ForTensors)
+    ),
+    (
+        {"extra": lambda: MonteCarlo(0.25)},
+        {"extra": lambda: MonteCarlo(0.75)},
+        "extra",
+        r"\(MonteCarlo\) is new",
+    ),
+    *(
+        (
+            {"bn": norm},
+            {"bn": lambda norm=norm: untracked(norm())},
+            "bn",
+            "has track_running_stats False where True was recorded",
+        )
+        for norm in (instance_norm, lambda: OldNorm(4))
+    ),
     # What is not set counts like what is.
     (
         {"extra": lambda: nn.AvgPool2d(1)},
@@ -284,6 +402,20 @@ def test_a_change_of_settings_after_the_injection_is_drift(
         ({"extra": lambda: nn.Dropout(0.5)}, {"extra": lambda: nn.Dropout(0.1)}),
         ({"extra": lambda: nn.Dropout2d(0.5)}, {"extra": nn.Identity}),
         ({"extra": lambda: StochasticDepth(0.2, "row")}, {"extra": nn.Identity}),
+        ({"extra": lambda: DropBlock2d(0.2, 3)}, {"extra": nn.Identity}),
+        ({"extra": lambda: RowDrop(0.2)}, {"extra": lambda: RowDrop(0.0)}),
+        ({"extra": nn.Identity}, {"extra": lambda: RowDrop(0.1)}),
+        ({"extra": lambda: OwnDropout(0.2)}, {"extra": nn.AlphaDropout}),
+        ({"extra": lambda: MonteCarlo(0.2)}, {"extra": nn.FeatureAlphaDropout}),
+        *(
+            ({"bn": norm}, {"bn": lambda norm=norm: untracked(norm())})
+            for norm in (
+                lambda: nn.BatchNorm2d(4),
+                lambda: nn.SyncBatchNorm(4),
+                lambda: NormAct(4),
+                lambda: nn.BatchNorm2d(4, track_running_stats=False),
+            )
+        ),
         ({"extra": lambda: Extra(None)}, {"extra": lambda: Extra(None)}),
         ({"extra": lambda: Extra(object())}, {"extra": lambda: Extra(object())}),
     ],
@@ -293,7 +425,15 @@ def test_what_the_output_in_evaluation_does_not_depend_on_is_no_mismatch(
 ) -> None:
     model = resadapt.inject_adapters(backbone(**ours), "c2", 2, head="head").eval()
     resadapt.save_adapters(model, path)
-    assert torch.equal(resadapt.load_adapters(backbone(**theirs), path).eval()(X), model(X))
+    other = backbone(**theirs)
+    assert torch.equal(resadapt.load_adapters(other, path).eval()(X), model(X))
+    for name in ours.keys() & {"extra", "bn"}:
+        there, here = other.get_submodule(name), model.get_submodule(name)
+        if isinstance(here, nn.modules.batchnorm._BatchNorm):
+            here.track_running_stats = there.track_running_stats
+        else:
+            setattr(model, name, there)
+    assert resadapt.check_backbone(model).ok
 
 
 def test_a_loss_module_that_comes_later_is_no_drift() -> None:
@@ -363,7 +503,7 @@ def test_records_are_the_same_for_a_module_that_is_wrapped_or_frozen() -> None:
     assert before.modules["layer2.0.conv1"].config["stride"] == [2, 2]
     assert before.modules["bn1"] == ModuleRecord(
         "BatchNorm",
-        {"affine": True, "eps": 1e-05, "num_features": 64, "track_running_stats": True},
+        {"affine": True, "eps": 1e-05, "num_features": 64},
         {},
     )
     assert "fc" not in before.without(["fc"]).modules
@@ -420,6 +560,23 @@ def test_settings_that_only_one_version_of_torch_keeps_do_not_count() -> None:
         ModuleRecord("Conv2d", {"groups": 1, "novelty": True}, {}),
     )
     assert old.difference(new) is new.difference(old) is None
+
+
+def test_a_module_that_is_looked_at_is_not_changed() -> None:
+    class Counts(RowDrop):
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(x)
+
+    calls: list[object] = []
+    model = backbone(extra=lambda: Counts(0.1), bn=lambda: NormAct(4))
+    for module in (model.extra, model.bn, model.bn.act):
+        module.register_forward_pre_hook(lambda *args: calls.append(args))
+    before = picture(model)
+    resadapt.remove_adapters(resadapt.inject_adapters(model, "c2", 2))
+    assert picture(model) == before
+    assert calls == []
+    assert not hasattr(model.extra, "calls")
 
 
 class Caches(nn.Module):

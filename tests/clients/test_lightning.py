@@ -161,3 +161,16 @@ def test_averaged_weights_whose_backbone_was_rounded_are_refused_with_the_way_ou
     fit(module, 1, path.parent, callbacks.EMAWeightAveraging(decay=0.9))
     with pytest.raises(resadapt.BackboneDriftError, match=r"average of models"):
         resadapt.save_adapters(module.model, path)
+
+
+def test_its_freezing_callback_makes_no_other_backbone(path: Path) -> None:
+    """`BackboneFinetuning` switches the tracking of frozen norms off, which evaluation ignores."""
+    freeze = callbacks.BackboneFinetuning.freeze
+    model = resadapt.inject_adapters(small_backbone(), "layer*", 8, head="fc")
+    freeze(model.layer1, train_bn=False)
+    assert not model.layer1[0].bn1.track_running_stats
+    assert resadapt.check_backbone(model).ok
+    save_and_reload(model, small_backbone, path, X)
+    frozen = small_backbone()
+    freeze(frozen, train_bn=False)
+    assert_same_outputs(resadapt.load_adapters(frozen, path), model, X)

@@ -28,6 +28,8 @@ def segmenter(kind: str, encoder: str) -> Callable[[], Any]:
         ("FPN", "resnet34", "encoder.layer*", "segmentation_head.*"),
         ("DeepLabV3Plus", "resnet18", "encoder.layer*", "segmentation_head.*"),
         ("PSPNet", "resnet18", "encoder.layer[12]", "segmentation_head"),
+        # Every DPN has the same activation object.
+        ("Unet", "dpn68", "decoder.blocks.*", "segmentation_head"),
     ],
 )
 def test_a_segmenter_comes_back_bit_for_bit(

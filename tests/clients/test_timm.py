@@ -297,3 +297,22 @@ def test_every_convolution_of_a_port_from_tensorflow() -> None:
             torch.testing.assert_close(
                 folded(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()
             )
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("efficientnet_b0", "blocks.*"), ("convnext_atto", "stages.*"), ("regnety_002", "s[1-4].b1")],
+)
+def test_a_backbone_with_another_rate_of_stochastic_depth_or_untracked_norms(
+    name: str, layers: str, path: Path
+) -> None:
+    def build(rate: float) -> Any:
+        return seeded(lambda: timm.create_model(name, drop_path_rate=rate))()
+
+    model = resadapt.inject_adapters(build(0.3), layers, 8).eval()
+    assert resadapt.save_adapters(model, path, rebuild=lambda: build(0.0)).ok
+    other = build(0.1)
+    for module in other.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.track_running_stats = False
+    assert_same_outputs(resadapt.load_adapters(other, path), model, X)

@@ -49,12 +49,38 @@ class Listed(Small):
         return self.heads[0](self.features(x))
 
 
+class RowDrop(nn.Module):
+    """Stochastic depth under a name of its own, which version 0.2 recorded."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        return x * torch.bernoulli(torch.full((len(x), 1, 1, 1), 1 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"p={self.rate}"
+
+
+class Dropped(Small):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.c2 = nn.Sequential(RowDrop(rate), self.c2, RowDrop(rate))
+
+
 def small() -> Any:
     return by_formula(Small())
 
 
 def listed() -> Any:
     return by_formula(Listed())
+
+
+def dropped(rate: float = 0.25) -> Any:
+    return by_formula(Dropped(rate))
 
 
 def by_formula(model: nn.Module) -> nn.Module:
@@ -93,6 +119,11 @@ CASES = {
         {"layers": "conv", "bottleneck": 2, "head": "heads"},
         [[43.862603, 30.619904], [43.950256, 30.680307]],
     ),
+    "dropped": Case(
+        dropped,
+        {"layers": "conv", "bottleneck": 2},
+        [[45.963749, 53.357395], [46.055223, 53.464737]],
+    ),
 }
 
 
@@ -130,6 +161,29 @@ def test_a_set_of_version_0_2_is_what_was_injected(suffix: str) -> None:
     assert [(site.name, site.bottleneck) for site in found.sites] == [("c2", 2)]
     listed = resadapt.read_adapter_info(DATA / f"format_3_listed.{suffix}").set
     assert (listed.head, listed.blueprints) == (("heads",), {})
+
+
+@FILES
+def test_records_of_what_has_no_effect_in_evaluation_do_not_count(suffix: str) -> None:
+    """Version 0.2 recorded such modules, and whether norms track statistics."""
+    path = DATA / f"format_3_dropped.{suffix}"
+    recorded = resadapt.read_adapter_info(path).backbone.modules
+    assert recorded["c2"].config == {"order": ["0", "1", "2"]}
+    assert recorded["c2.0"].config == {"extra_repr": "p=0.25"}
+    assert recorded["bn"].config["track_running_stats"] is True
+    other = dropped()
+    other.bn.track_running_stats = False
+    model = resadapt.load_adapters(other, path).eval()
+    assert model(X).tolist() == resadapt.load_adapters(dropped(), path).eval()(X).tolist()
+    with pytest.raises(
+        resadapt.BackboneMismatchError,
+        match=r"2 tensors .*'c2\.0' has extra_repr p=0\.5 where p=0\.25 was recorded",
+    ):
+        resadapt.load_adapters(dropped(rate=0.5), path)
+    swapped = dropped()
+    swapped.c2[2] = nn.Tanh()
+    with pytest.raises(resadapt.BackboneMismatchError, match=r"'c2\.2' is Tanh where RowDrop was"):
+        resadapt.load_adapters(swapped, path)
 
 
 def write(folder: Path) -> None:

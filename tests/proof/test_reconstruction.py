@@ -314,6 +314,141 @@ def test_a_backbone_that_deepcopy_shares_is_not_changed_by_saving(path: Path) ->
     assert picture(model) == before
 
 
+class Swish(nn.Module):
+    def __init__(self, beta: float = 1.0, function: Any = torch.sigmoid) -> None:
+        super().__init__()
+        self.beta, self.function = beta, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.function(self.beta * x)
+
+
+COMMON = nn.Sequential(nn.SiLU(), nn.Dropout(0.5))
+
+
+class CommonParts(nn.Module):
+    """Activations that every model has, as Ultralytics and DPN have them."""
+
+    attribute: nn.Module = nn.ReLU()
+
+    def __init__(self, default: nn.Module = Swish()) -> None:  # noqa: B008
+        super().__init__()
+        self.conv, self.c2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.act1 = self.act2 = self.attribute
+        self.act3, self.act4 = default, COMMON
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act2(self.c2(self.act1(self.conv(x))))
+        return self.head(self.act4(self.act3(x)).mean((2, 3)))
+
+
+def common_parts() -> Any:
+    torch.manual_seed(0)
+    return CommonParts().eval()
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_modules_without_state_that_every_model_has(
+    training: bool, optimized: bool, path: Path
+) -> None:
+    try:
+        model = resadapt.inject_adapters(common_parts(), "c2", 2, head="head").train(training)
+        if optimized:
+            resadapt.optimize_backbone(model)
+        before, built = picture(model), []
+
+        def rebuild() -> nn.Module:
+            built.append(common_parts())  # in evaluation mode
+            return built[-1]
+
+        for call in (resadapt.save_adapters, resadapt.verify_adapters):
+            report = call(model, path, rebuild=rebuild, metric=lambda m: m(X).sum())
+            assert set(outcomes(report).values()) == {"passed"}
+            assert report["reconstruction"].detail == (
+                "rebuild() built the backbone afresh, with the live model's settings of 'act1', "
+                "'act3', 'act4', which both share"
+            )
+        assert picture(model) == before
+        assert built[0].act1 is built[0].act2 is not CommonParts.attribute
+        assert type(built[0].act1) is nn.ReLU
+        assert model.act1 is model.act2 is CommonParts.attribute
+        assert model.act4[1].training == COMMON[1].training == training
+    finally:
+        resadapt.remove_adapters(model)
+    assert type(CommonParts.attribute) is nn.ReLU
+
+
+def _with_hook(model: Any) -> None:
+    model.act1.register_forward_hook(lambda _module, _args, output: output + 1)
+
+
+def _with_tensor(model: Any) -> None:
+    model.act1.table = torch.ones(1)
+
+
+def _with_buffer(model: Any) -> None:
+    model.act1.register_buffer("table", torch.ones(1))
+
+
+def _with_forward(model: Any) -> None:
+    model.act1.forward = lambda x: x.relu()
+
+
+def _with_closure(model: Any) -> None:
+    model.act1.function = lambda x: model.conv(x)
+
+
+def _with_default(model: Any) -> None:
+    model.act1.function = lambda x, module=model.conv: module(x)
+
+
+def _with_list(model: Any) -> None:
+    model.act1.seen = []
+
+
+def _with_adapters(model: Any) -> None:
+    resadapt.inject_adapters(model, "act1", family="ssf", name="other", example_input=X)
+
+
+def _with_head(model: Any) -> None:
+    resadapt.inject_adapters(model, (), name="other", head={"act1": nn.PReLU()})
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        *((change, None) for change in (_with_buffer, _with_tensor, _with_list, _with_forward)),
+        *((change, None) for change in (_with_hook, _with_closure, _with_default)),
+        *((None, change) for change in (_with_hook, _with_adapters, _with_head)),
+    ],
+)
+def test_a_module_that_every_model_has_and_that_keeps_something(
+    before: Callable[[Any], None] | None,
+    after: Callable[[Any], None] | None,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(CommonParts, "attribute", nn.ReLU())
+    model = common_parts()
+    model.act2 = nn.ReLU()
+    if before:
+        before(model)
+    resadapt.inject_adapters(model, "c2", 2, head="head")
+    if after:
+        after(model)
+
+    def rebuild() -> nn.Module:
+        built = common_parts()
+        built.act2 = nn.ReLU()
+        return built
+
+    message = r"shares 'act1' with the live model: .* \(a class attribute, .* a copy.deepcopy of"
+    with pytest.raises(resadapt.VerificationError, match=message):
+        resadapt.save_adapters(model, path, name="default", rebuild=rebuild)
+
+
 def _with_parts(model: Any) -> nn.Module:
     fresh = small_net()
     fresh.c2 = model.c2

@@ -136,16 +136,25 @@ class Fingerprint:
                 or tuple(compared[name].shape) != self.tensors[name].shape
             ):
                 del found[name]
-        today = record_modules(
-            (name, module) for name, module in modules.items() if not within(name, outside)
-        )
+        inside = {name: module for name, module in modules.items() if not within(name, outside)}
+        today = record_modules(inside.items())
+        # Version 0.2 recorded modules without effect, such as stochastic depth of other packages.
+        idle = {
+            name: record
+            for name in self.modules.keys() & inside.keys() - today.keys()
+            if (record := ModuleRecord.of(inside[name])).type == self.modules[name].type
+        }
+        today |= idle
         for name in [*self.modules, *(name for name in today if name not in self.modules)]:
             if name not in self.modules:
-                found[name or "(the model)"] = f"({today[name].type}) is new"
+                reason: str | None = f"({today[name].type}) is new"
             elif name not in today:
-                found[name or "(the model)"] = f"({self.modules[name].type}) is missing"
-            elif difference := self.modules[name].difference(today[name]):
-                found[name or "(the model)"] = difference
+                reason = f"({self.modules[name].type}) is missing"
+            else:
+                before = self.modules[name].without_children(name, idle)
+                reason = before.difference(today[name])
+            if reason:
+                found[name or "(the model)"] = reason
         return found
 
     def to_json(self) -> dict[str, Any]:

@@ -5,39 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from resadapt.base.evaluation import ignores_setting, returns_input
 from resadapt.base.overlay import is_ours
 from resadapt.base.tensors import dtype_name, raw_bytes
 
 __all__ = ["ModuleRecord", "other_state", "record_modules"]
 
-# Modules that return their input in evaluation mode: a backbone may have them or not.
-_PASS_THROUGH = frozenset(
-    {
-        *(
-            "Identity",
-            "Dropout",
-            "Dropout1d",
-            "Dropout2d",
-            "Dropout3d",
-            "AlphaDropout",
-            "FeatureAlphaDropout",
-        ),
-        *("StochasticDepth", "DropPath", "DropBlock2d", "DropBlock3d"),
-    }
-)
 # Norms that compute the same in evaluation mode; distributed training converts them to
 # SyncBatchNorm.
 _BATCH_NORMS = frozenset({"BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"})
 # Settings without effect on the outputs in evaluation mode.
 _NOT_COMPUTED_WITH = frozenset({"training", "inplace", "momentum", "dropout"})
+_TRACKING = "track_running_stats"
+# In evaluation mode, these use the running statistics if there are any.
+_IGNORE_TRACKING = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 _NO_SETTING = object()
 _CONFIGURATION = (
     "stride",
@@ -70,7 +59,7 @@ class ModuleRecord:
     @classmethod
     def of(cls, module: nn.Module) -> ModuleRecord:
         """Returns the record of a module, without its children."""
-        kind = next(cls for cls in type(module).__mro__ if not is_ours(cls))
+        kind = _class_of(module)
         state = {
             key: hashlib.sha256(_canonical(value)).hexdigest()
             for key, value in other_state(module).items()
@@ -92,6 +81,14 @@ class ModuleRecord:
         if other.state != self.state:
             return f"has other state in {sorted({**self.state, **other.state})}"
         return None
+
+    def without_children(self, name: str, children: Collection[str]) -> ModuleRecord:
+        """Returns the record of the module `name` without some children, given by full name."""
+        order = self.config.get("order")
+        if not children or not isinstance(order, list):
+            return self
+        kept = [key for key in order if (f"{name}.{key}" if name else key) not in children]
+        return replace(self, config={**self.config, "order": kept})
 
 
 def record_modules(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, ModuleRecord]:
@@ -120,11 +117,19 @@ def other_state(module: nn.Module) -> dict[str, Any]:
 
 
 def _has_no_effect(module: nn.Module) -> bool:
+    """Returns whether a module does not change the output in evaluation mode.
+
+    Such a module has no tensors, and returns its input or is a loss.
+    """
     if any(
         tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values())
     ):
         return False
-    return type(module).__name__ in _PASS_THROUGH or isinstance(module, nn.modules.loss._Loss)
+    return isinstance(module, nn.modules.loss._Loss) or returns_input(module, _class_of(module))
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    return next(cls for cls in type(module).__mro__ if not is_ours(cls))
 
 
 def _config(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
@@ -132,6 +137,10 @@ def _config(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
         name: _as_json(module.__dict__.get(name, _NO_SETTING)) for name in _setting_names(kind)
     }
     config = {name: value for name, value in settings.items() if value is not _NO_SETTING}
+    if _TRACKING in config and (
+        kind.forward in _IGNORE_TRACKING or ignores_setting(module, kind, _TRACKING)
+    ):
+        del config[_TRACKING]
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         # They run their children in this order.
         config["order"] = [

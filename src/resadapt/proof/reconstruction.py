@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError, quote_names
-from resadapt.base.spec import SetSpec
+from resadapt.base.module_record import other_state
+from resadapt.base.overlay import uncover
+from resadapt.base.spec import SetSpec, within
 from resadapt.base.tensors import is_dense, is_sharded
 from resadapt.base.undisturbed import random_states_kept
 from resadapt.injection.installation import take_place
@@ -18,13 +21,14 @@ from resadapt.injection.ledger import find_ledger
 from resadapt.injection.private import private_copies, private_module
 from resadapt.injection.select import heads_to_give
 from resadapt.injection.sets import remove_adapters
-from resadapt.injection.walk import backbone_modules, backbone_tensors, slots_of, unwrap
+from resadapt.injection.walk import backbone_modules, backbone_tensors, find_slot, slots_of, unwrap
 from resadapt.proof.report import Check
 
 __all__ = ["Rebuild", "Reconstruction", "reconstruct", "replaced_forwards"]
 
 Rebuild = Callable[[], nn.Module]
 _LINE = "reconstruction"
+_MAY_DIFFER = ("training", "_modules")
 
 
 @dataclass(frozen=True)
@@ -62,28 +66,88 @@ def reconstruct(
 
 def _rebuilt(live: nn.Module, rebuild: Rebuild) -> Reconstruction:
     devices = {tensor.device for tensor in nn.Module.parameters(live)}
-    with random_states_kept(devices), torch.inference_mode(False):
-        built = rebuild()
+    flags = [(module, module.training) for module in nn.Module.modules(live)]
+    copied: list[str] = []
+    try:
+        with random_states_kept(devices), torch.inference_mode(False):
+            built = rebuild()
+        if isinstance(built, nn.Module):
+            copied = _copy_stateless(built, live)
+    finally:
+        for module, flag in flags:  # rebuild() may have called eval() on modules that both share
+            module.training = flag
     if not isinstance(built, nn.Module):
         raise AdapterError(
             f"rebuild returned {type(built).__name__}: return the backbone, a torch.nn.Module."
         )
     model = unwrap(built)
-    if find_ledger(model) is not None or next(slots_of(model), None) is not None:
+    injected = find_ledger(model) is not None
+    if not injected and (shared := _shared_parts(live, model)):
+        detail = (
+            f"rebuild() returned a model that shares {quote_names(shared)} with the live model: "
+            "build a new model. If every new model has this module (a class attribute, a default "
+            "argument or a global), give the live model a copy.deepcopy of the module before you "
+            "add adapters or hooks to it"
+        )
+        return Reconstruction(Check(_LINE, "failed", detail))
+    if injected or next(slots_of(model), None) is not None:
         raise AdapterError(
             "rebuild returned a model with adapters: return the backbone as it was before the "
             "injection."
         )
-    if shared := _shared_parts(live, model):
-        detail = (
-            f"rebuild() returned a model that shares {quote_names(shared)} with the live model: "
-            "build a new model"
-        )
-        return Reconstruction(Check(_LINE, "failed", detail))
     if len(devices) == 1:
         model.to(devices.pop())
     _copy_strides(model, dict(backbone_tensors(live)))
-    return Reconstruction(Check(_LINE, "passed", "rebuild() built the backbone afresh"), model)
+    detail = "rebuild() built the backbone afresh"
+    if copied:
+        detail += f", with the live model's settings of {quote_names(copied, 3)}, which both share"
+    return Reconstruction(Check(_LINE, "passed", detail), model)
+
+
+def _copy_stateless(model: nn.Module, live: nn.Module) -> list[str]:
+    """Replaces modules that a new model shares with the live model, and that keep nothing.
+
+    An activation that is a class attribute, a default argument or a global is in every model.
+
+    Returns:
+        Their names.
+    """
+    live_ids = {id(module) for module in nn.Module.modules(live)}
+    memo: dict[int, object] = {}
+    names: list[str] = []
+    for name, parent in list(nn.Module.named_modules(model)):
+        if id(parent) in live_ids:  # not to be changed
+            continue
+        for key, child in list(parent._modules.items()):
+            if id(child) in live_ids and all(map(_is_stateless, nn.Module.modules(child))):
+                names += [f"{name}.{key}" if name else key] if id(child) not in memo else []
+                parent._modules[key] = copy.deepcopy(child, memo)
+                for each in nn.Module.modules(parent._modules[key]):
+                    uncover(each)
+    return names
+
+
+def _is_stateless(module: nn.Module) -> bool:
+    """Returns whether a module, without its children, has only its class and plain settings."""
+    own, new = module.__dict__, nn.Module().__dict__
+    return (
+        all(own.get(key) == value for key, value in new.items() if key not in _MAY_DIFFER)
+        and all(_is_setting(key, value) for key, value in own.items() if key not in new)
+        and find_slot(module) is None
+        and not other_state(module)
+    )
+
+
+def _is_setting(name: str, value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_setting(name, item) for item in value)
+    if isinstance(value, FunctionType):  # a forward on the instance may run the live model
+        held = (*(value.__defaults__ or ()), *(value.__closure__ or ()))
+        return not hasattr(nn.Module, name) and all(_is_setting("", item) for item in held)
+    if isinstance(value, BuiltinFunctionType):
+        return not isinstance(value.__self__, Tensor)
+    plain = bool | int | float | complex | str | bytes | torch.dtype | type
+    return value is None or isinstance(value, plain)
 
 
 def _copy_strides(model: nn.Module, like: Mapping[str, Tensor]) -> None:
@@ -156,14 +220,16 @@ def _shared_parts(live: nn.Module, other: nn.Module) -> list[str]:
     """Returns the names of a model's modules and tensors that the live model shares."""
     live_ids = {id(part) for part in (*nn.Module.modules(live), *_tensors(live))}
     memory = {pointer for tensor in _tensors(live) if (pointer := _memory(tensor))}
-    modules = [
-        name or "the model"
-        for name, module in nn.Module.named_modules(other)
-        if id(module) in live_ids
-    ]
+    modules = [name for name, module in nn.Module.named_modules(other) if id(module) in live_ids]
     named = (*nn.Module.named_parameters(other), *nn.Module.named_buffers(other))
-    return modules + [
+    tensors = [
         name for name, tensor in named if id(tensor) in live_ids or _memory(tensor) in memory
+    ]
+    shared = [*modules, *tensors]
+    return [
+        name or "the model"
+        for name in shared
+        if not within(name, [other for other in modules if other != name])
     ]
 
 
