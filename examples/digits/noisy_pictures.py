@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from compare_families import EPOCHS, SEEDS, accuracy, backbone, digits, train
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from resadapt import check_backbone, inject_adapters, remove_adapters, save_adapters
 
@@ -38,13 +39,7 @@ def noisy(pictures: Tensor, strength: float, generator: torch.Generator) -> Tens
 @torch.no_grad()
 def take_statistics(model: nn.Module, pictures: Tensor) -> None:
     """Add a set with norm statistics of its own: those of one batch of pictures, without labels."""
-    before = set(model.modules())
-    inject_adapters(model, (), norm="stats")
-    for module in set(model.modules()) - before:
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None  # the mean of all batches, which is one here
-    model.train()(pictures)
+    update_bn([pictures], inject_adapters(model, (), norm="stats"))
 
 
 def measure(model: nn.Module, seed: int, data: dict[str, tuple[Tensor, Tensor]]) -> Accuracies:

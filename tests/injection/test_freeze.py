@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import backbone_bytes, images, private, small_net, small_resnet, train
+from support import backbone_bytes, images, picture, private, small_net, small_resnet, train
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -238,6 +238,36 @@ def test_a_norm_with_children_is_frozen_too() -> None:
         frozen = backbone_bytes(model)
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), inputs=X)
         assert backbone_bytes(model) == frozen
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: no class for its frozen kind."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(super().forward(input))
+
+
+@pytest.mark.parametrize("policy", ["frozen", "affine", "stats"])
+def test_update_bn_moves_own_statistics_only_in_norms_of_other_classes(policy: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), NormAndActivation(4), nn.Conv2d(4, 2, 1))
+    before = picture(model)
+    resadapt.inject_adapters(model, "2", 2, norm=policy, name="a")
+    resadapt.inject_adapters(model, "2", 2, norm=policy, name="b")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        update_bn([X, X], model)
+    moved = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, state[name])
+    }
+    counted = {
+        f"1.resadapt.b@1.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert moved == (counted if policy == "stats" else set())
+    assert resadapt.check_backbone(model).ok
+    resadapt.set_active_adapters(model, "a")
+    resadapt.remove_adapters(model)
+    assert picture(model) == before
 
 
 def test_update_bn_leaves_frozen_statistics() -> None:

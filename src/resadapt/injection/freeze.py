@@ -93,12 +93,14 @@ def freeze_norm(module: nn.Module) -> None:
     elif _keeps_statistics(module) and not _is_held(module):
         # Before all other hooks: torch.nn.utils.spectral_norm updates its buffers in a pre-hook.
         module.register_forward_pre_hook(hold_in_eval, prepend=True)
+        block_statistics_reset(module)
 
 
 def unfreeze_norm(module: nn.Module) -> None:
     """Undoes `freeze_norm`."""
     uncover(module)
     drop_hook(module._forward_pre_hooks, hold_in_eval)
+    allow_statistics_reset(module)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -170,7 +172,8 @@ def freeze_backbone(model: nn.Module) -> None:
 def block_statistics_reset(module: nn.Module) -> None:
     """Makes `reset_running_stats` do nothing in a module's BatchNorms.
 
-    Keeps the statistics of an inactive set, which `torch.optim.swa_utils.update_bn` would reset.
+    Keeps statistics that are frozen or of an inactive set, which
+    `torch.optim.swa_utils.update_bn` would reset.
     """
     for each in module.modules():
         if isinstance(each, nn.modules.batchnorm._BatchNorm):
@@ -178,9 +181,9 @@ def block_statistics_reset(module: nn.Module) -> None:
 
 
 def allow_statistics_reset(module: nn.Module) -> None:
-    """Undoes `block_statistics_reset`."""
+    """Undoes `block_statistics_reset`, except in frozen norms."""
     for each in module.modules():
-        if each.__dict__.get("reset_running_stats") is _keep_statistics:
+        if each.__dict__.get("reset_running_stats") is _keep_statistics and not is_frozen(each):
             del each.__dict__["reset_running_stats"]
 
 
