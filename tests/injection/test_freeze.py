@@ -251,6 +251,7 @@ class NormAndActivation(nn.BatchNorm2d):
 def test_update_bn_moves_own_statistics_only_in_norms_of_other_classes(policy: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), NormAndActivation(4), nn.Conv2d(4, 2, 1))
+    model(X + 1)  # statistics that a reset would change
     before = picture(model)
     resadapt.inject_adapters(model, "2", 2, norm=policy, name="a")
     resadapt.inject_adapters(model, "2", 2, norm=policy, name="b")
