@@ -31,7 +31,8 @@ def pruned(family: str, sites: str, gradients: bool) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "sites"), [("bottleneck", "layer*"), ("lora", "layer*.*.conv2"), ("ssf", "bn1")]
+    ("family", "sites"),
+    [("pooled", "layer*"), ("bottleneck", "layer*"), ("lora", "layer*.*.conv2"), ("ssf", "bn1")],
 )
 def test_a_copy_is_pruned_once_its_parameters_require_gradients(family: str, sites: str) -> None:
     plain = pruned(family, sites, True)
@@ -40,9 +41,3 @@ def test_a_copy_is_pruned_once_its_parameters_require_gradients(family: str, sit
     assert plain(X).shape == (len(X), 3)
     still = pruned(family, sites, False)
     assert still.layer4[0].conv1.weight.shape[0] == 512, "if not, the docs need not tell of it"
-
-
-def test_pooled_has_the_number_of_channels_in_its_forward() -> None:
-    plain = pruned("pooled", "layer*", True)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        plain(X)

@@ -58,9 +58,6 @@ class PooledAdapter(Adapter):
         # Set once, since torch.fx cannot trace a forward that reads x.ndim.
         first = 2 if site.channel_dim == 1 else 1
         self._positions = list(range(first, first + site.spatial_dims))
-        self._vectors = [-1, channels]
-        ones = [1] * site.spatial_dims
-        self._broadcast = [-1, channels, *ones] if site.channel_dim == 1 else [-1, *ones, channels]
         for linear in (self.down, self.up):
             nn.init.normal_(linear.weight, std=1e-3)
             nn.init.zeros_(linear.bias)
@@ -73,9 +70,11 @@ class PooledAdapter(Adapter):
         pooled = x
         if len(self._positions) > 0:
             # keepdim=True, since quantized tensors have no other mean.
-            pooled = x.mean(self._positions, keepdim=True).reshape(self._vectors)
+            pooled = x.mean(self._positions, keepdim=True).flatten(1)
         correction: Tensor = self.up(self.dropout(self.act(self.down(pooled))))
-        return x + correction.reshape(self._broadcast)
+        for position in self._positions:
+            correction = correction.unsqueeze(position)
+        return x + correction
 
     @override
     def summed(self, terms: Terms) -> dict[str, Tensor]:
