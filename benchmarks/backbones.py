@@ -130,7 +130,7 @@ def _torchvision() -> Iterator[Case]:
     yield _detector("fasterrcnn_resnet50_fpn", residual, **small, box_score_thresh=0.0)
     name, mobile = "fasterrcnn_mobilenet_v3_large_320_fpn", ("backbone.body.[369]",)
     yield _detector(name, mobile, **small, box_score_thresh=0.0)
-    yield _detector("ssd300_vgg16", ("backbone.extra.*",))
+    yield _detector("ssd300_vgg16", ("backbone.features.[05]", "backbone.features.1[07]"))
     yield _detector("ssdlite320_mobilenet_v3_large", ("backbone.features.0.*",))
 
 
