@@ -26,8 +26,10 @@ class Case:
         model: Name of the model there.
         size: Height and width of the pictures.
         layers: The sites; None for the ends of the stages, as timm knows them.
+        inside: Where the convolutions are that are folded, if others run several times.
         options: Arguments of the builder.
         frames: Number of frames, for video; 0 for pictures.
+        pairs: Whether the model takes two batches.
         detects: Whether it is a detector of torchvision: lists of pictures, and targets in
             training.
     """
@@ -36,8 +38,10 @@ class Case:
     model: str
     size: int = 64
     layers: tuple[str, ...] | None = None
+    inside: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     frames: int = 0
+    pairs: bool = False
     detects: bool = False
 
     def build(self) -> Any:
@@ -70,59 +74,82 @@ class Case:
         """Two samples."""
         shape = (self.frames, self.size, self.size) if self.frames else (self.size, self.size)
         images = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+        if self.pairs:
+            return images, images.flip(0)
         return (list(images),) if self.detects else images
 
     def call(self, model: nn.Module, inputs: Any) -> Any:
         """The outputs, or the losses of a detector in training."""
-        if not self.detects:
-            return model(inputs)
-        if not model.training:
-            return model(*inputs)
-        box = torch.tensor([[4.0, 4.0, self.size / 2, self.size / 2]])
-        targets = [{"boxes": box, "labels": torch.tensor([1])} for _ in inputs[0]]
-        return model(*inputs, targets)
+        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+        if self.detects and model.training:
+            box = torch.tensor([[4.0, 4.0, self.size / 2, self.size / 2]])
+            target = {"boxes": box, "labels": torch.tensor([1])}
+            arguments = (*arguments, [target for _ in arguments[0]])
+        return model(*arguments)
 
 
 def layers_of(model: Any, case: Case) -> tuple[str, ...]:
     """The sites of a case, as names or globs."""
     if case.layers is not None:
         return case.layers
-    return tuple(dict.fromkeys(stage["module"] for stage in model.feature_info))
+    return tuple({stage["module"]: None for stage in model.feature_info if stage["module"]})
 
 
 def _timm() -> Iterator[Case]:
     for name in _TIMM.split():
         model, _, size = name.partition("@")
-        yield Case("timm", model, int(size or 64))
+        yield Case("timm", model, int(size or 64), _INSIDE.get(model))
 
 
 def _torchvision() -> Iterator[Case]:
-    bare = {"weights_backbone": None}
+    bare: dict[str, Any] = {"weights_backbone": None}
     for name, layers in _TORCHVISION.items():
         yield Case("torchvision", name, 64, layers)
     quiet = {"init_weights": False, "aux_logits": False}
-    yield Case("torchvision", "googlenet", 64, ("inception*",), quiet)
-    yield Case("torchvision", "inception_v3", 96, ("Mixed_*",), quiet)
+    yield Case("torchvision", "googlenet", 64, ("inception*",), options=quiet)
+    yield Case("torchvision", "inception_v3", 96, ("Mixed_*",), options=quiet)
     for name in ("fcn_resnet50", "deeplabv3_resnet50"):
-        yield Case("torchvision", name, 64, ("backbone.layer*",), bare)
-    mobile = ("backbone.[369]", "backbone.1[25]")
+        yield Case("torchvision", name, 64, ("backbone.layer*",), options=bare)
+    mobile: tuple[str, ...] = ("backbone.[369]", "backbone.1[25]")
     for name in ("deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"):
-        yield Case("torchvision", name, 64, mobile, bare)
+        yield Case("torchvision", name, 64, mobile, options=bare)
     for name in ("r3d_18", "mc3_18", "r2plus1d_18"):
         yield Case("torchvision", name, 32, ("layer*",), frames=4)
-    yield Case("torchvision", "s3d", 64, ("features.[23569]", "features.1*"), frames=16)
-    yield Case("torchvision", "raft_small", 128, ("feature_encoder.layer*",))
-    residual = ("backbone.body.layer*",)
-    for name in ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn"):
-        yield Case("torchvision", name, 64, residual, bare | _SMALL, detects=True)
-    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-    yield Case("torchvision", name, 64, ("backbone.body.[369]",), bare | _SMALL, detects=True)
-    yield Case("torchvision", "ssd300_vgg16", 64, ("backbone.extra.*",), bare, detects=True)
-    name = "ssdlite320_mobilenet_v3_large"
-    yield Case("torchvision", name, 64, ("backbone.features.0.*",), bare, detects=True)
+    yield Case("torchvision", "s3d", 224, ("features.[23569]", "features.1*"), frames=16)
+    yield Case(
+        "torchvision",
+        "raft_small",
+        128,
+        ("context_encoder.layer*",),
+        "context_encoder.",
+        pairs=True,
+    )
+    residual, small = ("backbone.body.layer*",), {"min_size": 64, "max_size": 64}
+    yield _detector("retinanet_resnet50_fpn", residual, **small, score_thresh=0.0)
+    yield _detector("fcos_resnet50_fpn", residual, **small, score_thresh=0.0)
+    yield _detector("fasterrcnn_resnet50_fpn", residual, **small, box_score_thresh=0.0)
+    name, mobile = "fasterrcnn_mobilenet_v3_large_320_fpn", ("backbone.body.[369]",)
+    yield _detector(name, mobile, **small, box_score_thresh=0.0)
+    yield _detector("ssd300_vgg16", ("backbone.features.[05]", "backbone.features.1[07]"))
+    yield _detector("ssdlite320_mobilenet_v3_large", ("backbone.features.0.*",))
 
 
-_SMALL = {"min_size": 64, "max_size": 64}
+def _detector(name: str, layers: tuple[str, ...], **options: Any) -> Case:
+    options |= {"weights_backbone": None}
+    return Case("torchvision", name, 64, layers, "backbone.", options, detects=True)
+
+
+_REGNET = ("s[1-4].b1",)
+_INSIDE = {
+    "densenet121": ("features.transition*",),
+    "hrnet_w18_small": ("layer1", "incre_modules.*"),
+    "rdnet_tiny": ("dense_stages.*.*.dense_block0",),
+    "regnetx_002": _REGNET,
+    "regnety_002": _REGNET,
+    "regnetz_005": _REGNET,
+    "selecsls42": ("features.*.conv6",),
+}
+"""Sites where the ends of the stages are no module, return a list, or call all their children."""
 _TIMM = """
 eca_halonext26ts@256 lambda_resnet26t@256 repvgg_a0 mobileone_s0 gernet_s convmixer_768_32
 convnext_atto convnextv2_atto cs3darknet_focus_s cspresnet50 cspnext_tiny densenet121 dla46_c

@@ -151,11 +151,11 @@ class _Subject:
         _same(_outputs(copied, self.inputs), live, "outputs", CLOSE)
 
     def _optimize(self) -> None:
-        model, inputs = _doubled(self.model, self.inputs)
+        model, inputs, close = _precise(self.model, self.inputs)
         expected, gradients = _outputs(model, inputs), self._gradients(model, inputs)
         optimize_backbone(model)
-        _same(_outputs(model, inputs), expected, "outputs", CLOSE)
-        _same(self._gradients(model, inputs), gradients, "gradients", CLOSE)
+        _same(_outputs(model, inputs), expected, "outputs", close)
+        _same(self._gradients(model, inputs), gradients, "gradients", close)
 
     def _gradients(self, model: nn.Module, inputs: Any) -> dict[str, Tensor]:
         parameters = list(trainable_parameters(model.eval()))
@@ -173,19 +173,27 @@ class _Subject:
         _same(_outputs(self.model, self.inputs), self.plain, "outputs", 0.0)
 
     def _fold(self) -> None:
-        model, inputs = _doubled(self.model, self.inputs)
-        layers = _convolutions(model)
+        model, inputs, close = _precise(self.model, self.inputs)
+        layers = _convolutions(model, self.case.inside)
         inject_adapters(model, layers, 4, family="lora", dropout=0.0)
         with torch.no_grad():
             for parameter in trainable_parameters(model):
                 parameter.add_(0.01 * torch.randn_like(parameter))
         expected = _outputs(model, inputs)
-        _same(_outputs(fold_adapters(model), inputs), expected, "outputs", CLOSE)
+        _same(_outputs(fold_adapters(model), inputs), expected, "outputs", close)
 
 
-def _doubled(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
-    """A copy in float64: networks with random weights may amplify rounding a millionfold."""
-    return copy.deepcopy(model).double(), map_tensors(inputs, Tensor.double)
+def _precise(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any, float]:
+    """A copy in float64 if the model runs in it, the inputs, and how close values should be.
+
+    Networks with random weights may amplify rounding a thousandfold.
+    """
+    double, precise = copy.deepcopy(model).double(), map_tensors(inputs, Tensor.double)
+    try:
+        _outputs(double, precise)
+    except RuntimeError:  # the model makes tensors in float32
+        return copy.deepcopy(model), inputs, 1e-3
+    return double, precise, CLOSE
 
 
 def _head_of(model: nn.Module) -> tuple[str, ...]:
@@ -194,10 +202,14 @@ def _head_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(linear[-1:]) if linear and linear[-1].count(".") <= 1 else ()
 
 
-def _convolutions(model: nn.Module) -> list[str]:
-    """A few convolutions of the whole depth, the stock ones."""
-    names = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]
-    names = names or [n for n, m in model.named_modules() if type(m) is nn.Conv3d]
+def _convolutions(model: nn.Module, inside: str) -> list[str]:
+    """A few convolutions of the whole depth, stock ones if there are any."""
+    found = {
+        name: type(module) in (nn.Conv2d, nn.Conv3d)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and name.startswith(inside)
+    }
+    names = [name for name, stock in found.items() if stock] or list(found)
     return sorted({names[n * (len(names) - 1) // (FOLDED - 1)] for n in range(FOLDED)})
 
 
