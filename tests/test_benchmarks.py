@@ -21,7 +21,7 @@ import ways
 from measuring import RESULTS, alone
 from torch import nn
 
-from resadapt import inject_adapters
+from resadapt import inject_adapters, set_active_adapters
 
 
 @pytest.mark.parametrize("module", [files, growth, reuse, sweep, training, variants])
@@ -139,15 +139,18 @@ def test_a_sweep_finds_adapters_of_another_dimension() -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 8, 1)
             self.last = nn.Identity()
+            self.channels = -1
 
         def forward(self, x: Any) -> Any:
-            return self.last(self.conv(x).movedim(1, -1))
+            return self.last(self.conv(x).movedim(1, self.channels))
 
     inputs = torch.rand(2, 3, 16, 16)
-    for dim, wrong in ((-1, []), (1, ["last gives (2, 16, 16, 8), taken as [N, 16, *, *]"])):
-        model = inject_adapters(
-            Turned(), "last", 2, family="bottleneck", example_input=inputs, channel_dim=dim
-        )
+    for dim, wrong in ((-1, []), (1, ["last gives (2, 16, 16, 8), taken as [N, 8, *, *]"])):
+        model = Turned()
+        model.channels = dim
+        inject_adapters(model, "last", 2, family="bottleneck", example_input=inputs)
+        set_active_adapters(model, None)  # an adapter would notice it first
+        model.channels = -1
         assert sweep._wrong_channels(model, inputs) == wrong
 
 
