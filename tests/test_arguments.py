@@ -125,7 +125,7 @@ OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "activate": (resadapt.set_active_adapters, ("name",)),
     "groups": (
         resadapt.parameter_groups,
-        ("lr", "head_lr", "norm_lr", "weight_decay", "decay_bias"),
+        ("lr", "head_lr", "norm_lr", "weight_decay", "decay_bias", "by_ndim"),
     ),
     "state": (resadapt.adapter_state_dict, ("name",)),
     "load state": (resadapt.load_adapter_state_dict, ("state_dict", "name")),

@@ -254,3 +254,15 @@ def test_a_copy_whose_attributes_are_read_survives(
     torch._dynamo.reset()
     model = adapted(sites, family)
     assert torch.equal(way(resadapt.inference_copy(model))(X), model(X))
+
+
+def test_tools_may_add_buffers_to_every_module() -> None:
+    """As thop does: what was added to the module inside is not the container's."""
+    copied = resadapt.inference_copy(adapted("blocks.*.conv", "lora", bottleneck=2))
+    for module in copied.modules():
+        module.register_buffer("total_ops", torch.zeros(1))
+        module.counted = id(module)
+    assert all(module.counted == id(module) for module in copied.modules())
+    assert len({module.total_ops.data_ptr() for module in copied.modules()}) == len(
+        list(copied.modules())
+    )

@@ -30,6 +30,9 @@ class Adapted(nn.Sequential):
 
     def __init__(self, module: nn.Module, adapter: nn.Module) -> None:
         super().__init__(module, adapter, nn.Dropout(0.0))  # captum has no rule for an Identity
+        parts = (vars(module), module._parameters, module._buffers, module._modules)
+        # What a tool adds to every module later is not passed on, but added here too.
+        self._names = {name for part in parts for name in part}
 
     @override
     def __getattr__(self, name: str) -> Any:
@@ -39,6 +42,8 @@ class Adapted(nn.Sequential):
             if name.startswith("_"):
                 raise
         module: Any = super().__getattr__("0")
+        if not self._is_of(module, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         value = getattr(module, name)
         sizes = getattr(module, "__constants__", ()) if is_leaf(module) else ()
         if isinstance(value, MethodType) or name in sizes:
@@ -50,12 +55,16 @@ class Adapted(nn.Sequential):
         children = self.__dict__.get("_modules", {})
         module = children.get("0")
         own = name.startswith("_") or name in self.__dict__ or name in children
-        if own or hasattr(type(self), name) or not hasattr(module, name):
+        if own or hasattr(type(self), name) or not self._is_of(module, name):
             super().__setattr__(name, value)
         elif isinstance(value, nn.Parameter):
             raise AdapterError(_without_adapter(module, name))
         else:
             setattr(module, name, value)
+
+    def _is_of(self, module: nn.Module | None, name: str) -> bool:
+        """Tells whether the module had an attribute when the container was made."""
+        return module is not None and (name in self._names or hasattr(type(module), name))
 
 
 def _without_adapter(module: nn.Module, name: str) -> str:

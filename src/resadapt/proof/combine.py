@@ -92,7 +92,7 @@ def combine_adapters(
         raise AdapterError(
             f"name={name!r} is {type(name).__name__}: give the new set's name, a string."
         )
-    if sum_of not in ("changes", "tensors", None):
+    if sum_of is not None and not (isinstance(sum_of, str) and sum_of in ("changes", "tensors")):
         raise AdapterError(f"sum_of={sum_of!r}: give 'changes', 'tensors' or None.")
     specs = [ledger.sets[each].spec for each in weights]
     changes = sums_changes(family_named(specs[0].family)) if sum_of is None else sum_of == "changes"
