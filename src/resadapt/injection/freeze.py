@@ -22,6 +22,7 @@ __all__ = [
     "drop_hook",
     "freeze_backbone",
     "freeze_norm",
+    "freeze_parameters",
     "frozen_modules",
     "hold_in_eval",
     "is_frozen",
@@ -157,14 +158,20 @@ def norms_of(model: nn.Module, policy: str, head: Collection[str]) -> tuple[str,
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Freezes all parameters and running statistics of the backbone.
+    """Freezes all parameters and running statistics of the backbone."""
+    for _, module in backbone_modules(model):
+        freeze_norm(module)
+    freeze_parameters(model)
+
+
+def freeze_parameters(model: nn.Module) -> None:
+    """Freezes all parameters of the backbone.
 
     Drops gradients too, which an optimizer could still apply.
     """
     for _, module in backbone_modules(model):
-        freeze_norm(module)
         for parameter in module._parameters.values():
-            if parameter is not None:
+            if parameter is not None and (parameter.requires_grad or parameter.grad is not None):
                 parameter.requires_grad_(False)
                 parameter.grad = None
 

@@ -21,7 +21,7 @@ from resadapt.base.inputs import describe
 from resadapt.base.overlay import class_of
 from resadapt.base.spec import SetSpec, form_of
 from resadapt.injection.building import family_named, json_options
-from resadapt.injection.freeze import freeze_backbone, norms_of
+from resadapt.injection.freeze import freeze_parameters, norms_of
 from resadapt.injection.installation import check_model, install, take_place, uninstall
 from resadapt.injection.ledger import Ledger, ledger_of, set_tensors
 from resadapt.injection.mixture import Mixture
@@ -240,7 +240,7 @@ def set_active_adapters(model: nn.Module, name: str | None) -> None:
     again = name == ledger.active
     switch(inner, ledger, name)
     reshard(inner)
-    freeze_backbone(inner)
+    freeze_parameters(inner)
     if again:
         _freeze_others(inner, {id(tensor) for tensor in tensors.values()})
     if adapter_set is not None:
