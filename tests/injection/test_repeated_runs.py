@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn
 from torchvision.models.optical_flow import raft_small
 from torchvision.models.resnet import BasicBlock
@@ -129,6 +130,33 @@ def test_mixed_batches_and_all_sets_at_once() -> None:
         torch.testing.assert_close(mixed[row], separate[name][row])
     for name, output in resadapt.forward_all(model, PAIR, ["a", "b", None]).items():
         assert torch.equal(output, separate[name])
+
+
+@pytest.mark.parametrize("site", ["again", "encoder.2"])
+def test_cached_features(site: str) -> None:
+    class Mirrored(Siamese):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, x.flip(-1))
+
+    torch.manual_seed(0)
+    model, x = Mirrored(), images(6, 8)
+    resadapt.inject_adapters(model, site, 4, family="bottleneck", head="fc", init="normal")
+    cache = resadapt.cache_prefix(model, TensorDataset(x, torch.arange(6)), batch_size=2)
+    for features, labels in DataLoader(cache, batch_size=3):
+        assert torch.equal(cache.forward(features), model(x[labels]))
+
+
+def test_a_head_that_runs_again_and_again() -> None:
+    model = siamese(a={"layers": (), "head": "again"}, b=SITES).eval()
+    separate = {}
+    for name in ("a", "b", None):
+        resadapt.set_active_adapters(model, name)
+        separate[name] = model(*PAIR)
+    names = ["a", None, "b", "a"]
+    with resadapt.adapters_for(model, names):
+        mixed = model(*PAIR)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], separate[name][row])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
