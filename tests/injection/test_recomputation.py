@@ -260,10 +260,13 @@ def test_two_models_in_one_function_keep_their_sets() -> None:
         torch.testing.assert_close(gradient, parameter.grad)
 
 
-def test_recomputing_tells_nothing_about_idle_adapters(recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])  # only the second runs to the end again
+def test_recomputing_tells_nothing_about_idle_adapters(
+    reentrant: bool, recwarn: pytest.WarningsRecorder
+) -> None:
     model = built("both")
     resadapt.set_active_adapters(model, "a")
-    loss = checkpoint(model, X1.clone().requires_grad_(), use_reentrant=False).sum()
+    loss = checkpoint(model, X1.clone().requires_grad_(), use_reentrant=reentrant).sum()
     resadapt.set_active_adapters(model, "b")
     loss.backward()
     assert not [each for each in recwarn if each.category is resadapt.AdapterWarning]
