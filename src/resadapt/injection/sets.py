@@ -236,11 +236,13 @@ def set_active_adapters(model: nn.Module, name: str | None) -> None:
     """
     ledger, inner = ledger_of(model), unwrap(model)
     adapter_set = None if name is None else ledger.set_named(name)
-    tensors = {} if adapter_set is None else set_tensors(inner, adapter_set.spec)
     again = name == ledger.active
     switch(inner, ledger, name)
     reshard(inner)
     freeze_parameters(inner)
+    if not again and (adapter_set is None or any(adapter_set.requires_grad.values())):
+        return  # the switch has restored the flags
+    tensors = {} if adapter_set is None else set_tensors(inner, adapter_set.spec)
     if again:
         _freeze_others(inner, {id(tensor) for tensor in tensors.values()})
     if adapter_set is not None:
