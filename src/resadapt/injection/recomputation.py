@@ -51,12 +51,11 @@ class Choice(NamedTuple):
         return self.active == other.active and names == others
 
 
-def as_in_forward(slot: nn.Module, names: list[str], now: Choice) -> Choice:
+def as_in_forward(slot: Any, now: Choice) -> Choice:
     """Returns what a slot runs now; in a recomputation, what it ran in the forward.
 
     Args:
-        slot: The slot.
-        names: The sites and modules of the slot, for messages.
+        slot: The slot, an `AdapterSlot`.
         now: What the slot runs outside of recomputations.
 
     Raises:
@@ -68,7 +67,7 @@ def as_in_forward(slot: nn.Module, names: list[str], now: Choice) -> Choice:
         choices = getattr(recomputed, _CHOICES, {})
         if slot not in choices:
             raise InjectionError(
-                f"Checkpointed activations around {quote_names(names)} are recomputed in the "
+                f"Checkpointed activations around {quote_names(slot.names)} are recomputed in the "
                 "backward pass, but the sets of the forward are not known. Inject adapters before "
                 "the forward, and checkpoint with torch.utils.checkpoint.checkpoint."
             )
@@ -78,7 +77,7 @@ def as_in_forward(slot: nn.Module, names: list[str], now: Choice) -> Choice:
             setattr(call, _CHOICES, {})
         if not getattr(call, _CHOICES).setdefault(slot, now.to_keep(slot)).matches(now):
             raise InjectionError(
-                f"{quote_names(names)} ran with different sets inside one function that "
+                f"{quote_names(slot.names)} ran with different sets inside one function that "
                 "torch.utils.checkpoint recomputes. Checkpoint the parts separately, or switch "
                 "sets outside of the function."
             )

@@ -27,7 +27,14 @@ from resadapt.injection.ledger import Ledger, ledger_of, set_tensors
 from resadapt.injection.mixture import Mixture
 from resadapt.injection.private import private_module
 from resadapt.injection.select import heads_to_give, select_head, select_sites
-from resadapt.injection.switching import activated, check_switchable, mixed, on_backbone, switch
+from resadapt.injection.switching import (
+    activated,
+    check_switchable,
+    lone_samples_refused,
+    mixed,
+    on_backbone,
+    switch,
+)
 from resadapt.injection.walk import are_sharded, backbone_modules, reshard, slots_of, unwrap
 
 __all__ = [
@@ -288,9 +295,8 @@ def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]
     shapes, the model returns a list with one entry for each sample. Statistics of a set's private
     norms are computed over the set's samples only.
 
-    In training, every named set is trainable: give the optimizer the parameters of all sets. Call
-    ``backward`` inside the body if activations are checkpointed. Afterwards the sets stay trainable
-    until the active set changes.
+    In training, every named set is trainable: give the optimizer the parameters of all sets.
+    Afterwards the sets stay trainable until the active set changes.
 
     Args:
         model: An injected model.
@@ -302,7 +308,8 @@ def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]
 
     Raises:
         InjectionError: Nothing was injected; or the model changes the batch size inside, so that
-            rows no longer belong to samples.
+            rows no longer belong to samples; or, in train mode, a norm gets one value per channel
+            from the only sample of a set.
         AdapterKeyError: There is no such set.
         AdapterError: `names` is not a list of names.
 
@@ -324,7 +331,8 @@ def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]
     for name in listed:
         if name is not None:
             ledger.set_named(name)
-    with mixed(unwrap(model), ledger, Mixture(listed)):
+    inner, mixture = unwrap(model), Mixture(listed)
+    with mixed(inner, ledger, mixture), lone_samples_refused(inner, ledger, mixture):
         yield model
 
 

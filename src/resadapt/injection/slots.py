@@ -93,7 +93,7 @@ class AdapterSlot(nn.Module):
         now = Choice(self.active, self.mixture)
         if torch.compiler.is_compiling():
             return now
-        return as_in_forward(self, self.names, now)
+        return as_in_forward(self, now)
 
     def run(
         self,

@@ -14,7 +14,16 @@ from resadapt.injection.ledger import AdapterSet, Ledger, find_ledger, set_modul
 from resadapt.injection.mixture import Mixture
 from resadapt.injection.walk import backbone_modules, reshard, slots_of
 
-__all__ = ["activate", "activated", "check_switchable", "mixed", "on_backbone", "switch", "train"]
+__all__ = [
+    "activate",
+    "activated",
+    "check_switchable",
+    "lone_samples_refused",
+    "mixed",
+    "on_backbone",
+    "switch",
+    "train",
+]
 
 
 def activate(model: nn.Module, ledger: Ledger, name: str | None) -> None:
@@ -109,10 +118,6 @@ def mixed(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
     """Runs the body with the sets of a mixture, all of them trainable.
 
     The sets stay trainable until the active set changes.
-
-    Raises:
-        InjectionError: A norm cannot compute statistics over the only sample of a set; the running
-            statistics are as before the body.
     """
     mixing = tuple(name for name in dict.fromkeys(mixture.names) if name is not None)
     mixed_sets = [ledger.sets[name] for name in mixing]
@@ -127,27 +132,39 @@ def mixed(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
             stack.callback(setattr, slot, "mixture", None)
         ledger.mixing = mixing
         stack.callback(setattr, ledger, "mixing", None)
-        lone = [name for name in mixing if mixture.names.count(name) == 1]
-        buffers = [
-            buffer
-            for adapter_set in mixed_sets
-            for _, module in set_modules(model, adapter_set.spec)
-            for buffer in module.buffers()
-            if lone and model.training
-        ]
-        before = [buffer.clone() for buffer in buffers]
-        try:
-            yield
-        except ValueError as error:
-            if not buffers or _ONE_VALUE not in str(error):
-                raise
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-            raise InjectionError(
-                f"A norm needs more than one value per channel in train mode, and the batch has a "
-                f"single sample for {quote_names(lone)}. Give each set with norm='stats' two "
-                "samples or none, or call model.eval(). The running statistics were restored."
-            ) from error
+        yield
+
+
+@contextmanager
+def lone_samples_refused(model: nn.Module, ledger: Ledger, mixture: Mixture) -> Iterator[None]:
+    """Undoes the body's changes of statistics if a norm cannot use the only sample of a set.
+
+    Raises:
+        InjectionError: In place of the norm's error.
+    """
+    lone = [name for name in mixture.names if name and mixture.names.count(name) == 1]
+    if not lone or not model.training:
+        yield
+        return
+    buffers = [
+        buffer
+        for name in {*mixture.names} - {None}
+        for _, module in set_modules(model, ledger.sets[name].spec)  # type: ignore[index]
+        for buffer in module.buffers()
+    ]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    except ValueError as error:
+        if _ONE_VALUE not in str(error):
+            raise
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        raise InjectionError(
+            f"A norm needs more than one value per channel in train mode, and the batch has a "
+            f"single sample for {quote_names(lone)}. Give each set with norm='stats' two samples "
+            "or none, or call model.eval(). The running statistics were restored."
+        ) from error
 
 
 _ONE_VALUE = "more than 1 value per channel when training"

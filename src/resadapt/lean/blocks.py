@@ -27,7 +27,6 @@ from resadapt.injection.freeze import FrozenStatistics
 from resadapt.injection.hooks import apply_adapter
 from resadapt.injection.intercept import replaced_forward
 from resadapt.injection.private import running_at
-from resadapt.injection.recomputation import Choice
 from resadapt.injection.walk import find_slot
 from resadapt.lean.functions import is_ordinary
 from resadapt.lean.layers import LEAN
@@ -117,10 +116,14 @@ def _takes_any(module: nn.Module) -> bool:
     Dropout does not: the elements that are dropped depend on the memory format.
     """
     slot = find_slot(module)
-    choice = slot.choice() if slot is not None else Choice(None, None)
-    if replaced_forward(module) is not None or choice.mixture is not None:
+    if replaced_forward(module) is not None:
         return False
-    adapter = slot._modules[choice.active] if slot and choice.active in slot.sites else None
+    if slot is None:
+        return True
+    choice = slot.choice()
+    if choice.mixture is not None:
+        return False
+    adapter = slot._modules[choice.active] if choice.active in slot.sites else None
     if adapter is None or isinstance(adapter, PooledAdapter):
         return True
     drops = adapter.training and any(
