@@ -14,14 +14,17 @@ Terms = Sequence[tuple[float, Mapping[str, Tensor]]]
 def weighted_sum(terms: Terms) -> dict[str, Tensor]:
     """Returns the sum of the tensors, for changes that are linear in them.
 
-    Integer tensors, such as counters, are those of the first term.
+    Integer tensors, such as counters, are those of the first term. Other terms may lack tensors of
+    the first.
     """
     total = {}
     for key, first in terms[0][1].items():
+        total[key] = first
         if first.is_floating_point() or first.is_complex():
-            total[key] = torch.stack([weight * tensors[key] for weight, tensors in terms]).sum(0)
-        else:
-            total[key] = first
+            total[key] = torch.zeros_like(first)
+            for weight, tensors in terms:
+                if key in tensors:
+                    total[key] += weight * tensors[key]
     return total
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resadapt.adapters.family import sums_changes
+from resadapt.adapters.summing import Terms, weighted_sum
 from resadapt.base.errors import AdapterError, AdapterKeyError, quote_names
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.tensors import full_tensor
@@ -103,8 +104,12 @@ def combine_adapters(
                 f"The sets {specs[0].name!r} and {other.name!r} differ in "
                 f"{quote_names(differing)}, so they cannot be combined."
             )
-    terms = [(weight, adapter_state_dict(model, each)) for each, weight in weights.items()]
-    total = _sum(_without_adapters(inner, terms) if changes else terms)
+    saved = [adapter_state_dict(model, each) for each in weights]
+    terms = [
+        (weight, {key: _wide(tensor) for key, tensor in tensors.items()})
+        for weight, tensors in zip(weights.values(), saved, strict=True)
+    ]
+    total = weighted_sum(_without_adapters(inner, terms) if changes else terms)
     if negative := [
         key for key, tensor in total.items() if key.endswith(".running_var") and (tensor < 0).any()
     ]:
@@ -118,17 +123,12 @@ def combine_adapters(
     def fill() -> None:
         if changes:
             total.update(_summed_changes(inner, spec, terms))
-        like = {key: tensor.dtype for key, tensor in terms[0][1].items()}
-        state = {key: tensor.to(like[key]) for key, tensor in total.items()}
+        state = {key: tensor.to(saved[0][key].dtype) for key, tensor in total.items()}
         load_adapter_state_dict(model, state, name)
 
     with torch.random.fork_rng(devices=[]):  # the adapters' initial values are overwritten
         install(inner, spec, ledger.sets[specs[0].name].example, heads, fill=fill)
     return model
-
-
-_Terms = list[tuple[float, dict[str, Tensor]]]
-"""The weight and the tensors of each set."""
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -138,20 +138,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _sum(terms: _Terms) -> dict[str, Tensor]:
-    """Returns the sum of each tensor; integer tensors are those of the first term."""
-    total: dict[str, Tensor] = {}
-    for key, first in terms[0][1].items():
-        total[key] = _wide(first)
-        if first.is_floating_point() or first.is_complex():
-            total[key] = torch.zeros_like(total[key])
-            for weight, tensors in terms:
-                if key in tensors:
-                    total[key] += weight * _wide(tensors[key])
-    return total
-
-
-def _without_adapters(model: nn.Module, terms: _Terms) -> _Terms:
+def _without_adapters(model: nn.Module, terms: Terms) -> Terms:
     """Returns the terms' heads and norms, and the backbone's norms with the rest of the weight."""
     kept = [
         (weight, {key: t for key, t in tensors.items() if not key.startswith("adapters.")})
@@ -161,7 +148,8 @@ def _without_adapters(model: nn.Module, terms: _Terms) -> _Terms:
     if rest == 0:
         return kept
     norms = {f"norms.{path}": tensor.detach() for path, tensor in backbone_tensors(model)}
-    return [*kept, (rest, {key: full_tensor(t) for key, t in norms.items() if key in kept[0][1]})]
+    plain = {key: _wide(full_tensor(t)) for key, t in norms.items() if key in kept[0][1]}
+    return [*kept, (rest, plain)]
 
 
 def _without_sizes(spec: SetSpec) -> SetSpec:
@@ -176,7 +164,7 @@ def _sites(specs: list[SetSpec]) -> tuple[SiteSpec, ...]:
     )
 
 
-def _summed_changes(model: nn.Module, spec: SetSpec, terms: _Terms) -> dict[str, Tensor]:
+def _summed_changes(model: nn.Module, spec: SetSpec, terms: Terms) -> dict[str, Tensor]:
     """Returns the tensors of a new set's adapters that add the weighted sum of changes."""
     total: dict[str, Tensor] = {}
     for site in spec.sites:
@@ -185,7 +173,7 @@ def _summed_changes(model: nn.Module, spec: SetSpec, terms: _Terms) -> dict[str,
         try:
             summed = adapter.summed(
                 [
-                    (weight, {key: _wide(tensors[prefix + key]) for key in keys})
+                    (weight, {key: tensors[prefix + key] for key in keys})
                     for weight, tensors in terms
                 ]
             )
