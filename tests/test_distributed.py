@@ -192,9 +192,11 @@ FSDP2 = """
 
     calls = []
     metric = lambda m: calls.append(m) or m(x).sum().item()
+    half = {{"probe": x, "autocast": torch.bfloat16}}
     report = resadapt.save_adapters(
-        model, out, rebuild=rebuild, metric=metric, probe=x, metadata={{"ranks": 2}}
+        model, out, rebuild=rebuild, metric=metric, metadata={{"ranks": 2}}, **half
     )
+    assert all("under autocast" in report[line].detail for line in ("outputs", "metric")), report
     assert {{check.name for check in report.checks if check.outcome != "passed"}} == set(), report
     assert len(built) == (rank == 0) and len(calls) == 1 + (rank == 0)
     assert same_everywhere(str(report))

@@ -64,6 +64,7 @@ def test_the_examples_in_the_pages_run(tmp_path: Path) -> None:
         "families",
         "sets",
         "freezing",
+        "precision",
         "checkpoints",
         "file_format",
         "codec_example",

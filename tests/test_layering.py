@@ -23,7 +23,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "base": (
             ("version", "errors", "tensors", "overlay", "evaluation"),
-            ("spec", "inputs", "module_record", "attributes"),
+            ("spec", "inputs", "module_record", "attributes", "autocast"),
             ("undisturbed", "fingerprint", "other_inputs"),
         ),
         "adapters": (

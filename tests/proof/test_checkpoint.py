@@ -218,9 +218,9 @@ def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> No
     ("change", "error", "message"),
     [
         (
-            lambda m, t: m.update(format_version=4),
+            lambda m, t: m.update(format_version=5),
             resadapt.AdapterFileError,
-            "written in format 4 by .* Install a newer resadapt",
+            "written in format 5 by .* Install a newer resadapt",
         ),
         (lambda m, t: m.pop("format_version"), resadapt.AdapterFileError, "format None"),
         *(
@@ -401,6 +401,11 @@ def _added(manifest: dict[str, Any], tensors: dict[str, Tensor], key: str) -> No
             lambda m, t: m["probe"]["outputs"]["output"].pop("step"),
             resadapt.AdapterFileError,
             "not an output record",
+        ),
+        (
+            lambda m, t: m["probe"].update(autocast="float64"),
+            resadapt.AdapterFileError,
+            "not a probe record",
         ),
         (lambda m, t: m.update(format_version=0), resadapt.AdapterFileError, "format 0"),
         (

@@ -33,9 +33,9 @@ __all__ = [
 ]
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """Returns a tensor's dtype as text, such as ``"float32"``."""
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(of: Tensor | torch.dtype) -> str:
+    """Returns a dtype, or a tensor's dtype, as text, such as ``"float32"``."""
+    return str(of.dtype if isinstance(of, Tensor) else of).removeprefix("torch.")
 
 
 def dtype_named(name: str) -> torch.dtype | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resadapt.base.attributes import attributes_kept
+from resadapt.base.autocast import device_kinds, under_autocast
 from resadapt.base.inputs import map_tensors, named_in
 from resadapt.base.tensors import dense_parts, local_shard, same_bits
 
@@ -109,16 +110,17 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Runs the body as `restored` does, without autocast and without merged norms.
+def undisturbed(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Runs the body as `restored` does, in a given precision and without merged norms.
 
     The outputs of two models can then be compared.
+
+    Args:
+        model: The model.
+        autocast: The dtype of autocast; None runs without autocast, in a region too.
     """
-    kinds = {parameter.device.type for parameter in nn.Module.parameters(model)} or {"cpu"}
-    with restored(model), ExitStack() as stack:
+    with restored(model), ExitStack() as stack, under_autocast(autocast, device_kinds(model)):
         stack.callback(_inside.reset, _inside.set(True))
-        for kind in kinds - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
@@ -226,13 +228,20 @@ def _compilation_off() -> AbstractContextManager[object]:
     return older
 
 
-def outputs_of(model: nn.Module, inputs: object) -> dict[str, Tensor]:
+def outputs_of(
+    model: nn.Module, inputs: object, autocast: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Runs a model in evaluation mode and returns the tensors of the output by their places.
 
     The state of the model and the inputs do not change.
+
+    Args:
+        model: The model.
+        inputs: The input, as for `call`.
+        autocast: As for `undisturbed`.
     """
     copied = map_tensors(inputs, torch.clone)  # the model may write to its inputs in place
-    with undisturbed(model):
+    with undisturbed(model, autocast):
         return dict(_dense_outputs(call(model, copied)))
 
 

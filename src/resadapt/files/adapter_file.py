@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from resadapt.base.autocast import AUTOCAST_DTYPES
 from resadapt.base.errors import AdapterFileError, quote_names, quote_reasons
 from resadapt.base.fingerprint import (
     Fingerprint,
@@ -35,7 +36,10 @@ __all__ = [
     "read_adapter_info",
 ]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+"""The newest version, and the only one that can say that outputs were recorded under autocast."""
+OLDEST_VERSION = 3
+"""The version of all other files, so that resadapt 0.2 reads them."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,22 @@ class ProbeRecord:
         form: Shapes and dtypes of a generated input, None for a given input.
         sha256: Digest of the input.
         outputs: The shape of each output tensor, and the step between the recorded elements.
+        autocast: Name of the dtype of the autocast that the outputs were recorded under, None
+            without autocast.
     """
 
     source: str
     form: Any
     sha256: str
     outputs: dict[str, dict[str, Any]]
+    autocast: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the record as JSON values; only version 4 has the entry about autocast."""
+        fields = asdict(self)
+        if self.autocast is None:
+            del fields["autocast"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -129,15 +143,16 @@ def read_adapter_file(
         ) from error
     manifest, tensors = decode(data, path)
     number = manifest.get("format_version")
-    if type(number) is int and number < FORMAT_VERSION:
+    if type(number) is int and number < OLDEST_VERSION:
         raise AdapterFileError(
-            f"{path}: written in format {number}. Formats before {FORMAT_VERSION} were never "
+            f"{path}: written in format {number}. Formats before {OLDEST_VERSION} were never "
             "released and are not read: save the file again with this version."
         )
     if type(number) is not int or number > FORMAT_VERSION:
         raise AdapterFileError(
             f"{path}: written in format {number!r} by resadapt {manifest.get('versions', {})}; "
-            f"this version reads format {FORMAT_VERSION}. Install a newer resadapt."
+            f"this version reads formats {OLDEST_VERSION} to {FORMAT_VERSION}. Install a newer "
+            "resadapt."
         )
     try:
         info = AdapterInfo(
@@ -192,7 +207,7 @@ def encode_adapter_file(
             tensor.
     """
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if probe and probe.autocast else OLDEST_VERSION,
         "versions": {
             "resadapt": __version__,
             "torch": torch.__version__,
@@ -202,7 +217,7 @@ def encode_adapter_file(
         "backbone": backbone.to_json(),
         "tensors": {name: record.to_json() for name, record in record_tensors(tensors).items()},
         "example": example,
-        "probe": asdict(probe) if probe is not None else None,
+        "probe": None if probe is None else probe.to_json(),
         "metadata": dict(metadata),
     }
     return encode(manifest, dict(tensors), format_for(target))
@@ -241,7 +256,11 @@ def _probe(data: Any) -> ProbeRecord | None:
     if data is None:
         return None
     record = ProbeRecord(**data)
-    if not isinstance(record.outputs, dict) or not isinstance(record.sha256, str):
+    if (
+        not isinstance(record.outputs, dict)
+        or not isinstance(record.sha256, str)
+        or record.autocast not in (None, *AUTOCAST_DTYPES)
+    ):
         raise ValueError("not a probe record")
     for output in record.outputs.values():
         if (

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
+from resadapt.base.autocast import AUTOCAST_DTYPES, device_kinds
 from resadapt.base.errors import BackboneMismatchError, quote_names
 from resadapt.base.fingerprint import Fingerprint
-from resadapt.base.tensors import same_bits
-from resadapt.base.undisturbed import outputs_of
+from resadapt.base.tensors import dtype_name, same_bits
 from resadapt.files.adapter_file import AdapterInfo
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.sets import remove_adapters
@@ -46,6 +47,7 @@ class Comparison:
         probe: The user's input; None generates an input.
         metric: The metric, or None.
         tolerance: Largest allowed absolute difference of the metric.
+        autocast: The dtype of autocast that probe and metric run under; None: without autocast.
     """
 
     live: nn.Module
@@ -55,6 +57,7 @@ class Comparison:
     probe: object
     metric: Metric | None
     tolerance: float
+    autocast: torch.dtype | None = None
 
     def on(
         self, reconstruction: Reconstruction, today: Fingerprint | None = None
@@ -94,7 +97,7 @@ class Comparison:
         ledger_of(clean).set_named(name).runs_checked = True
         reloaded = collect(clean, name, lambda: self._run(clean), bystander=self.live)
         shared = shared or _why_shared("while the reloaded model ran", reloaded.bystanders)
-        found = [self._sites(reloaded), self._outputs(reloaded), self._recorded(reloaded)]
+        found = [self._sites(reloaded), self._outputs(reloaded), self._recorded(clean, reloaded)]
         failed = any(check.outcome == "failed" for check in found[1:])
         if failed and not self._is_deterministic(clean, reloaded):
             shared = shared or "the model's outputs differ in each run"
@@ -104,15 +107,16 @@ class Comparison:
         live = self.evidence.metric if self.evidence else None
         if self.metric is None or live is None:
             return report_of(self.info.path, checks, "no metric was given", live)
-        value, bystanders = measure(clean, self.metric, self.live)
+        value, bystanders = measure(clean, self.metric, self.autocast, self.live)
         shared = shared or _why_shared("while the metric ran on the reloaded model", bystanders)
-        checks.append(_compared(live, value, self.tolerance, shared))
+        checks.append(self._metrics(live, value, shared))
         return report_of(self.info.path, checks, "", live, value)
 
     def _run(self, clean: nn.Module) -> ProbeRun:
         if self.evidence is None:
             form = self.info.probe.form if self.info.probe else None
-            return run_probe(clean, self.probe, probe_forms(clean, form, self.info.example))
+            forms = probe_forms(clean, form, self.info.example)
+            return run_probe(clean, self.probe, forms, self.autocast)
         if self.evidence.run.probe is None:
             return self.evidence.run
         return run_again(clean, self.evidence.run.probe)
@@ -157,13 +161,14 @@ class Comparison:
             return Check(
                 "outputs",
                 "failed",
-                f"live and reloaded model differ on the probe: was {cause} changed, which the file "
-                "does not contain?",
+                f"live and reloaded model differ on the probe{self._under(self.autocast)}: was "
+                f"{cause} changed, which the file does not contain?",
             )
         count = sum(tensor.numel() for tensor in reloaded.run.outputs.values())
-        return Check("outputs", "passed", f"{count:,} numbers on the probe equal bit for bit")
+        detail = f"{count:,} numbers on the probe equal bit for bit{self._under(self.autocast)}"
+        return Check("outputs", "passed", detail)
 
-    def _recorded(self, reloaded: Evidence) -> Check:
+    def _recorded(self, clean: nn.Module, reloaded: Evidence) -> Check:
         record, run = self.info.probe, reloaded.run
         if record is None:
             return Check("recorded outputs", "not checked", "the file has none")
@@ -172,27 +177,39 @@ class Comparison:
         if input_digest(run.probe.inputs) != record.sha256:
             detail = "they were recorded on another input: pass that input as probe="
             return Check("recorded outputs", "not checked", detail)
+        if run.probe.autocast != (recorded := AUTOCAST_DTYPES.get(record.autocast or "")):
+            run = run_again(clean, replace(run.probe, autocast=recorded))
+            if run.unusable:
+                return Check("recorded outputs", "not checked", run.unusable)
         difference, ok = compare_with_record(record, self.stored, run.outputs)
-        detail = f"largest relative difference {difference:.1e}"
+        detail = f"largest relative difference {difference:.1e}{self._under(recorded)}"
         return Check("recorded outputs", "passed" if ok else "failed", detail)
 
     def _is_deterministic(self, clean: nn.Module, reloaded: Evidence) -> bool:
         """Tells whether the reloaded model gives the same outputs in another run."""
         probe = reloaded.run.probe
-        return probe is None or same(reloaded.run.outputs, outputs_of(clean, probe.inputs))
+        return probe is None or same(reloaded.run.outputs, probe.outputs(clean))
 
+    def _metrics(self, live: float, reloaded: float, shared: str) -> Check:
+        """Compares a metric of the live model with that of the reloaded one."""
+        if shared:
+            return Check("metric", "not checked", shared)
+        difference = abs(live - reloaded)
+        detail = (
+            f"live {live!r}, reloaded {reloaded!r}, difference {difference!r}, "
+            f"tolerance {self.tolerance!r}{self._under(self.autocast)}"
+        )
+        if not math.isfinite(live) and str(live) == str(reloaded):
+            return Check("metric", "not checked", f"{detail}: not finite")
+        passed = difference <= self.tolerance  # not for NaN
+        return Check("metric", "passed" if passed else "failed", detail)
 
-def _compared(live: float, reloaded: float, tolerance: float, shared: str) -> Check:
-    """Compares a metric of the live model with that of the reloaded one."""
-    if shared:
-        return Check("metric", "not checked", shared)
-    difference = abs(live - reloaded)
-    detail = (
-        f"live {live!r}, reloaded {reloaded!r}, difference {difference!r}, tolerance {tolerance!r}"
-    )
-    if not math.isfinite(live) and str(live) == str(reloaded):
-        return Check("metric", "not checked", f"{detail}: not finite")
-    return Check("metric", "passed" if difference <= tolerance else "failed", detail)  # NaN: failed
+    def _under(self, autocast: torch.dtype | None) -> str:
+        """Returns the precision of a run, for a report; empty where there is only one."""
+        if autocast is not None:
+            return f", under autocast to {dtype_name(autocast)}"
+        region = any(map(torch.is_autocast_enabled, device_kinds(self.live)))
+        return ", without autocast" if region or self.autocast is not None else ""
 
 
 def _why_shared(when: str, modules: tuple[str, ...]) -> str:

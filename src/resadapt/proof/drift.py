@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from torch import nn
 
 from resadapt.base.fingerprint import Fingerprint
+from resadapt.base.tensors import dtype_name
 from resadapt.injection.freeze import freeze_norm, frozen_modules
 from resadapt.injection.ledger import backbone_differences, ledger_of
 from resadapt.injection.private import lost_modules
 from resadapt.injection.switching import check_switchable
 from resadapt.injection.walk import backbone_modules, backbone_tensors, check_not_meta, unwrap
 
-__all__ = ["BackboneReport", "accept_backbone", "check_backbone"]
+__all__ = ["BackboneReport", "accept_backbone", "check_backbone", "conversion"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ def check_backbone(model: nn.Module) -> BackboneReport:
     Returns:
         The report. A tensor that was only converted to a wider dtype counts as unchanged. A
         non-persistent buffer is compared only if its size is unchanged. A head module that was
-        replaced after the injection counts as drifted.
+        replaced after the injection counts as drifted. So does a tensor that was converted to a
+        narrower dtype: after ``model.bfloat16()`` on purpose, call `accept_backbone`.
 
     Raises:
         InjectionError: Nothing was injected.
@@ -68,9 +71,10 @@ def accept_backbone(model: nn.Module) -> None:
     """Accepts the backbone as it is now, and updates its fingerprint.
 
     Use it after a full checkpoint was loaded into an injected model, or after an intended change of
-    the backbone. `check_backbone` then compares with the new fingerprint, and adapter files saved
-    from now on require the new backbone. The sets do not change: only a metric can tell whether
-    adapters that were trained on another backbone fit this one.
+    the backbone, such as ``model.bfloat16()``. `check_backbone` then compares with the new
+    fingerprint, and adapter files saved from now on require the new backbone. The sets do not
+    change: only a metric can tell whether adapters that were trained on another backbone fit this
+    one.
 
     Args:
         model: An injected model.
@@ -100,3 +104,27 @@ def accept_backbone(model: nn.Module) -> None:
         freeze_norm(module)
     ledger.frozen = frozen_modules(inner)
     ledger.fingerprint = Fingerprint.of(modules, tensors)
+
+
+def conversion(
+    model: nn.Module, recorded: Fingerprint, differing: Set[str]
+) -> tuple[str, str] | None:
+    """Returns the recorded and the present dtypes if nothing but dtypes of tensors differs.
+
+    Args:
+        model: The model.
+        recorded: The fingerprint that the backbone was compared with.
+        differing: The names that differ from it.
+    """
+    tensors = dict(backbone_tensors(model))
+    if not differing <= tensors.keys() & recorded.tensors.keys():
+        return None
+    pairs = [(recorded.tensors[name], tensors[name]) for name in differing]
+    if any(
+        record.difference_of_form(tensor) or record.dtype == dtype_name(tensor)
+        for record, tensor in pairs
+    ):
+        return None
+    before = sorted({record.dtype for record, _ in pairs})
+    now = sorted({dtype_name(tensor) for _, tensor in pairs})
+    return " and ".join(before), " and ".join(now)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError
@@ -49,6 +50,7 @@ def collect(
     run: Callable[[], ProbeRun],
     metric: Metric | None = None,
     bystander: nn.Module | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Evidence:
     """Collects the results of a model with a set.
 
@@ -58,6 +60,7 @@ def collect(
         run: Runs the model on a probe.
         metric: A function from a model to a number.
         bystander: Another model, whose modules should not run on the probe.
+        autocast: As for `measure`.
 
     Raises:
         AdapterError: The metric does not return a number.
@@ -67,24 +70,31 @@ def collect(
         tensors = adapter_state_dict(model, name)
         with _running(bystander) as on_probe, _counted(model, name) as runs:
             outputs = run()
-        value = None if metric is None else measure(model, metric)[0]
+        value = None if metric is None else measure(model, metric, autocast)[0]
     return Evidence(tensors, outputs, runs, tuple(on_probe), value)
 
 
 def measure(
-    model: nn.Module, metric: Metric, bystander: nn.Module | None = None
+    model: nn.Module,
+    metric: Metric,
+    autocast: torch.dtype | None,
+    bystander: nn.Module | None = None,
 ) -> tuple[float, tuple[str, ...]]:
     """Returns a metric of a model, and the names of another model's modules that ran for it.
 
     Args:
         model: An injected model, measured with its active set.
         metric: A function from a model to a number.
+        autocast: The dtype of autocast that the metric runs under; None runs without autocast.
         bystander: Another model, whose modules should not run.
 
     Raises:
         AdapterError: The metric does not return a number.
     """
-    with _unchanged(model), _unchanged(bystander), _running(bystander) as running:
+    with ExitStack() as stack:
+        for each in (model, bystander):
+            stack.enter_context(_unchanged(each, autocast))
+        running = stack.enter_context(_running(bystander))
         value: Any = metric(model)
     try:
         if isinstance(value, str | bytes):
@@ -97,7 +107,7 @@ def measure(
 
 
 @contextmanager
-def _unchanged(model: nn.Module | None) -> Iterator[None]:
+def _unchanged(model: nn.Module | None, autocast: torch.dtype | None) -> Iterator[None]:
     """Restores a model's state after the body, and which sets are active and trainable."""
     ledger = None if model is None else find_ledger(model)
     if model is None or ledger is None:
@@ -105,7 +115,7 @@ def _unchanged(model: nn.Module | None) -> Iterator[None]:
         return
     trained = {*ledger.trained}
     flags = {name: dict(each.requires_grad) for name, each in ledger.sets.items()}
-    with undisturbed(model), activated(model, ledger, ledger.active):
+    with undisturbed(model, autocast), activated(model, ledger, ledger.active):
         try:
             yield
         finally:

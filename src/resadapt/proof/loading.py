@@ -30,6 +30,7 @@ from resadapt.injection.ledger import backbone_differences, find_ledger
 from resadapt.injection.select import called_modules, select_head
 from resadapt.injection.switching import on_backbone, switch
 from resadapt.injection.walk import backbone_modules, backbone_tensors, unwrap
+from resadapt.proof.drift import conversion
 from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, tensors_to_save
 
 __all__ = ["fingerprint_of", "in_called_modules", "load_adapters", "load_file_content"]
@@ -126,10 +127,22 @@ def load_file_content(
     today = today or fingerprint_of(model)
     same = today is not None and today.without(info.set.head) == info.backbone
     if not same and (wrong := backbone_differences(model, info.backbone, info.set.head)):
+        if dtypes := conversion(model, info.backbone, wrong.keys()):
+            stored, here = dtypes
+            mend = (
+                f"What differs is the dtype, and values in {stored} cannot be compared after a "
+                f"conversion. Load the file into the backbone in {stored}, with its original "
+                f"weights. To use it in {here}, then convert the whole model, for example by "
+                "model.bfloat16(), and call accept_backbone(model)."
+            )
+        else:
+            mend = (
+                "Build the same backbone and load its original weights, in the original dtype, "
+                "first."
+            )
         raise BackboneMismatchError(
             f"{info.path}: the backbone is not the one these adapters were trained on; "
-            f"{len(wrong)} tensors and modules differ from the file: {quote_reasons(wrong)}. Build "
-            "the same backbone and load its original weights, in the original dtype, first."
+            f"{len(wrong)} tensors and modules differ from the file: {quote_reasons(wrong)}. {mend}"
         )
     info = in_called_modules(model, info)
     state = {

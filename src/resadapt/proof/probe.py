@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resadapt.base.autocast import AUTOCAST_DTYPES
 from resadapt.base.errors import AdapterError
 from resadapt.base.inputs import generate, guesses, map_tensors, named_in
-from resadapt.base.tensors import raw_bytes, same_bits
+from resadapt.base.tensors import dtype_name, raw_bytes, same_bits
 from resadapt.base.undisturbed import outputs_of
 from resadapt.files.adapter_file import ProbeRecord
 from resadapt.injection.walk import backbone_modules
@@ -35,20 +36,26 @@ _MAX_RECORDED = 4096
 
 @dataclass(frozen=True)
 class Probe:
-    """An input for a model.
+    """An input for a model, and the precision that the model runs in.
 
     Args:
         inputs: The input.
         form: The form that the input was generated from; None for the user's input.
+        autocast: The dtype of autocast; None runs without autocast.
     """
 
     inputs: object
     form: Any = None
+    autocast: torch.dtype | None = None
 
     @property
     def source(self) -> str:
         """Origin of the input, as recorded in a file."""
         return "given" if self.form is None else "generated"
+
+    def outputs(self, model: nn.Module) -> dict[str, Tensor]:
+        """Runs a model on the input, and returns the tensors of the output by their places."""
+        return outputs_of(model, self.inputs, self.autocast)
 
 
 @dataclass(frozen=True)
@@ -76,20 +83,23 @@ def probe_forms(model: nn.Module, *known: Any) -> list[Any]:
     )
 
 
-def run_probe(model: nn.Module, given: object, forms: list[Any]) -> ProbeRun:
+def run_probe(
+    model: nn.Module, given: object, forms: list[Any], autocast: torch.dtype | None = None
+) -> ProbeRun:
     """Runs a model on the first probe that the model accepts.
 
     Args:
         model: The model.
         given: The user's input; None generates an input.
         forms: Forms to generate an input from.
+        autocast: The dtype of autocast; None runs without autocast.
 
     Raises:
         AdapterError: The model does not accept the given input.
     """
     if given is not None:
         try:
-            return _judged(Probe(given), outputs_of(model, given))
+            return _judged(model, Probe(given, autocast=autocast))
         except AdapterError:
             raise
         except Exception as error:
@@ -100,8 +110,8 @@ def run_probe(model: nn.Module, given: object, forms: list[Any]) -> ProbeRun:
     device = next((tensor.device for tensor in nn.Module.parameters(model)), torch.device("cpu"))
     for form in forms:
         try:
-            probe = Probe(map_tensors(generate(form), lambda tensor: tensor.to(device)), form)
-            return _judged(probe, outputs_of(model, probe.inputs))
+            inputs = map_tensors(generate(form), lambda tensor: tensor.to(device))
+            return _judged(model, Probe(inputs, form, autocast))
         except AdapterError:
             raise
         except Exception as error:
@@ -115,7 +125,7 @@ def run_probe(model: nn.Module, given: object, forms: list[Any]) -> ProbeRun:
 def run_again(model: nn.Module, probe: Probe) -> ProbeRun:
     """Runs a model on a probe that another model accepted."""
     try:
-        return _judged(probe, outputs_of(model, probe.inputs))
+        return _judged(model, probe)
     except Exception as error:
         return ProbeRun(None, unusable=f"{type(error).__name__}: {error}")
 
@@ -151,9 +161,10 @@ def record_probe(run: ProbeRun) -> tuple[ProbeRecord | None, dict[str, Tensor]]:
     samples = {
         f"probe.{place}": _sample(tensor, steps[place]) for place, tensor in run.outputs.items()
     }
-    return ProbeRecord(
-        run.probe.source, run.probe.form, input_digest(run.probe.inputs), described
-    ), samples
+    probe = run.probe
+    autocast = None if probe.autocast is None else dtype_name(probe.autocast)
+    digest = input_digest(probe.inputs)
+    return ProbeRecord(probe.source, probe.form, digest, described, autocast), samples
 
 
 def compare_with_record(
@@ -163,8 +174,8 @@ def compare_with_record(
 
     Returns:
         The largest difference relative to the largest output, and whether it is within the square
-        root of the dtype's epsilon (3e-4 for float32), which allows for the rounding of other
-        processors but not for other weights.
+        root of the epsilon of the dtype or of autocast's dtype (3e-4 for float32), which allows for
+        the rounding of other processors but not for other weights.
     """
     if {place: list(tensor.shape) for place, tensor in outputs.items()} != {
         p: o["shape"] for p, o in record.outputs.items()
@@ -177,7 +188,8 @@ def compare_with_record(
             return math.nan, False
         inexact, allowed = new.is_floating_point(), 0.0
         if inexact:
-            allowed = torch.finfo(new.dtype).eps ** 0.5
+            dtypes = {new.dtype, AUTOCAST_DTYPES.get(record.autocast or "", new.dtype)}
+            allowed = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
             old, new = old.double(), new.double()  # not every dtype can be subtracted
         if not old.numel() or torch.equal(old, new):
             continue
@@ -187,8 +199,9 @@ def compare_with_record(
     return worst, ok
 
 
-def _judged(probe: Probe, outputs: dict[str, Tensor]) -> ProbeRun:
-    """Returns the run of a probe, with the reason if the outputs cannot be compared."""
+def _judged(model: nn.Module, probe: Probe) -> ProbeRun:
+    """Runs a model on a probe, and returns the reason if the outputs cannot be compared."""
+    outputs = probe.outputs(model)
     where = "the probe" if probe.form is None else f"the generated input {probe.form}"
     unusable = ""
     if not sum(tensor.numel() for tensor in outputs.values()):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from resadapt.base.autocast import overwrite
 from resadapt.base.errors import AdapterFileError, AdapterKeyError, quote_names, quote_reasons
 from resadapt.base.module_record import other_state
 from resadapt.base.spec import SetSpec, within
@@ -88,9 +89,7 @@ def load_adapter_state_dict(
     reshard(unwrap(model))
     live = live_tensors(unwrap(model), adapter_set)
     ready = fitting(live, state_dict, adapter_set.spec.name)
-    with torch.no_grad():
-        for key, tensor in live.items():
-            tensor.copy_(_distributed_as(tensor, ready[key]))
+    overwrite((tensor, _distributed_as(tensor, ready[key])) for key, tensor in live.items())
 
 
 def refuse_unsaved_state(model: nn.Module, adapter_set: AdapterSet) -> None:

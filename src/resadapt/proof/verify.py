@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from resadapt.base.autocast import AUTOCAST_DTYPES, check_autocast, device_kinds
 from resadapt.base.errors import (
     AdapterError,
     BackboneDriftError,
@@ -28,7 +30,7 @@ from resadapt.injection.ledger import find_ledger, ledger_of
 from resadapt.injection.private import lost_modules
 from resadapt.injection.walk import check_ranks, on_one_rank, unwrap
 from resadapt.proof.compare import Comparison
-from resadapt.proof.drift import check_backbone
+from resadapt.proof.drift import check_backbone, conversion
 from resadapt.proof.evidence import Metric, collect, sets_kept
 from resadapt.proof.loading import fingerprint_of, in_called_modules
 from resadapt.proof.probe import probe_forms, record_probe, run_probe
@@ -50,6 +52,7 @@ def save_adapters(
     metadata: Mapping[str, Any] | None = None,
     verify: bool = True,
     rebuild: Rebuild | None = None,
+    autocast: torch.dtype | None = None,
 ) -> VerificationReport:
     """Saves a set to a file, and verifies the file before it replaces the previous file.
 
@@ -79,6 +82,9 @@ def save_adapters(
         rebuild: A function that builds the backbone without adapters, with its weights, as another
             process would. The file is then verified on the returned model. None copies the live
             model; the copy may share code or state with the live model, and the report says so.
+        autocast: `torch.bfloat16` or `torch.float16`: probe and metric run under autocast to this
+            dtype, and the file records it. None: they run without autocast, even if the call is in
+            an autocast region.
 
     Returns:
         The report of all checks.
@@ -108,6 +114,7 @@ def save_adapters(
     adapter_set = ledger.chosen(name)
     check_flag("verify", verify)
     _check_arguments(metric, tolerance, rebuild)
+    check_autocast(autocast, device_kinds(inner))
     sharded = check_ranks(inner)
     target = on_one_rank(sharded, lambda: _writable(path))
     entries = as_json(metadata, target)
@@ -118,7 +125,11 @@ def save_adapters(
     forms = probe_forms(inner, adapter_set.example)
     with sets_kept(inner, target, looked_at):
         evidence = collect(
-            inner, adapter_set.spec.name, lambda: run_probe(inner, probe, forms), metric
+            inner,
+            adapter_set.spec.name,
+            lambda: run_probe(inner, probe, forms, autocast),
+            metric,
+            autocast=autocast,
         )
     # Hash the weights only once: the copy has the same weights as the live model.
     plain = verify and rebuild is None and not sharded
@@ -148,9 +159,9 @@ def save_adapters(
             info, stored = read_adapter_file(temporary)
             info = replace(info, path=target)
             with sets_kept(inner, target, [] if sharded else looked_at):
-                report = Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(
-                    reconstruction, today
-                )
+                report = Comparison(
+                    inner, evidence, info, stored, probe, metric, tolerance, autocast
+                ).on(reconstruction, today)
             if not report.ok:
                 raise failure_of(report)
             if metric is not None and not sharded:  # the second call may have changed the model
@@ -168,6 +179,7 @@ def verify_adapters(
     metric: Metric | None = None,
     tolerance: float = 0.0,
     rebuild: Rebuild | None = None,
+    autocast: torch.dtype | None = None,
 ) -> VerificationReport:
     """Checks that a file restores a model, without changing either.
 
@@ -183,6 +195,8 @@ def verify_adapters(
         metric: As for `save_adapters`.
         tolerance: As for `save_adapters`.
         rebuild: As for `save_adapters`.
+        autocast: As for `save_adapters`; None is the precision that the file records. Recorded
+            outputs are always compared in the recorded precision.
 
     Returns:
         The report of all checks; ``ok`` tells whether the file passed.
@@ -206,9 +220,13 @@ def verify_adapters(
         >>> verify_adapters(model, path).ok
         False
     """
-    _check_arguments(metric, tolerance, rebuild)
-    info, stored = read_adapter_file(path)
     inner = unwrap(model)
+    _check_arguments(metric, tolerance, rebuild)
+    check_autocast(autocast, device_kinds(inner))
+    info, stored = read_adapter_file(path)
+    if autocast is None and info.probe and info.probe.autocast:
+        autocast = AUTOCAST_DTYPES[info.probe.autocast]
+        check_autocast(autocast, device_kinds(inner))
     ledger = find_ledger(inner)
     looked_at = ledger.sets.values() if ledger and metric is not None else []
     with sets_kept(inner, info.path, looked_at):
@@ -222,13 +240,19 @@ def verify_adapters(
                 checks = [Check("tensors", "failed", detail)]
                 return report_of(info.path, checks, "the sets are not the same")
             forms = probe_forms(inner, info.probe.form if info.probe else None, info.example)
-            evidence = collect(inner, name, lambda: run_probe(inner, probe, forms), metric)
+            evidence = collect(
+                inner,
+                name,
+                lambda: run_probe(inner, probe, forms, autocast),
+                metric,
+                autocast=autocast,
+            )
         elif metric is not None:
             raise AdapterError(
                 "The model has no active set to compare the metric with. Load the file first, or "
                 "remove metric=."
             )
-        return Comparison(inner, evidence, info, stored, probe, metric, tolerance).on(
+        return Comparison(inner, evidence, info, stored, probe, metric, tolerance, autocast).on(
             reconstruct(inner, rebuild, spec)
         )
 
@@ -241,19 +265,32 @@ def _writable(path: object) -> Path:
 
 def _refuse_drift(model: nn.Module) -> None:
     report = check_backbone(model)
-    if not report.ok:
-        raise BackboneDriftError(
-            f"{len(report.drifted)} tensors and modules of the backbone have changed since the "
-            f"injection: {quote_reasons(report.reasons)}. The adapter file would not contain these "
-            "changes. Keep the backbone frozen: where a trainer thaws it, call "
+    if report.ok:
+        return
+    if dtypes := conversion(model, ledger_of(model).fingerprint, report.reasons.keys()):
+        before, now = dtypes
+        mend = (
+            f"What differs is the dtype: the model was converted from {before} to {now}. If that "
+            "is intended, call accept_backbone(model); a file saved then loads into the backbone "
+            f"in {now}. If not, load the original weights again, and run the model in {before}, or "
+            "under torch.autocast."
+        )
+    else:
+        mend = (
+            "Keep the backbone frozen: where a trainer thaws it, call "
             "set_active_adapters(model, name) before training starts. Or, if the change is "
             "intended (a full checkpoint was loaded), call accept_backbone(model). If this is an "
             "average of models (EMA), "
             "which rounds frozen tensors too, load its set into the trained model or a newly "
             "injected model, load_adapter_state_dict(model, adapter_state_dict(average)), and save "
-            "that model.",
-            report,
+            "that model."
         )
+    raise BackboneDriftError(
+        f"{len(report.drifted)} tensors and modules of the backbone have changed since the "
+        f"injection: {quote_reasons(report.reasons)}. The adapter file would not contain these "
+        f"changes. {mend}",
+        report,
+    )
 
 
 def _check_arguments(metric: object, tolerance: object, rebuild: object) -> None:
