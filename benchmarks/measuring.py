@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resadapt.base.inputs import named_in
-from resadapt.base.overlay import FOLDED
+from resadapt.base.overlay import CONSTANTS
 
 Key = TypeVar("Key")
 MIB = 2**20
@@ -80,8 +80,8 @@ def bytes_saved(model: nn.Module, images: Tensor) -> tuple[int, Any]:
 
 def _folded(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
-        if FOLDED in module.__dict__:
-            yield from module.__dict__[FOLDED].tensors
+        if CONSTANTS in module.__dict__:
+            yield from module.__dict__[CONSTANTS].tensors
 
 
 def _graph_of(output: Any) -> set[Any]:
