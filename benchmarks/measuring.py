@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resadapt.base.inputs import named_in
-from resadapt.base.overlay import FOLDED
+from resadapt.base.overlay import CONSTANTS
 
 Key = TypeVar("Key")
 MIB = 2**20
@@ -39,21 +39,36 @@ def timed(ways: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, float
     return {name: statistics.median(each[1:]) for name, each in seconds.items()}
 
 
-def step(forward: Callable[[Any], Tensor], inputs: Any, labels: Tensor) -> None:
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16 autocast": torch.bfloat16}
+"""What is computed in: without autocast, and under it."""
+
+
+def in_precision(name: str) -> torch.autocast:
+    """The context of a precision."""
+    dtype = PRECISIONS[name]
+    return torch.autocast("cpu", dtype, enabled=dtype is not None)
+
+
+def step(
+    forward: Callable[[Any], Tensor], inputs: Any, labels: Tensor, precision: str = "float32"
+) -> None:
     """Forward and backward.
 
     The optimizer's time is left out, which only full fine-tuning would notice.
     """
-    torch.autograd.backward(F.cross_entropy(forward(inputs), labels))
+    with in_precision(precision):
+        loss = F.cross_entropy(forward(inputs), labels)
+    torch.autograd.backward(loss)
 
 
 @torch.no_grad()
-def forward(model: nn.Module, images: Tensor) -> None:
+def forward(model: nn.Module, images: Tensor, precision: str = "float32") -> None:
     """Forward alone."""
-    model(images)
+    with in_precision(precision):
+        model(images)
 
 
-def bytes_saved(model: nn.Module, images: Tensor) -> tuple[int, Any]:
+def bytes_saved(model: nn.Module, images: Tensor, precision: str = "float32") -> tuple[int, Any]:
     """Bytes that the forward pass keeps for the backward pass, and its output.
 
     The input and the constants of the model do not count.
@@ -65,7 +80,10 @@ def bytes_saved(model: nn.Module, images: Tensor) -> tuple[int, Any]:
         saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        in_precision(precision),
+    ):
         output = model(images)
     for node in _graph_of(output):
         for value in getattr(
@@ -80,8 +98,8 @@ def bytes_saved(model: nn.Module, images: Tensor) -> tuple[int, Any]:
 
 def _folded(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
-        if FOLDED in module.__dict__:
-            yield from module.__dict__[FOLDED].tensors
+        if CONSTANTS in module.__dict__:
+            yield from module.__dict__[CONSTANTS].tensors
 
 
 def _graph_of(output: Any) -> set[Any]:
@@ -128,9 +146,16 @@ def markdown(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def machine(cores: int, rounds: int) -> str:
     """Where, and how, something was measured."""
     return (
-        f"{cores} of {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}; "
-        f"medians of {rounds} rounds, taken in turns."
+        f"{cores} of {os.cpu_count()} cores, {platform.machine()}, {_bf16_unit()}, torch "
+        f"{torch.__version__}; medians of {rounds} rounds, taken in turns."
     )
+
+
+def _bf16_unit() -> str:
+    """What computes in bfloat16, as the kernel of Linux tells."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    units = {"amx_bf16": "bf16 by AMX", "avx512_bf16": "bf16 by AVX-512, without AMX"}
+    return next((name for flag, name in units.items() if flag in flags), "no bf16 unit")
 
 
 def report(name: str, result: dict[str, Any], text: str) -> None:

@@ -59,11 +59,10 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "parameters": (("trainable",), ("suggest", "summary")),
         "lean": (
-            ("stand_in", "samples", "bits", "estimate"),
-            ("functions", "prefix"),
-            ("layers", "pairs", "feature_rows"),
-            ("blocks", "cache"),
-            ("optimize",),
+            ("stand_in", "samples", "bits", "constants", "estimate"),
+            ("functions", "prefix", "folding"),
+            ("layers", "feature_rows"),
+            ("optimize", "cache"),
         ),
         "deploy": (("adapted", "stock_copy", "same_outputs"), ("inference_copy", "fold")),
         "proof": (

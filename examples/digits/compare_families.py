@@ -176,7 +176,12 @@ def run(
 
 
 def train(
-    model: nn.Module, groups: list[dict[str, Any]], pictures: Tensor, labels: Tensor, epochs: int
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    pictures: Tensor,
+    labels: Tensor,
+    epochs: int,
+    autocast: bool = False,
 ) -> None:
     """AdamW on groups of parameters with rates of their own, cosine to zero."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
@@ -187,7 +192,9 @@ def train(
         model.train()
         for part in torch.randperm(len(labels)).split(BATCH):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(pictures[part]), labels[part]).backward()  # type: ignore[no-untyped-call]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = nn.functional.cross_entropy(model(pictures[part]), labels[part])
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
 

@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 __all__ = [
-    "FOLDED",
+    "CONSTANTS",
+    "PAIRS",
+    "Mixin",
     "Overlay",
     "class_of",
     "is_ours",
@@ -24,9 +26,11 @@ __all__ = [
     "uncover",
 ]
 
-FOLDED = "_resadapt_folded"
-"""Attribute of a frozen convolution: the weight merged with the norm that follows it."""
-_ATTRIBUTES = (FOLDED, "__module__")
+CONSTANTS = "_resadapt_constants"
+"""Attribute of an optimized layer: tensors computed from its frozen tensors."""
+PAIRS = "_resadapt_pairs"
+"""Attribute of a module: the convolutions among its children, and the norms that follow them."""
+_ATTRIBUTES = (CONSTANTS, PAIRS, "__module__")
 """Attributes that a module has only while its class is an `Overlay`."""
 _MIXIN = "_resadapt_mixin"
 """Attribute of a class created at run time: the mixin that is added to the second base."""
@@ -36,6 +40,23 @@ _FIRST = "_resadapt_first"
 
 class Overlay:
     """Base of the classes that temporarily replace a module's class."""
+
+
+class Mixin(Overlay):
+    """Base of the overlays that are added to any class, which creates a class at run time."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles the module by its stock class and the mixin."""
+        reduced: Any = super().__reduce_ex__(2)
+        module: Any = self
+        return _blank, (class_of(module), mixin_of(module)), *reduced[2:]
+
+
+def _blank(kind: type[nn.Module], mixin: type) -> nn.Module:
+    """Returns a module of a class with a mixin, without attributes."""
+    module = kind.__new__(kind)
+    put_class(module, kind, mixin)
+    return module
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

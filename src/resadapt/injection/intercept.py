@@ -86,8 +86,8 @@ class Intercept:
     adapted_in: Collection[str]
 
     @property
-    def can_be_skipped(self) -> bool:
-        """Whether the module need not be called when another module computes its output."""
+    def is_neutral(self) -> bool:
+        """Whether the module itself runs, or its output is replaced by what it returned before."""
         return self.shareable and not self.adapted_in and _is_class_method(self.run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,16 +147,15 @@ def intercepted(
     with _ONE_AT_A_TIME, ExitStack() as stack:
         for place, module, shareable in _places(model, {*private, *adapted}):
             private_in = private.get(place, ())
-            attribute = _entry(module)
             intercept = Intercept(
                 interceptor,
                 place,
-                getattr(module, attribute),
+                module.forward,
                 shareable and not private_in,
                 private_in,
                 adapted.get(place, ()),
             )
-            stack.enter_context(put_over(module, attribute, intercept))
+            stack.enter_context(put_over(module, "forward", intercept))
         yield
 
 
@@ -178,12 +177,3 @@ def _places(
         for key, child in model._modules.items():
             if child is not None and not isinstance(child, AdapterSlot):
                 yield from _places(child, special, f"{name}.{key}" if name else key)
-
-
-def _entry(module: nn.Module) -> str:
-    """Returns the name of the method that every call of a module reaches.
-
-    ``_conv_forward`` for convolutions, which may be folded with the norm that follows.
-    """
-    stock = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    return "_conv_forward" if stock and "forward" not in module.__dict__ else "forward"

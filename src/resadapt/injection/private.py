@@ -12,10 +12,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from typing_extensions import override
 
 from resadapt.base.errors import InjectionError
-from resadapt.base.overlay import Overlay, class_of, mixin_of, put_class
+from resadapt.base.overlay import Mixin, class_of, mixin_of, put_class
 from resadapt.base.spec import SetSpec
 from resadapt.injection.slots import SLOT, AdapterSlot
 from resadapt.injection.walk import (
@@ -50,7 +49,7 @@ A slice of a Sequential has the class but not this attribute.
 """
 
 
-class Routed(Overlay):
+class Routed(Mixin):
     """Runs the active set's private module, if any, in place of the module's forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,19 +74,6 @@ class Routed(Overlay):
 
         routed = {name for name in slot.routes if slot.routes[name] == place}
         return slot.run(slot.choice(), place, routed, run, (args, kwargs))
-
-    @override
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles the module by its stock class: this class is created at run time."""
-        reduced: Any = super().__reduce_ex__(2)
-        return _blank, (class_of(self),), *reduced[2:]  # type: ignore[arg-type]
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    """Returns a routed module of a class, without attributes."""
-    module = kind.__new__(kind)
-    put_class(module, kind, Routed)
-    return module
 
 
 def route(module: nn.Module, place: str) -> tuple[nn.Module, str]:

@@ -23,7 +23,7 @@ def packed(x: Tensor) -> Tensor:
     """
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
     words[-1:] = 0
-    torch.ne(x.reshape(-1), 0, out=words.view(torch.bool)[: x.numel()])
+    words.view(torch.bool)[: x.numel()].copy_(x.reshape(-1))  # several times faster than torch.ne
     # Multiplying eight bytes of 0 or 1 by _PACK collects their bits in the product's last byte.
     return words.mul_(_PACK).view(torch.uint8)[7::8].contiguous()
 

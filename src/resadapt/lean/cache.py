@@ -25,6 +25,7 @@ from resadapt.injection.private import HOOKS
 from resadapt.injection.switching import check_switchable
 from resadapt.injection.walk import are_sharded, backbone_modules, backbone_tensors, unwrap
 from resadapt.lean.feature_rows import FeatureRows
+from resadapt.lean.folding import FoldsNorms
 from resadapt.lean.prefix import Plan, check_cached_values, continued, plan_for, values_for
 from resadapt.lean.samples import Samples, split
 from resadapt.lean.stand_in import NeededError
@@ -165,7 +166,7 @@ class PrefixCache(Dataset[Any]):
     ) -> None:
         self._model: nn.Module | None = model
         self._plan, self._rows, self._backbone, self._trial = plan, rows, backbone, trial
-        self._stamps = _stamps(model, plan)
+        self._stamps, self._folding = _stamps(model, plan), _folding(model)
 
     def __len__(self) -> int:
         """Number of samples, times the number of variants."""
@@ -249,6 +250,12 @@ class PrefixCache(Dataset[Any]):
                 f"The backbone has changed since its features were cached: "
                 f"{quote_reasons(drifted)}."
             )
+        if self._folding != _folding(model):
+            raise InjectionError(
+                "The features were computed before optimize_backbone or restore_backbone changed "
+                "which norms are folded, which rounds differently. Undo that, or compute the "
+                "features again."
+            )
         check_cached_values(model, self._plan, *self._trial)
         self._stamps = today
 
@@ -284,6 +291,11 @@ def _stamps(model: nn.Module, plan: Plan) -> list[object]:
         for name, module in backbone_modules(model)
     ]
     return [tensors, settings]
+
+
+def _folding(model: nn.Module) -> set[str]:
+    """Returns the names of the modules that fold norms."""
+    return {name for name, module in backbone_modules(model) if isinstance(module, FoldsNorms)}
 
 
 def _refuse_trained(model: nn.Module) -> None:

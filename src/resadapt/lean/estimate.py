@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.inputs import named_in
-from resadapt.base.overlay import FOLDED
+from resadapt.base.overlay import CONSTANTS
 from resadapt.base.undisturbed import EAGERLY
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.sets import remove_adapters
@@ -182,8 +182,8 @@ def _backward_flops(grad: Any, x: Any, weight: Any, *more: Any, out_shape: Any, 
 
 
 def _folded(module: nn.Module) -> Iterable[Tensor]:
-    pair = module.__dict__.get(FOLDED)
-    return () if pair is None else pair.tensors
+    constants = module.__dict__.get(CONSTANTS)
+    return () if constants is None else constants.tensors
 
 
 class _Saved:

@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from resadapt.base.tensors import is_channels_last, memory_format
 from resadapt.lean.bits import packed, packed_in_graph, unpacked, unpacked_in_graph
+from resadapt.lean.constants import STOCK_TENSORS
 from resadapt.lean.stand_in import MetaStandIn
 
 __all__ = [
-    "STOCK_TENSORS",
     "CompiledReLU",
     "FrozenConvolution",
     "FrozenNorm",
@@ -29,7 +29,6 @@ __all__ = [
 
 Pair = tuple[int, int]
 
-STOCK_TENSORS = (Tensor, torch.nn.Parameter)  # no tensor subclasses, such as sharded tensors
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -144,21 +143,22 @@ class FrozenNorm(Function):
     @override
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves references to the module's variance and weight."""
-        x, _, var, weight, _, ctx.eps = inputs
+        """Saves references to the module's statistics and weight."""
+        x, mean, var, weight, _, ctx.eps = inputs
         ctx.format = memory_format(x)
-        ctx.save_for_backward(var, weight)
+        ctx.save_for_backward(mean, var, weight)
 
     @override
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradient of the input."""
-        var, weight = ctx.saved_tensors
-        scale = torch.rsqrt(var + ctx.eps)
-        if weight is not None:
-            scale = scale * weight
+        mean, var, weight = ctx.saved_tensors
         grad = _to_format(grad, ctx.format)
-        return grad * scale.to(grad.dtype).reshape(-1, *[1] * (grad.ndim - 2)), *[None] * 5
+        # The second argument is the input, which the gradient of the input does not depend on.
+        result = torch.ops.aten.native_batch_norm_backward(
+            grad, grad, weight, mean, var, None, None, False, ctx.eps, (True, False, False)
+        )
+        return result[0], *[None] * 5
 
 
 class PackedReLU(Function):

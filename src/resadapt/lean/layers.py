@@ -7,15 +7,18 @@ A layer that is trained, exported, traced or transformed runs like the stock lay
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torchvision.models.video.resnet import Conv3DNoTemporal, Conv3DSimple
 from typing_extensions import override
 
-from resadapt.base.overlay import Overlay
+from resadapt.base.overlay import CONSTANTS, Overlay
 from resadapt.injection.freeze import (
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
@@ -23,6 +26,8 @@ from resadapt.injection.freeze import (
     FrozenStatistics,
     FrozenSyncBatchNorm,
 )
+from resadapt.lean.constants import Constants, autocast_dtype, is_constant
+from resadapt.lean.folding import fold, is_folded, norm_behind, parts, will_be_normalised
 from resadapt.lean.functions import (
     CompiledReLU,
     FrozenConvolution,
@@ -31,6 +36,7 @@ from resadapt.lean.functions import (
     SmallIndexPool,
     can_be_lean,
     is_compiled,
+    is_ordinary,
 )
 
 __all__ = ["LEAN"]
@@ -39,6 +45,17 @@ __all__ = ["LEAN"]
 class _LeanConvolution(Overlay, _ConvNd):
     @override
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        norm = norm_behind(self) if is_ordinary(input) else None
+        if norm is not None:
+            weight, bias = _constants(
+                self, (norm, norm.eps), parts(self, norm), partial(fold, self, norm)
+            )
+        elif is_ordinary(input):
+            weight, bias = _constants(self, None, (weight, bias), partial(_cast, weight, bias))
+        output = self._convolved(input, weight, bias)
+        return output if norm is None else will_be_normalised(norm, output)
+
+    def _convolved(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Batches only: the stock forward turns an unbatched sample into a batch by views.
         if (
             not can_be_lean(input, weight, bias)
@@ -56,10 +73,49 @@ class _LeanConvolution(Overlay, _ConvNd):
         return out
 
 
+def _constants(
+    layer: nn.Module,
+    key: Any,
+    sources: Sequence[Tensor | None],
+    compute: Callable[[torch.dtype], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor | None]:
+    """Returns a layer's weight and bias in the dtype that the layer computes in.
+
+    Autocast would convert frozen tensors anew in each forward.
+    """
+    weight, bias, *_ = sources
+    assert weight is not None
+    dtype = autocast_dtype(weight)
+    if key is None and (dtype is weight.dtype or not all(map(is_constant, sources))):
+        return weight, bias
+    constants: Constants = layer.__dict__[CONSTANTS]
+    return constants.of(sources, (key, dtype), partial(compute, dtype))  # type: ignore[return-value]
+
+
+def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+class LeanLinear(Overlay, nn.Linear):
+    """`torch.nn.Linear` whose frozen weight is converted for autocast once."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the product with the weight, plus the bias."""
+        if not is_ordinary(input):
+            return super().forward(input)
+        weight, bias = self.weight, self.bias
+        return F.linear(
+            input, *_constants(self, None, (weight, bias), partial(_cast, weight, bias))
+        )
+
+
 class _LeanNorm(FrozenStatistics):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Normalises a batch ``[N, C, ...]``."""
+        if is_folded(self, input):
+            return input
         if (
             self.running_mean is None
             or self.running_var is None
@@ -160,6 +216,7 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {
     FrozenBatchNorm2d: LeanBatchNorm2d,
     FrozenBatchNorm3d: LeanBatchNorm3d,
     FrozenSyncBatchNorm: LeanSyncBatchNorm,
+    nn.Linear: LeanLinear,
     nn.MaxPool2d: LeanMaxPool2d,
     nn.ReLU: LeanReLU,
 }

@@ -6,13 +6,13 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from resadapt.base.errors import check_flag
-from resadapt.base.overlay import FOLDED, Overlay, class_of, mixin_of, put_class, strip
+from resadapt.base.overlay import CONSTANTS, PAIRS, Overlay, class_of, mixin_of, put_class, strip
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.private import private_modules
 from resadapt.injection.walk import backbone_modules, unwrap
-from resadapt.lean.blocks import FOLDING, in_residual_blocks
+from resadapt.lean.constants import Constants
+from resadapt.lean.folding import FoldsNorms, pairs_in
 from resadapt.lean.layers import LEAN
-from resadapt.lean.pairs import FoldedPair
 
 __all__ = ["optimize_backbone", "restore_backbone"]
 
@@ -25,18 +25,22 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
     Parameters, names, hooks, files and fingerprints do not change, so the model can be optimized
     and restored at any time, and its adapter files load into any copy of the backbone.
 
-    Supported are convolutions, BatchNorms, ReLUs and 2-D max poolings of torch.nn, and
+    Under autocast, frozen weights are converted once and not in each forward.
+
+    Supported are convolutions, Linears, BatchNorms, ReLUs and 2-D max poolings of torch.nn, and
     torchvision's 3-D convolutions; other layers do not change. A layer that is trained (a head, a
     private norm), exported, traced or transformed by torch.func runs like the stock layer. Under
     torch.compile only the compiler folds.
 
     Args:
-        model: An injected model; changed in place.
-        fold_norms: In torchvision's residual blocks and in Sequentials, fold each frozen norm into
-            the convolution before it, with a weight and bias computed in float64. Folding is
-            faster, needs memory for a second copy of the weights, and rounds differently. A pair is
-            not folded if an adapter, a hook or a private norm needs the tensor between them, or
-            while a file is verified. False: outputs equal those of the stock layers bit for bit.
+        model: An injected model; changed in place. On the CPU it is fastest in channels_last:
+            ``model.to(memory_format=torch.channels_last)``.
+        fold_norms: Fold each frozen norm into the convolution before it, with a weight and bias
+            computed in float64. Pairs are found by tracing the forward of the modules around them.
+            Folding is faster, needs memory for a second copy of the weights, and rounds
+            differently. A pair is not folded if an adapter, a hook or a private norm needs the
+            tensor between them, or while a file is verified. False: outputs equal those of the
+            stock layers bit for bit.
 
     Returns:
         The model.
@@ -62,19 +66,17 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
     check_flag("fold_norms", fold_norms)
     restore_backbone(model)
     layers = _layers(model)
-    inside = in_residual_blocks(layers)
     for module in layers:
-        if is_parametrized(module):
-            continue
         kind, mixin = class_of(module), mixin_of(module)
-        if kind in LEAN:
+        if kind in LEAN and not is_parametrized(module):
             if not issubclass(kind, Overlay):  # torch.fx treats classes of torch.nn as leaves
                 module.__dict__["__module__"] = kind.__module__
             put_class(module, LEAN[kind], mixin)
-            if fold_norms and isinstance(module, nn.modules.conv._ConvNd):
-                module.__dict__[FOLDED] = FoldedPair(id(module) in inside)
-        elif fold_norms and kind in FOLDING:
-            put_class(module, FOLDING[kind], mixin)
+            module.__dict__[CONSTANTS] = Constants()
+    for module in layers if fold_norms else ():
+        if mixin_of(module) is None and (pairs := pairs_in(module)):
+            put_class(module, class_of(module), FoldsNorms)
+            module.__dict__[PAIRS] = pairs
     return model
 
 
@@ -97,9 +99,11 @@ def restore_backbone(model: nn.Module) -> nn.Module:
         >>> type(model.conv1).__name__, type(restore_backbone(model).conv1).__name__
         ('LeanConv2d', 'Conv2d')
     """
-    stock = {lean: before for before, lean in (LEAN | FOLDING).items()}
+    stock = {lean: before for before, lean in LEAN.items()}
     for module in _layers(model):
         strip(module)
+        if mixin_of(module) is FoldsNorms:
+            put_class(module, class_of(module), None)
         if (kind := class_of(module)) in stock:
             put_class(module, stock[kind], mixin_of(module))
     return model

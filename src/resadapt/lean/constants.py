@@ -1,0 +1,82 @@
+"""Tensors computed from frozen tensors: casts for autocast, and weights with a norm folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resadapt.base.tensors import stamp
+
+__all__ = ["STOCK_TENSORS", "Constants", "autocast_dtype", "is_constant"]
+
+STOCK_TENSORS = (Tensor, nn.Parameter)  # no tensor subclasses, such as sharded tensors
+Tensors = tuple[Tensor | None, ...]
+
+
+def is_constant(tensor: Tensor | None) -> bool:
+    """Tells whether a tensor is missing, or frozen and counts in-place writes to it."""
+    return tensor is None or (
+        type(tensor) in STOCK_TENSORS and not tensor.requires_grad and not tensor.is_inference()
+    )
+
+
+def autocast_dtype(weight: Tensor) -> torch.dtype:
+    """Returns the dtype that a convolution or Linear computes in under the autocast in force."""
+    kind = weight.device.type
+    eligible = weight.is_floating_point() and weight.dtype is not torch.float64
+    if eligible and kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+class Constants:
+    """Cache of the tensors that a layer computes from frozen tensors.
+
+    Tensors are dropped when a source is written in place, moved, cast or replaced. Copies and
+    pickles of a layer have an empty cache.
+    """
+
+    def __init__(self) -> None:
+        # Replaced, and not changed: other threads may read the cache.
+        self._kept: dict[Any, tuple[dict[int, Any], Any, Tensors]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles an empty cache."""
+        return Constants, ()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The cached tensors."""
+        kept = [tensor for *_, tensors in self._kept.values() for tensor in tensors]
+        return [tensor for tensor in kept if tensor is not None]
+
+    def of(
+        self, sources: Sequence[Tensor | None], key: Any, compute: Callable[[], Tensors]
+    ) -> Tensors:
+        """Returns the tensors that a function computes; computed again if a source has changed.
+
+        Args:
+            sources: The frozen tensors that the function reads.
+            key: What else the result depends on.
+            compute: The function.
+        """
+        present = [part for part in sources if part is not None]
+        stamps = {id(part): stamp(part) for part in present}
+        key = key, *stamps
+        known = self._kept.get(key)
+        if known is not None and known[0] == stamps:
+            return known[2]
+        with torch.inference_mode(False), torch.no_grad():  # may be used in training later
+            tensors = compute()
+        others = {
+            other: entry
+            for other, entry in self._kept.items()
+            if entry[0].items() >= {(k, v) for k, v in stamps.items() if k in entry[0]}
+        }
+        # Sources are kept alive: a new tensor at the same address would have the same stamp.
+        alive = [part.detach() for part in present]
+        self._kept = others | {key: (stamps, alive, tensors)}
+        return tensors
