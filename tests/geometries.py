@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import resadapt
 from resadapt.adapters import Adapter, Site
-from resadapt.adapters.family import apply
+from resadapt.injection.own_dtype import apply
 
 KINDS = {
     (dims, transposed): getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")

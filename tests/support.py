@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from resadapt.adapters import Adapter
-from resadapt.adapters.family import apply
+from resadapt.injection.own_dtype import apply
 from resadapt.injection.private import private_module
 
 # The models are small, and threads that wait for each other cost more than they give.

@@ -66,6 +66,7 @@ ANYTHING = st.one_of(
         max_size=2,
     ),
     st.tuples(st.integers(), st.none()),
+    st.sampled_from([torch.int8, torch.float16, torch.float8_e4m3fn, torch.complex64]),
     st.sampled_from(
         [
             object(),
@@ -117,6 +118,7 @@ OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
             "dropout",
             "example_input",
             "channel_dim",
+            "dtype",
             "init",
             "gamma",
         ),

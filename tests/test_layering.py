@@ -38,7 +38,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     },
     {
         "injection": (
-            ("mixture",),
+            ("mixture", "own_dtype"),
             ("recomputation",),
             ("slots",),
             ("walk",),

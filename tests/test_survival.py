@@ -117,12 +117,6 @@ def _same_gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor], rtol:
         assert torch.allclose(gradient, parameter.grad, rtol=rtol, atol=rtol * scale)
 
 
-def test_a_model_in_low_precision_gets_adapters_in_it() -> None:
-    model = resadapt.inject_adapters(small_resnet().bfloat16(), head="fc")
-    assert {p.dtype for p in resadapt.trainable_parameters(model)} == {torch.bfloat16}
-    assert model(X.bfloat16()).dtype == torch.bfloat16
-
-
 def test_slicing_and_feature_extractors(model: nn.Module) -> None:
     sliced = nn.Sequential(*list(model.children())[:-1])
     taken: list[Tensor] = []

@@ -30,7 +30,7 @@ from torchvision.models.video import mc3_18, r3d_18
 
 import resadapt
 from resadapt.adapters import ConvAdapter, Site
-from resadapt.adapters.family import apply
+from resadapt.injection.own_dtype import apply
 
 ACTIVATIONS = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 

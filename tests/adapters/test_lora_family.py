@@ -36,7 +36,7 @@ from torchvision.models.video import r3d_18
 import resadapt
 from resadapt.adapters import LoraAdapter, Site
 from resadapt.adapters.convolutions import rows, weight_from
-from resadapt.adapters.family import apply
+from resadapt.injection.own_dtype import apply
 
 
 def slow_change(adapter: Any, layer: Any) -> Tensor:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import resadapt
 from resadapt.adapters import ConvAdapter, LoraAdapter, ParallelAdapter, SeriesAdapter, SsfAdapter
-from resadapt.adapters.family import apply
 from resadapt.adapters.own_forward import input_padding, uses_parameters
+from resadapt.injection.own_dtype import apply
 
 
 def as_tensorflow_pads(x: Tensor, layer: Any) -> Tensor:

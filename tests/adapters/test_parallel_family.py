@@ -34,7 +34,7 @@ from torchvision.models.video import r3d_18
 
 import resadapt
 from resadapt.adapters import ParallelAdapter, Site
-from resadapt.adapters.family import apply
+from resadapt.injection.own_dtype import apply
 
 
 def centre(layer: Any) -> tuple[int, ...]:

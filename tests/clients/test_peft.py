@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import resadapt
 from resadapt.adapters import LoraAdapter
-from resadapt.adapters.family import apply
+from resadapt.injection.own_dtype import apply
 
 peft = pytest.importorskip("peft")
 

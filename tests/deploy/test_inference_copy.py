@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -220,3 +221,32 @@ def test_weights_that_another_module_computes_with() -> None:
         resadapt.AdapterError, match="The outputs of the copy differ from the model's"
     ):
         resadapt.inference_copy(model)
+
+
+def test_a_copy_keeps_a_mixture_of_dtypes_and_the_outputs() -> None:
+    model: Any = resadapt.inject_adapters(
+        small_net().bfloat16(), ("conv", "bn"), 2, head="head", norm="affine+stats"
+    )
+    for module in model.modules():
+        if isinstance(module, AdapterSlot):
+            scramble(module)
+    seen: list[torch.dtype] = []
+    hook = model.head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].dtype))
+    x, model = X.bfloat16(), model.eval()
+    expected = model(x)
+    plain = resadapt.inference_copy(model)
+    seen.clear()
+    for copied in (plain, copy.deepcopy(plain)):
+        assert torch.equal(copied(x), expected)
+    assert seen == [torch.bfloat16] * 2, "once in each run"
+    assert torch.equal(torch.fx.symbolic_trace(plain)(x), expected)
+    assert plain.head.in_features == 4
+    assert plain.head[0].weight.dtype == torch.float32
+    assert plain.float()(X).dtype == torch.float32
+    with pytest.raises(AttributeError, match="in_channels"):
+        _ = plain.head.in_channels
+    hook.remove()
+    uniform = resadapt.inference_copy(copy.deepcopy(model).bfloat16())
+    assert type(uniform.head) is nn.Linear
+    assert torch.allclose(uniform(x), expected, rtol=0.05, atol=0.05)
+    torch.jit.script(uniform)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 
 import resadapt
-from resadapt.base.fingerprint import Fingerprint, TensorRecord
+from resadapt.base.fingerprint import TensorRecord
 from resadapt.files.container import decode, encode
 
 FORMATS = ["pt", "safetensors"]
@@ -743,17 +743,13 @@ def test_a_site_inside_another_sets_adapter(inside: str, path: Path) -> None:
 
 def test_loading_fails_before_gradients_are_gone(path: Path) -> None:
     """Whatever is wrong with the tensors, gradients that wait for their step are still there."""
-    resadapt.save_adapters(resadapt.inject_adapters(small_net().double(), "c2", 2), path)
+    resadapt.save_adapters(resadapt.inject_adapters(small_net(), "c2", 2), path)
     data, tensors = decode(path.read_bytes(), path)
-    backbone = small_net()
-    plain = Fingerprint.of(dict(backbone.named_modules()), dict(backbone.state_dict()))
-    data["backbone"] = plain.to_json()
-    tensors["adapters.c2.up.weight"] += 1e-12
-    data["tensors"]["adapters.c2.up.weight"][2] = TensorRecord.of(
-        tensors["adapters.c2.up.weight"]
-    ).sha256
+    key = "adapters.c2.up.weight"
+    tensors[key] = torch.full(tensors[key].shape, 2**60 + 1)  # no number of float32
+    data["tensors"][key] = TensorRecord.of(tensors[key]).to_json()
     path.write_bytes(encode(data, tensors, "pt"))
-    for model in (backbone, resadapt.inject_adapters(small_net(), "bn", 2, name="other")):
+    for model in (small_net(), resadapt.inject_adapters(small_net(), "bn", 2, name="other")):
         model.eval()(X).sum().backward()
         gradients = [(p, p.grad) for p in model.parameters()]
         before = picture(model)

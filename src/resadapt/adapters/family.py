@@ -15,7 +15,6 @@ __all__ = [
     "FAMILIES",
     "Adapter",
     "Site",
-    "apply",
     "check_choice",
     "default_of",
     "options_of",
@@ -56,7 +55,8 @@ class Adapter(nn.Module):
     with `bottleneck` and `dropout` only if the constructor has parameters of these names. Options
     are JSON values and are saved in the adapter file, except ``init``, which matters only for a new
     adapter. The constructor raises ValueError at sites that the family cannot adapt, and keeps no
-    reference to the site's module. ``forward`` returns the adapted output, of the same shape.
+    reference to the site's module. ``forward`` returns the adapted output, of the same shape; it
+    gets its inputs in the dtype of the adapter's parameters, except under autocast.
     Non-linearities should be modules, since attribution methods look for them.
 
     Attributes:
@@ -221,12 +221,3 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None
         raise ValueError(
             f"{argument}={value!r} is not known: use {' or '.join(map(repr, choices))}"
         )
-
-
-def apply(adapter: Any, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-    """Calls an adapter after its site's module was called with `args` and returned `output`."""
-    if adapter.reads == "output":
-        return adapter(output)
-    if adapter.reads == "input":
-        return adapter(output, args[0])
-    return adapter(output, args[0], module.weight, module.bias)

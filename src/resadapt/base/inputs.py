@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from resadapt.base.tensors import dtype_name, dtype_named
 
@@ -44,10 +44,13 @@ def named_in(
         yield from named_in(item, f"{place}.{key}", (*above, id(value)))
 
 
+_TENSORS = (Tensor, fx.Proxy)
+
+
 def map_tensors(value: object, function: Callable[[Tensor], Tensor]) -> object:
-    """Applies a function to every tensor in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return function(value)
+    """Applies a function to every tensor or fx.Proxy in nested dicts, lists and tuples."""
+    if isinstance(value, _TENSORS):
+        return function(value)  # type: ignore[arg-type]
     if isinstance(value, dict):
         mapped = {key: map_tensors(item, function) for key, item in value.items()}
         if type(value) is dict:

@@ -9,12 +9,11 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from resadapt.adapters import Adapter
-from resadapt.adapters.family import apply
 from resadapt.base.errors import AdapterError
+from resadapt.injection.own_dtype import apply, in_own_dtype
 from resadapt.injection.walk import is_leaf
 
-__all__ = ["Adapted", "adapted"]
+__all__ = ["Adapted", "InOwnDtype", "adapted"]
 
 
 class Adapted(nn.Sequential):
@@ -103,12 +102,33 @@ class WithWeight(Adapted):
         return self[1](self[0](input), input, self[0].weight, self[0].bias)
 
 
+class InOwnDtype(nn.Sequential):
+    """A module in another dtype than the backbone, which torch.jit.script does not support."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the module's result in the dtype of the first input."""
+        return in_own_dtype(self[0], args, kwargs)
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+        return getattr(super().__getattr__("0"), name)
+
+
 _CONTAINERS = {"output": Adapted, "input": WithInput, "weight": WithWeight}
 """The container of a module with one argument, by the adapter's attribute `reads`."""
 
 
-def adapted(module: nn.Module, adapter: Adapter) -> Adapted:
+def adapted(module: nn.Module, adapter: nn.Module) -> Adapted:
     """Returns a container that runs a module and the adapter of the module's output."""
     kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
     one = kinds in ([inspect.Parameter.POSITIONAL_ONLY], [inspect.Parameter.POSITIONAL_OR_KEYWORD])
-    return (_CONTAINERS[adapter.reads] if one else WithArguments)(module, adapter)
+    return (_CONTAINERS[str(adapter.reads)] if one else WithArguments)(module, adapter)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from resadapt.deploy.adapted import adapted
+from resadapt.deploy.adapted import InOwnDtype, adapted
 from resadapt.deploy.same_outputs import check_outputs
 from resadapt.deploy.stock_copy import stock_copy
+from resadapt.injection.installation import take_place
 from resadapt.injection.ledger import ledger_of
-from resadapt.injection.walk import find_module
+from resadapt.injection.own_dtype import dtype_of
+from resadapt.injection.walk import backbone_tensors, find_module
 
 __all__ = ["inference_copy"]
 
@@ -25,7 +27,8 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
     get a ``.0``: ``layer4.1.conv1`` becomes ``layer4.1.0.conv1``. The Sequential has the module's
     attributes, except methods and, for a layer, its sizes, from which other tools would build a
     layer without the adapter. A module with several arguments becomes a Sequential with a custom
-    forward, which torch.jit.script does not support.
+    forward, which torch.jit.script does not support. In a backbone of another dtype than the set's,
+    so do adapters, heads and norms: convert a deepcopy of the model before, if that is not wanted.
 
     Args:
         model: An injected model.
@@ -51,10 +54,19 @@ def inference_copy(model: nn.Module, name: str | None = None) -> nn.Module:
     name = ledger_of(model).chosen(name).spec.name
     copied = stock_copy(model, name)
     stock, adapters = copied.model, copied.adapters
+    for path, replaced in copied.replaced.items():
+        private = find_module(stock, path)
+        if not isinstance(private, InOwnDtype) and dtype_of(private) != dtype_of(replaced):
+            take_place(stock, path, InOwnDtype(private))
+    tensors = [
+        tensor for each in (stock, *adapters.values()) for _, tensor in backbone_tensors(each)
+    ]
+    mixed = len({tensor.dtype for tensor in tensors if tensor.is_floating_point()}) > 1
     for owner in sorted(adapters, reverse=True):  # inner modules first, before their names change
         parent, _, key = owner.rpartition(".")
         module = find_module(stock, owner)
-        container = adapted(module, adapters[owner])
+        adapter = InOwnDtype(adapters[owner]) if mixed else adapters[owner]
+        container = adapted(module, adapter)
         find_module(stock, parent)._modules[key] = container
         _move_hooks(module, container, copied.later_hooks[owner])
     check_outputs(model, name, stock.eval().requires_grad_(False))

@@ -34,12 +34,14 @@ class StockCopy:
     Args:
         model: The backbone, with stock modules and without hooks of this library.
         adapters: The set's adapters, by the name of the module that each adapts.
+        replaced: The modules of the backbone that the set's head and norms replace, by name.
         later_hooks: Ids of the forward hooks that run after the adapter, by the same names.
         requires_grad: The parameters' flags from before the injection, by name.
     """
 
     model: nn.Module
     adapters: dict[str, Adapter]
+    replaced: dict[str, nn.Module]
     later_hooks: dict[str, list[int]]
     requires_grad: dict[str, bool]
 
@@ -68,6 +70,7 @@ def stock_copy(model: nn.Module, name: str) -> StockCopy:
     spec = ledger.sets[name].spec
     private = {path: private_module(copied, spec, path) for path in spec.private}
     adapters = {site.owner: adapter_of(copied, spec, site) for site in spec.sites}
+    replaced = {path: find_module(copied, path) for path in spec.private}
     later = {owner: later_hooks(find_module(copied, owner)) for owner in adapters}
     for _, module in list(backbone_modules(copied)):
         if slot := find_slot(module):
@@ -86,4 +89,4 @@ def stock_copy(model: nn.Module, name: str) -> StockCopy:
         for key, child in module._modules.items():
             if child is not None:
                 module._modules[key] = behind_wrappers(child)
-    return StockCopy(copied.eval(), adapters, later, ledger.requires_grad)
+    return StockCopy(copied.eval(), adapters, replaced, later, ledger.requires_grad)

@@ -20,6 +20,7 @@ from resadapt.base.overlay import stock_classes
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.tensors import is_dense
 from resadapt.injection.channels import declared
+from resadapt.injection.own_dtype import promoted
 from resadapt.injection.walk import (
     backbone_modules,
     backbone_tensors,
@@ -81,14 +82,21 @@ def _lists(value: Any) -> Any:
     return [_lists(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def build(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
-    """Returns a new adapter for a site, on the device and in the dtype of the site's module.
+def build(
+    model: nn.Module,
+    spec: SetSpec,
+    site: SiteSpec,
+    start: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """Returns a new adapter for a site, on the device of the site's module.
 
     Args:
         model: The model.
         spec: The set.
         site: The site.
         start: Options that only affect the initial values.
+        dtype: Least dtype of the adapter; None for the dtype of the site's module.
 
     Raises:
         InjectionError: The family does not exist, does not take the options, or cannot adapt the
@@ -107,7 +115,7 @@ def build(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, A
         # Loading a file builds the adapter on the meta device: fail before training, not after.
         meta_adapter(model, spec, site)
     if near:
-        device, dtype = near[0].device, near[0].dtype
+        device, dtype = near[0].device, promoted(dtype, near[0].dtype)
         adapter._apply(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))  # type: ignore[no-untyped-call]
     return adapter.train(model.training)
 

@@ -95,6 +95,7 @@ def install(
     heads: Mapping[str, nn.Module],
     fingerprint: Fingerprint | None = None,
     fill: Callable[[], None] = lambda: None,
+    dtype: torch.dtype | None = None,
     **start: Any,
 ) -> None:
     """Injects a set by its description, all or nothing, and makes the set active.
@@ -107,6 +108,7 @@ def install(
         fingerprint: Fingerprint of the model now, if known; used for the first set only.
         fill: Called once the set is in the model, to load values; if `fill` raises, the set is
             uninstalled.
+        dtype: Least dtype of adapters, head and norms; None for the backbone's dtypes.
         **start: Options that only affect the adapters' initial values.
 
     Raises:
@@ -119,8 +121,8 @@ def install(
         _check_new(ledger, spec.name)
     with on_backbone(model):
         _check_set(model, spec)
-        adapters = {site: build(model, spec, site, start) for site in spec.sites}
-        private = _private_copies(model, spec, heads)
+        adapters = {site: build(model, spec, site, start, dtype) for site in spec.sites}
+        private = _private_copies(model, spec, heads, dtype)
         _check_unique_names(adapters)
     shapes = {
         f"{site.name}.{key}": shape
@@ -164,10 +166,10 @@ def install(
 
 
 def _private_copies(
-    model: nn.Module, spec: SetSpec, heads: Mapping[str, nn.Module]
+    model: nn.Module, spec: SetSpec, heads: Mapping[str, nn.Module], dtype: torch.dtype | None
 ) -> dict[str, nn.Module]:
     """Returns a set's private modules, with `requires_grad` as the norm policy says."""
-    copies = private_copies(model, spec.private, heads)
+    copies = private_copies(model, spec.private, heads, dtype)
     for name in spec.norms:
         for parameter in copies[name].parameters():
             parameter.requires_grad_("affine" in spec.norm)
@@ -213,14 +215,14 @@ def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
 
 
 def take_place(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replaces a module of the backbone by a private module for good, and keeps the hooks."""
+    """Replaces a module of the backbone by another module for good, and moves the hooks."""
     place = find_module(model, name)
     computing = computing_hooks(place)
     for kind in HOOKS:
-        getattr(module, kind).update(
-            {key: hook for key, hook in getattr(place, kind).items() if key not in computing}
-        )
-    for parent in nn.Module.modules(model):  # a shared module has several names
+        hooks = getattr(place, kind)
+        moved = [key for key in hooks if key not in computing]
+        getattr(module, kind).update({key: hooks.pop(key) for key in moved})
+    for parent in list(nn.Module.modules(model)):  # a shared module has several names
         parent._modules.update(
             {key: module for key, child in parent._modules.items() if child is place}
         )

@@ -16,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from resadapt.base.errors import InjectionError
 from resadapt.base.overlay import Mixin, class_of, mixin_of, put_class
 from resadapt.base.spec import SetSpec
+from resadapt.injection.own_dtype import dtype_of, in_own_dtype, promoted
 from resadapt.injection.slots import SLOT, AdapterSlot
 from resadapt.injection.walk import (
     backbone_modules,
@@ -29,6 +30,7 @@ __all__ = [
     "HOOKS",
     "call_places",
     "computing_hooks",
+    "convert",
     "holder_of",
     "lost_modules",
     "private_copies",
@@ -70,7 +72,13 @@ class Routed(Mixin):
 
         def run(name: str | None, values: Any) -> Any:
             rows, keywords = values
-            return slot.private(name, place, stock)(*rows, **keywords)
+            private = slot.private(name, place)
+            if private is None:
+                return stock(*rows, **keywords)
+            usual = dtype_of(self, without=SLOT)  # type: ignore[arg-type]
+            if dtype_of(private) == usual:
+                return private(*rows, **keywords)
+            return in_own_dtype(private, rows, keywords, usual)
 
         routed = {name for name in slot.routes if slot.routes[name] == place}
         return slot.run(slot.choice(), place, routed, run, (args, kwargs))
@@ -245,7 +253,10 @@ def lost_modules(model: nn.Module, spec: SetSpec) -> list[str]:
 
 @torch.no_grad()
 def private_copies(
-    model: nn.Module, names: Iterable[str], given: Mapping[str, nn.Module]
+    model: nn.Module,
+    names: Iterable[str],
+    given: Mapping[str, nn.Module],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, nn.Module]:
     """Returns trainable copies of modules of the backbone.
 
@@ -253,6 +264,7 @@ def private_copies(
         model: The model.
         names: Names of the modules to copy.
         given: Modules to copy instead, by name in the backbone.
+        dtype: Least dtype of the copies; None for the dtypes of the backbone's modules.
 
     Raises:
         InjectionError: A module cannot be copied, has no values yet, or is given for two places.
@@ -293,7 +305,7 @@ def private_copies(
         for _, module in backbone_modules(copies[name]):
             module._modules.pop(SLOT, None)
             module.__dict__.pop("forward", None)
-        _convert(copies[name], find_module(model, name))
+        convert(copies[name], find_module(model, name), dtype)
     return copies
 
 
@@ -304,15 +316,22 @@ def computing_hooks(module: nn.Module) -> dict[int, Any]:
     }
 
 
-def _convert(copied: nn.Module, place: nn.Module) -> None:
-    """Moves a copy to the device and floating-point dtype of the backbone's module."""
+def convert(module: nn.Module, place: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Moves a module to the device and floating-point dtypes of the backbone's module.
+
+    Args:
+        module: A module that is to run in place of the backbone's module.
+        place: The backbone's module.
+        dtype: Least dtype of the module.
+    """
     there = dict(backbone_tensors(place))
     usual = next((tensor for tensor in there.values() if tensor.is_floating_point()), None)
-    for path, tensor in backbone_tensors(copied):
+    for path, tensor in backbone_tensors(module):
         like = there.get(path, usual)
         if like is not None and not like.is_meta:
             floats = tensor.is_floating_point() and like.is_floating_point()
-            tensor.data = tensor.data.to(like.device, like.dtype if floats else tensor.dtype)
+            target = promoted(dtype, like.dtype) if floats else tensor.dtype
+            tensor.data = tensor.data.to(like.device, target)
 
 
 def _check_independent(name: str, source: nn.Module, other: nn.Module) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from resadapt.adapters.family import default_of, takes
@@ -25,7 +26,7 @@ from resadapt.injection.freeze import freeze_parameters, norms_of
 from resadapt.injection.installation import check_model, install, take_place, uninstall
 from resadapt.injection.ledger import Ledger, ledger_of, set_tensors
 from resadapt.injection.mixture import Mixture
-from resadapt.injection.private import private_module
+from resadapt.injection.private import convert, private_module
 from resadapt.injection.select import heads_to_give, select_head, select_sites
 from resadapt.injection.switching import (
     activated,
@@ -35,7 +36,14 @@ from resadapt.injection.switching import (
     on_backbone,
     switch,
 )
-from resadapt.injection.walk import are_sharded, backbone_modules, reshard, slots_of, unwrap
+from resadapt.injection.walk import (
+    are_sharded,
+    backbone_modules,
+    find_module,
+    reshard,
+    slots_of,
+    unwrap,
+)
 
 __all__ = [
     "adapters_disabled",
@@ -65,6 +73,7 @@ def inject_adapters(
     dropout: float | None = None,
     example_input: object = None,
     channel_dim: int | Mapping[str, int] | None = None,
+    dtype: torch.dtype | None = torch.float32,
     **family_options: Any,
 ) -> ModelT:
     """Injects small trainable adapters into a model, in place, and freezes everything else.
@@ -101,6 +110,11 @@ def inject_adapters(
             ``[N, ..., C]``; or a mapping from names or globs of sites to 1 or -1. None, and sites
             that the mapping leaves out: detected, as the dimension that stays the same when the
             size of the input changes; raises where it remains ambiguous.
+        dtype: Least floating-point dtype of the set's adapters, head and norms. In a backbone in
+            bfloat16 or float16, they are float32 by default, so that small steps of the optimizer
+            are not rounded away; in a backbone in float64 they are float64. None: the dtypes of
+            the backbone. The set computes in its own dtype, and its results are converted to the
+            dtype of the feature map.
         **family_options: Options of the family, such as ``init="identity"``; the page "Families"
             lists them.
 
@@ -130,6 +144,7 @@ def inject_adapters(
             f"dropout={dropout!r} is {type(dropout).__name__}: give a probability, a number in [0, "
             "1)."
         )
+    _check_dtype(dtype)
     kind = family_named(family)
     if dropout is not None and not takes(kind, "dropout"):
         raise InjectionError(f"family {family!r} has no dropout; remove dropout=.")
@@ -159,7 +174,7 @@ def inject_adapters(
         )
     if to_give:
         _warn_of_heads({name: class_of(heads[name]).__name__ for name in to_give})
-    install(model, spec, describe(example_input), heads, **start)
+    install(model, spec, describe(example_input), heads, dtype=dtype, **start)
     return model
 
 
@@ -174,7 +189,8 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
         model: An injected model.
         name: The set to remove; None removes all.
         keep_head: Keeps the trained head (the removed set's, or the active set's if all are
-            removed) in the model. Only if no set remains.
+            removed) in the model, converted to the dtypes of the modules that it replaces. Only if
+            no set remains.
 
     Returns:
         The same model.
@@ -210,6 +226,7 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
     for path, module in head.items():
         for key, parameter in module.named_parameters(prefix=path):
             parameter.requires_grad_(ledger.requires_grad.get(key, True))
+        convert(module, find_module(inner, path))
         take_place(inner, path, module)
     return model
 
@@ -334,6 +351,17 @@ def adapters_for(model: ModelT, names: Iterable[str | None]) -> Iterator[ModelT]
     inner, mixture = unwrap(model), Mixture(listed)
     with mixed(inner, ledger, mixture), lone_samples_refused(inner, ledger, mixture):
         yield model
+
+
+def _check_dtype(dtype: object) -> None:
+    # Numbers of 8 bits have no arithmetic.
+    if dtype is not None and not (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+    ):
+        raise InjectionError(
+            f"dtype={dtype!r} is not a dtype that a set can be trained in: give torch.float32, "
+            "torch.float64, torch.bfloat16, torch.float16, or None for the backbone's."
+        )
 
 
 def _warn_of_heads(classes: Mapping[str, str]) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
-from resadapt.adapters.family import apply
 from resadapt.base.errors import InjectionError
 from resadapt.base.spec import SiteSpec
 from resadapt.injection.mixture import Mixture
+from resadapt.injection.own_dtype import apply
 from resadapt.injection.recomputation import Choice, as_in_forward, thawed
 
 __all__ = ["SLOT", "AdapterSlot"]

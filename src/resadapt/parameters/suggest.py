@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resadapt.adapters.family import apply, takes
+from resadapt.adapters.family import takes
 from resadapt.base.errors import AdapterError
 from resadapt.base.inputs import map_tensors
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.undisturbed import dry_run
 from resadapt.injection.building import buildable, family_named, json_options, meta_adapter
+from resadapt.injection.own_dtype import apply
 from resadapt.injection.select import select_sites
 from resadapt.injection.switching import on_backbone
 from resadapt.injection.walk import find_module, unwrap

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from resadapt.injection.installation import install
 from resadapt.injection.ledger import adapter_of, ledger_of
 from resadapt.injection.private import private_module
 from resadapt.injection.walk import backbone_tensors, unwrap
-from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict
+from resadapt.proof.state import adapter_state_dict, convert_set, load_adapter_state_dict
 
 __all__ = ["combine_adapters"]
 
@@ -123,11 +124,17 @@ def combine_adapters(
     def fill() -> None:
         if changes:
             total.update(_summed_changes(inner, spec, terms))
-        state = {key: tensor.to(saved[0][key].dtype) for key, tensor in total.items()}
+        dtypes = {
+            key: reduce(torch.promote_types, (tensors[key].dtype for tensors in saved))
+            for key in saved[0]
+        }
+        state = {key: tensor.to(dtypes[key]) for key, tensor in total.items()}
+        convert_set(inner, ledger.sets[name], state)
         load_adapter_state_dict(model, state, name)
 
     with torch.random.fork_rng(devices=[]):  # the adapters' initial values are overwritten
-        install(inner, spec, ledger.sets[specs[0].name].example, heads, fill=fill)
+        example = ledger.sets[specs[0].name].example
+        install(inner, spec, example, heads, fill=fill, dtype=torch.float32)
     return model
 
 

@@ -18,7 +18,7 @@ from resadapt.injection.sets import remove_adapters
 from resadapt.injection.switching import activated
 from resadapt.proof.probe import ProbeRun, same
 from resadapt.proof.report import Check, failure_of, report_of
-from resadapt.proof.state import adapter_state_dict, live_tensors, load_adapter_state_dict
+from resadapt.proof.state import adapter_state_dict, convert_set, load_adapter_state_dict
 
 __all__ = ["Evidence", "Metric", "collect", "measure", "sets_kept"]
 
@@ -213,9 +213,7 @@ def _restore_sets(
         try:
             if same(tensors, adapter_state_dict(model, name)):
                 continue
-            for key, tensor in live_tensors(model, adapter_set).items():
-                if tensor.dtype != tensors[key].dtype:
-                    tensor.data = tensor.data.to(tensors[key].dtype)
+            convert_set(model, adapter_set, tensors)
             load_adapter_state_dict(model, tensors, name)
             changed.append(f"{name!r} was changed, and is restored")
         except AdapterError as error:

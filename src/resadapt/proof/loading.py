@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,15 +22,22 @@ from resadapt.base.errors import (
 )
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.spec import build_from, form_of, is_buildable, within
+from resadapt.base.tensors import dtype_name
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.injection.building import meta_adapter, saved_shapes
 from resadapt.injection.installation import check_model, install
-from resadapt.injection.ledger import backbone_differences, find_ledger
+from resadapt.injection.ledger import backbone_differences, find_ledger, ledger_of
 from resadapt.injection.select import called_modules, select_head
 from resadapt.injection.switching import on_backbone, switch
 from resadapt.injection.walk import backbone_modules, backbone_tensors, unwrap
 from resadapt.proof.drift import conversion
-from resadapt.proof.state import fitting, live_tensors, load_adapter_state_dict, tensors_to_save
+from resadapt.proof.state import (
+    convert_set,
+    fitting,
+    live_tensors,
+    load_adapter_state_dict,
+    tensors_to_save,
+)
 
 __all__ = ["fingerprint_of", "in_called_modules", "load_adapters", "load_file_content"]
 
@@ -152,7 +158,8 @@ def load_file_content(
     }
     ledger = find_ledger(model)
     if ledger is None or name not in ledger.sets:
-        _inject_from_file(model, info, state, name, today, {} if head is None else head)
+        widened = not same and _has_other_dtypes(model, info.backbone)
+        _inject_from_file(model, info, state, name, today, {} if head is None else head, widened)
         return
     if differing := info.set.differences(ledger.sets[name].spec):
         raise AdapterKeyError(
@@ -164,6 +171,14 @@ def load_file_content(
     fitting(live, state, name)  # before anything changes
     switch(model, ledger, name)
     load_adapter_state_dict(model, state, name)
+
+
+def _has_other_dtypes(model: nn.Module, backbone: Fingerprint) -> bool:
+    """Tells whether a backbone was converted to another dtype than that of a fingerprint."""
+    return any(
+        path in backbone.tensors and dtype_name(tensor) != backbone.tensors[path].dtype
+        for path, tensor in backbone_tensors(model)
+    )
 
 
 def in_called_modules(model: nn.Module, info: AdapterInfo) -> AdapterInfo:
@@ -194,8 +209,16 @@ def _inject_from_file(
     name: str,
     fingerprint: Fingerprint | None,
     head: Mapping[str, nn.Module],
+    widened: bool,
 ) -> None:
     spec = replace(info.set, name=name)
+
+    def fill() -> None:
+        # The set has the file's dtypes, whatever the backbone's: it may have been converted by
+        # hand. Only in a backbone that was converted since, it stays as wide as the backbone.
+        convert_set(model, ledger_of(model).sets[name], state, widen=widened)
+        load_adapter_state_dict(model, state, name)
+
     try:
         with torch.random.fork_rng(devices=[]):  # initial values are overwritten at once
             with on_backbone(model):
@@ -207,7 +230,8 @@ def _inject_from_file(
                 info.example,
                 heads,
                 fingerprint,
-                partial(load_adapter_state_dict, model, state, name),
+                fill,
+                torch.float32,
             )
     except InjectionError as error:
         raise AdapterFileError(
@@ -253,7 +277,8 @@ def _heads(
         blueprint, source = spec.blueprints.get(name), given.get(name, modules[name])
         found = form_of(source)
         if name in given or found == blueprint or not is_buildable(blueprint):
-            fitting(tensors_to_save(backbone_modules(source, name), spec), stored, spec.name)
+            form = tensors_to_save(backbone_modules(source, name), spec)
+            fitting(form, stored, spec.name, converted=True)
             if blueprint not in (None, found):
                 raise AdapterKeyError(
                     f"{info.path}: the head {name!r} is {_form(blueprint)}, but the "

@@ -21,13 +21,15 @@ from resadapt.base.tensors import (
     same_bits,
 )
 from resadapt.injection.building import saved_tensors
-from resadapt.injection.ledger import AdapterSet, adapter_of, ledger_of
+from resadapt.injection.ledger import AdapterSet, adapter_of, ledger_of, set_modules
+from resadapt.injection.own_dtype import dtype_of, promoted
 from resadapt.injection.private import private_modules
 from resadapt.injection.slots import SLOT
-from resadapt.injection.walk import persistent_tensors, reshard, unwrap
+from resadapt.injection.walk import backbone_tensors, persistent_tensors, reshard, unwrap
 
 __all__ = [
     "adapter_state_dict",
+    "convert_set",
     "fitting",
     "live_tensors",
     "load_adapter_state_dict",
@@ -172,9 +174,15 @@ def tensors_to_save(modules: Iterable[tuple[str, nn.Module]], spec: SetSpec) -> 
 
 
 def fitting(
-    live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str
+    live: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str, *, converted: bool = False
 ) -> dict[str, Tensor]:
     """Returns copies of the given tensors in the form of the live tensors.
+
+    Args:
+        live: The tensors of a set.
+        given: Tensors for them.
+        name: The set, for messages.
+        converted: Whether the live tensors get the dtypes of the given tensors before.
 
     Raises:
         AdapterKeyError: Tensors do not fit; the message lists all problems.
@@ -200,8 +208,9 @@ def fitting(
         elif value.layout is not torch.strided or value.is_meta or value.is_quantized:
             problems[key] = "is sparse, quantized or on the meta device: give a dense tensor"
         else:
-            ready[key] = value.detach().to(tensor.device, tensor.dtype, copy=True)
-            if value.dtype != tensor.dtype and not torch.equal(
+            dtype = value.dtype if converted and _are_floating(value, tensor) else tensor.dtype
+            ready[key] = value.detach().to(tensor.device, dtype, copy=True)
+            if value.dtype != dtype and not torch.equal(
                 ready[key].to(value.device, value.dtype), value
             ):
                 problems[key] = (
@@ -222,10 +231,43 @@ def fitting(
         )
         if set(problems.values()) == {"is unexpected"}:
             mend += " If a tool added them to a module, as thop adds total_ops, delete them there."
+        if all("would lose precision" in problem for problem in problems.values()):
+            mend = (
+                "Convert the set's modules or the given tensors first. A set that load_adapters "
+                f"adds has the dtypes of the file: call remove_adapters(model, {name!r}), or load "
+                "under another name=."
+            )
         raise AdapterKeyError(
             f"The tensors do not fit the set {name!r}: {quote_reasons(problems)}. {mend}"
         )
     return ready
+
+
+def convert_set(
+    model: nn.Module, adapter_set: AdapterSet, like: Mapping[str, Tensor], *, widen: bool = False
+) -> None:
+    """Converts a set's floating-point tensors to the dtypes of other tensors, in place.
+
+    Args:
+        model: The model.
+        adapter_set: The set.
+        like: Tensors with the wanted dtypes, by name in a file.
+        widen: Whether a tensor stays in a wider dtype than the wanted one.
+    """
+    live = live_tensors(model, adapter_set)
+    for key, tensor in live.items():
+        if key in like and _are_floating(like[key], tensor):
+            dtype = like[key].dtype
+            tensor.data = tensor.data.to(promoted(dtype, tensor.dtype) if widen else dtype)
+    saved = {id(tensor) for tensor in live.values()}
+    for _, module in set_modules(model, adapter_set.spec):
+        for _, tensor in backbone_tensors(module):
+            if id(tensor) not in saved and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype_of(module))
+
+
+def _are_floating(*tensors: Tensor) -> bool:
+    return all(tensor.is_floating_point() for tensor in tensors)
 
 
 def _distributed_as(live: Tensor, value: Tensor) -> Tensor:
