@@ -23,6 +23,7 @@ from resadapt.injection.walk import (
     behind_wrappers,
     find_module,
     find_slot,
+    ids_of_parts,
 )
 
 __all__ = [
@@ -316,8 +317,7 @@ def _convert(copied: nn.Module, place: nn.Module) -> None:
 
 
 def _check_independent(name: str, source: nn.Module, other: nn.Module) -> None:
-    parts = {id(part) for part in (*source.modules(), *source.parameters(), *source.buffers())}
-    if any(id(part) in parts for part in (*other.modules(), *other.parameters(), *other.buffers())):
+    if ids_of_parts(source) & ids_of_parts(other):
         raise InjectionError(
             f"Module {name!r} cannot be copied: its __deepcopy__ returns a module that shares "
             "modules or tensors with the original."

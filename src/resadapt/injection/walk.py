@@ -16,6 +16,7 @@ from resadapt.base.tensors import is_sharded
 from resadapt.injection.slots import SLOT, AdapterSlot
 
 __all__ = [
+    "all_tensors",
     "are_sharded",
     "backbone_modules",
     "backbone_tensors",
@@ -24,6 +25,7 @@ __all__ = [
     "check_ranks",
     "find_module",
     "find_slot",
+    "ids_of_parts",
     "is_leaf",
     "named_tensors",
     "on_one_rank",
@@ -69,11 +71,26 @@ def backbone_tensors(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
         yield from named_tensors(module, name)
 
 
+def all_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yields the parameters and buffers of a model, with those of all sets."""
+    for module in nn.Module.modules(model):
+        yield from (tensor for _, tensor in named_tensors(module))
+
+
 def named_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yields the parameters and buffers of one module, without its children."""
     for key, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield f"{prefix}.{key}" if prefix else key, tensor
+
+
+def ids_of_parts(model: nn.Module) -> set[int]:
+    """Returns the ids of the backbone's modules, parameters and buffers."""
+    return {
+        id(part)
+        for _, module in backbone_modules(model)
+        for part in (module, *dict(named_tensors(module)).values())
+    }
 
 
 def persistent_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -161,11 +178,7 @@ def sharded_tensors(model: nn.Module) -> list[Tensor]:
     if "torch.distributed.tensor" not in sys.modules:  # not imported: nothing can be sharded
         return []
     reshard(model)
-    return [
-        tensor
-        for tensor in (*nn.Module.parameters(model), *nn.Module.buffers(model))
-        if is_sharded(tensor)
-    ]
+    return [tensor for tensor in all_tensors(model) if is_sharded(tensor)]
 
 
 def are_sharded(modules: Iterable[nn.Module]) -> bool:
