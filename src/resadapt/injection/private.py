@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from resadapt.base.errors import InjectionError
 from resadapt.base.overlay import Mixin, class_of, mixin_of, put_class
 from resadapt.base.spec import SetSpec
-from resadapt.injection.slots import SLOT, AdapterSlot
+from resadapt.injection.slots import SLOT, AdapterSlot, Part
 from resadapt.injection.walk import (
     backbone_modules,
     backbone_tensors,
@@ -69,12 +69,14 @@ class Routed(Mixin):
         place: str = self._resadapt_place  # type: ignore[attr-defined]
         stock = super().forward  # type: ignore[misc]
 
-        def run(name: str | None, values: Any) -> Any:
+        def run(part: Part, values: Any) -> Any:
             rows, keywords = values
-            return slot.private(name, place, stock)(*rows, **keywords)
+            return (part.private if part.place == place else stock)(*rows, **keywords)  # type: ignore[misc]
 
-        routed = {name for name in slot.routes if slot.routes[name] == place}
-        return slot.run(slot.choice(), place, routed, run, (args, kwargs))
+        def changes(name: str | None) -> bool:
+            return slot.routes.get(name) == place  # type: ignore[arg-type]
+
+        return slot.run(slot.choice(), place, changes, run, (args, kwargs))
 
 
 def route(module: nn.Module, place: str) -> tuple[nn.Module, str]:
