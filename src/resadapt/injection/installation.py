@@ -44,7 +44,7 @@ from resadapt.injection.ledger import (
 from resadapt.injection.private import HOOKS, computing_hooks, private_copies, route, unroute
 from resadapt.injection.select import owner_of
 from resadapt.injection.slots import AdapterSlot
-from resadapt.injection.switching import activate, on_backbone, train
+from resadapt.injection.switching import activate, check_switchable, on_backbone, train
 from resadapt.injection.walk import (
     are_sharded,
     backbone_modules,
@@ -124,6 +124,7 @@ def install(
         _check_untouched(model)
     else:
         _check_new(ledger, spec.name)
+        check_switchable(model, ledger)  # whatever set has lost a part
     with on_backbone(model):
         _check_set(model, spec)
         adapters = {site: build(model, spec, site, start) for site in spec.sites}
