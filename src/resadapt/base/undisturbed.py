@@ -65,7 +65,8 @@ class Snapshot:
     def restore(self) -> None:
         """Restores the recorded state."""
         for module, training in self._flags:
-            module.training = training
+            if module.training is not training:  # setting an attribute of a module is slow
+                module.training = training
         for module, before in self._buffers:
             _restore_buffers(module, before)
         for parameter, requires_grad, gradient, value in self._parameters:
@@ -107,7 +108,8 @@ def restored(model: nn.Module) -> Iterator[None]:
     with random_states_kept(snapshot.devices), torch.no_grad(), EAGERLY:
         try:
             for module in modules:  # not model.eval(), which may be overridden
-                module.training = False
+                if module.training:
+                    module.training = False
             yield
         finally:
             snapshot.restore()

@@ -225,8 +225,9 @@ def replaced_forwards(model: nn.Module) -> list[str]:
 
 def _shared_parts(live: nn.Module, other: nn.Module) -> list[str]:
     """Returns the names of a model's modules and tensors that the live model shares."""
-    live_ids = {id(part) for part in (*nn.Module.modules(live), *all_tensors(live))}
-    memory = {pointer for tensor in all_tensors(live) if (pointer := _memory(tensor))}
+    live_modules, live_tensors = list(nn.Module.modules(live)), list(all_tensors(live))
+    live_ids = {id(part) for part in (*live_modules, *live_tensors)}
+    memory = {pointer for tensor in live_tensors if (pointer := _memory(tensor))}
     modules = [name for name, module in nn.Module.named_modules(other) if id(module) in live_ids]
     named = (*nn.Module.named_parameters(other), *nn.Module.named_buffers(other))
     tensors = [
