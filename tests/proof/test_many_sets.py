@@ -47,7 +47,6 @@ def test_cost_of_a_set_does_not_grow_with_the_number_of_sets(tmp_path: Path) -> 
             "save": calls_in(lambda: resadapt.save_adapters(model, path)),
         }
     growth = {what: costs[17][what] / costs[2][what] for what in costs[2]}
-    # A walk over all modules is one of many steps of a save, which compares whole models; this
-    # network is so small that it counts.
-    limits = {"forward": 1.0, "switch": 1.0, "load": 1.3, "save": 1.6}
+    # A save and a load walk over all modules a few times, which counts in so small a network.
+    limits = {"forward": 1.0, "switch": 1.0, "load": 1.2, "save": 1.3}
     assert not {what: found for what, found in growth.items() if found > limits[what]}, growth

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resadapt.base.attributes import attributes_kept
 from resadapt.base.autocast import device_kinds, under_autocast
 from resadapt.base.inputs import map_tensors, named_in
-from resadapt.base.tensors import dense_parts, local_shard, same_bits
+from resadapt.base.tensors import all_modules, dense_parts, local_shard, same_bits
 
 __all__ = [
     "EAGERLY",
@@ -103,7 +103,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 
     Restored are training flags, buffers, `requires_grad`, gradients, and the random states.
     """
-    modules = list(nn.Module.modules(model))
+    modules = all_modules(model)
     snapshot = Snapshot(modules)
     with random_states_kept(snapshot.devices), torch.no_grad(), EAGERLY:
         try:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from resadapt.base.errors import AdapterError, InjectionError, quote_names
-from resadapt.base.tensors import is_sharded
+from resadapt.base.tensors import all_tensors, is_sharded
 from resadapt.injection.slots import SLOT, AdapterSlot
 
 __all__ = [
-    "all_tensors",
     "are_sharded",
     "backbone_modules",
     "backbone_tensors",
@@ -69,12 +68,6 @@ def backbone_tensors(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
     """Yields all parameters and buffers of the backbone, non-persistent buffers included."""
     for name, module in backbone_modules(model, prefix):
         yield from named_tensors(module, name)
-
-
-def all_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yields the parameters and buffers of a model, with those of all sets."""
-    for module in nn.Module.modules(model):
-        yield from (tensor for _, tensor in named_tensors(module))
 
 
 def named_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

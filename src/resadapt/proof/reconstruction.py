@@ -14,7 +14,7 @@ from resadapt.base.errors import AdapterError, quote_names
 from resadapt.base.module_record import other_state
 from resadapt.base.overlay import uncover
 from resadapt.base.spec import SetSpec, within
-from resadapt.base.tensors import is_dense, is_sharded
+from resadapt.base.tensors import all_modules, all_tensors, is_dense, is_sharded
 from resadapt.base.undisturbed import random_states_kept
 from resadapt.injection.installation import take_place, uninstall
 from resadapt.injection.ledger import find_ledger
@@ -22,7 +22,6 @@ from resadapt.injection.private import private_copies, private_module
 from resadapt.injection.select import heads_to_give
 from resadapt.injection.slots import AdapterSlot
 from resadapt.injection.walk import (
-    all_tensors,
     backbone_modules,
     backbone_tensors,
     find_slot,
@@ -225,8 +224,8 @@ def replaced_forwards(model: nn.Module) -> list[str]:
 
 def _shared_parts(live: nn.Module, other: nn.Module) -> list[str]:
     """Returns the names of a model's modules and tensors that the live model shares."""
-    live_modules, live_tensors = list(nn.Module.modules(live)), list(all_tensors(live))
-    live_ids = {id(part) for part in (*live_modules, *live_tensors)}
+    live_tensors = all_tensors(live)
+    live_ids = {id(part) for part in (*all_modules(live), *live_tensors)}
     memory = {pointer for tensor in live_tensors if (pointer := _memory(tensor))}
     modules = [name for name, module in nn.Module.named_modules(other) if id(module) in live_ids]
     named = (*nn.Module.named_parameters(other), *nn.Module.named_buffers(other))
