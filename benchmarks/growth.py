@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 from torchvision import models
 from ways import CLASSES, FULL, OPTIMIZED, PLAIN, WAYS
 
-from resadapt import inject_adapters, save_adapters, set_active_adapters
+from resadapt import (
+    inject_adapters,
+    load_adapters,
+    remove_adapters,
+    save_adapters,
+    set_active_adapters,
+)
 
 DEPTHS = (18, 34, 50, 101, 152)
 BATCHES = (1, 4, 16, 64, 256)
@@ -64,30 +71,40 @@ def with_batch(batches: Iterable[int], size: int) -> dict[str, dict[str, float]]
 
 
 def with_sets(counts: Sequence[int], size: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of a forward pass, a switch, one more injection and a save.
+    """Seconds of a switch, a forward pass, saving one set, and loading one more.
 
     With them come the bytes of all parameters.
     """
-    model, images = resnet(18), torch.randn(1, 3, size, size)
-    found: dict[str, dict[str, float]] = {}
-    for number in range(max(counts)):
-        inject_adapters(model, bottleneck=64, head="fc", name=f"set{number}")
-        if number + 1 not in counts:
-            continue
-        count = number + 1
-        names = iter([f"set{turn % count}" for turn in range(2, 2 + rounds + 1)])
-        switches: dict[str, Callable[[], object]] = {
-            "switch": lambda names=names: set_active_adapters(model, next(names)),  # type: ignore[misc]
-            "forward": partial(forward, model.eval(), images),
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            seconds = timed(
-                switches
-                | {"save": partial(save_adapters, model, Path(folder) / "set.pt", name="set0")},
-                rounds,
-            )
-        found[str(count)] = seconds | {"bytes": sum(p.nbytes for p in model.parameters())}
-    return found
+    images = torch.randn(1, 3, size, size)
+    models = {count: resnet(18) for count in counts}
+    ways: dict[tuple[int, str], Callable[[], object]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count, model in models.items():
+            for number in range(count):
+                inject_adapters(model, bottleneck=64, head="fc", name=f"set{number}")
+            path = Path(folder) / f"{count}.pt"
+            names = cycle(f"set{number}" for number in reversed(range(count)))
+            ways |= {
+                (count, "switch"): lambda model=model, names=names: set_active_adapters(  # type: ignore[misc]
+                    model, next(names)
+                ),
+                (count, "forward"): partial(forward, model.eval(), images),
+                (count, "save"): partial(save_adapters, model, path, name="set0"),
+                (count, "load"): partial(load_adapters, model, path, name="loaded"),
+                (count, "back"): partial(_back, model),
+            }
+        seconds = timed(ways, rounds)
+    return {
+        str(count): {what: seconds[count, what] for what in ("switch", "forward", "save", "load")}
+        | {"bytes": sum(p.nbytes for p in model.parameters())}
+        for count, model in models.items()
+    }
+
+
+def _back(model: nn.Module) -> None:
+    """Removes the loaded set."""
+    set_active_adapters(model, "set0")
+    remove_adapters(model, "loaded")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -118,9 +135,9 @@ def table(result: dict[str, Any]) -> str:
         ([name, *mib(row, *ways)] for name, row in result["batch"].items()),
     )
     sets = markdown(
-        ("sets", "switch", "forward", "save and prove one", "model in memory"),
+        ("sets", "switch", "forward", "save and prove one", "load one more", "model in memory"),
         (
-            [name, *milliseconds(row, "switch", "forward", "save"), *mib(row, "bytes")]
+            [name, *milliseconds(row, "switch", "forward", "save", "load"), *mib(row, "bytes")]
             for name, row in result["sets"].items()
         ),
     )

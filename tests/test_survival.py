@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import backbone_bytes, images, private, small_resnet, train
+from support import backbone_bytes, images, private, scramble, small_net, small_resnet, train
 from torch import Tensor, nn, optim
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -282,6 +283,35 @@ def test_sets_of_every_form_switch_in_a_compiled_model(training: bool) -> None:
         for ours, expected in zip(compiled(images(7)), eager(images(7)), strict=True):
             torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(model.state_dict(), eager.state_dict())
+
+
+def test_sets_of_one_form_share_a_compiled_graph() -> None:
+    if not torch._dynamo.config.inline_inbuilt_nn_modules:
+        pytest.skip("before torch 2.5 a graph contains the modules that it was compiled with")
+    torch._dynamo.reset()
+    model, counter = small_net().eval(), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    names = [f"set{number}" for number in range(10)]  # torch compiles 8 graphs of one function
+
+    def follow(name: str, graphs: int) -> None:
+        resadapt.set_active_adapters(compiled, name)
+        torch.testing.assert_close(compiled(X), copy.deepcopy(model)(X))
+        assert counter.frame_count == graphs
+
+    for name in names:  # also while sets are added
+        resadapt.inject_adapters(model, "c2", 2, name=name, head="head", norm="affine+stats")
+        scramble(model.get_submodule(f"c2.resadapt.{name}"))
+        scramble(model.get_submodule(f"head.resadapt.{name}@head"))
+        follow(name, graphs=1)
+    for name in names:
+        follow(name, graphs=1)
+    # As tools replace modules; these have no hook, so the graph is another one.
+    model.head.resadapt.add_module(f"{name}@head", nn.Linear(4, 2))
+    follow(name, graphs=2)
+    setattr(model.head.resadapt, f"{name}@head", nn.Linear(4, 2))
+    follow(name, graphs=2)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.head.resadapt.current.private is private(twin, "head", name)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

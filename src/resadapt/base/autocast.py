@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resadapt.base.errors import AdapterError
+from resadapt.base.tensors import all_tensors
 
 __all__ = ["AUTOCAST_DTYPES", "check_autocast", "device_kinds", "overwrite", "under_autocast"]
 
@@ -18,7 +19,8 @@ AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def device_kinds(model: nn.Module) -> set[str]:
     """Returns the types of a model's devices, such as ``"cuda"``; meta tensors do not run."""
-    kinds = {parameter.device.type for parameter in nn.Module.parameters(model)} or {"cpu"}
+    tensors = all_tensors(model)
+    kinds = {each.device.type for each in tensors if isinstance(each, nn.Parameter)} or {"cpu"}
     return kinds - {"meta"}
 
 

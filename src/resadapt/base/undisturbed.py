@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resadapt.base.attributes import attributes_kept
 from resadapt.base.autocast import device_kinds, under_autocast
 from resadapt.base.inputs import map_tensors, named_in
-from resadapt.base.tensors import dense_parts, local_shard, same_bits
+from resadapt.base.tensors import all_modules, dense_parts, local_shard, same_bits
 
 __all__ = [
     "EAGERLY",
@@ -38,30 +38,35 @@ class Snapshot:
     """Training flags, buffers, `requires_grad` and gradients of a model at one moment.
 
     Args:
-        model: The model.
+        modules: The model's modules, or those that may change.
         values: Whether the values of buffers and gradients are copied too, and not only references
             to the tensors.
     """
 
-    def __init__(self, model: nn.Module, values: bool = True) -> None:
+    def __init__(self, modules: Iterable[nn.Module], values: bool = True) -> None:
         def copied(tensor: Tensor | None) -> Tensor | None:
             return tensor.clone() if values and tensor is not None else None
 
-        modules = list(nn.Module.modules(model))
         self._flags = [(module, module.training) for module in modules]
+        modules = [module for module, _ in self._flags]
         self._buffers = [
             (module, {key: (b, copied(b)) for key, b in module._buffers.items()})
             for module in modules
         ]
+        parameters = {
+            id(p): p for each in modules for p in each._parameters.values() if p is not None
+        }
         self._parameters = [
-            (p, p.requires_grad, p.grad, copied(p.grad)) for p in nn.Module.parameters(model)
+            (p, p.requires_grad, p.grad, copied(p.grad)) for p in parameters.values()
         ]
+        self.devices = {parameter.device for parameter in parameters.values()}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Restores the recorded state."""
         for module, training in self._flags:
-            module.training = training
+            if module.training is not training:  # setting an attribute of a module is slow
+                module.training = training
         for module, before in self._buffers:
             _restore_buffers(module, before)
         for parameter, requires_grad, gradient, value in self._parameters:
@@ -98,12 +103,13 @@ def restored(model: nn.Module) -> Iterator[None]:
 
     Restored are training flags, buffers, `requires_grad`, gradients, and the random states.
     """
-    devices = {parameter.device for parameter in nn.Module.parameters(model)}
-    snapshot = Snapshot(model)
-    with random_states_kept(devices), torch.no_grad(), EAGERLY:
+    modules = all_modules(model)
+    snapshot = Snapshot(modules)
+    with random_states_kept(snapshot.devices), torch.no_grad(), EAGERLY:
         try:
-            for module in nn.Module.modules(model):  # not model.eval(), which may be overridden
-                module.training = False
+            for module in modules:  # not model.eval(), which may be overridden
+                if module.training:
+                    module.training = False
             yield
         finally:
             snapshot.restore()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from resadapt.injection.walk import (
     backbone_modules,
     backbone_tensors,
     find_module,
+    ids_of_parts,
     persistent_tensors,
 )
 
@@ -239,22 +240,12 @@ def _check_adapter(adapter: Adapter, spec: SetSpec, owner: nn.Module) -> None:
                 f"family {spec.family!r}: elements of {path!r} share memory, as after expand. "
                 "Clone the tensor."
             )
-    owner_parts, adapter_parts = (
-        {id(part) for method in _PARTS for part in method(module)} for module in (owner, adapter)
-    )
-    if owner_parts & adapter_parts:
+    if ids_of_parts(owner) & ids_of_parts(adapter):
         raise InjectionError(
             f"family {spec.family!r} stores a module or tensor of its site, which would be saved "
             "and trained with the adapter. The constructor may read site.module but must not store "
             "it; forward gets the weight with reads = 'weight'."
         )
-
-
-_PARTS: tuple[Callable[[nn.Module], Iterator[object]], ...] = (
-    nn.Module.modules,
-    nn.Module.parameters,
-    nn.Module.buffers,
-)
 
 
 def _new(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, Any]) -> Adapter:
@@ -266,7 +257,7 @@ def _new(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str, An
         | {name: value for name, value in sizes.items() if takes(family, name)}
     )
     module = find_module(model, site.name)
-    with stock_classes(nn.Module.modules(module)):
+    with stock_classes(each for _, each in backbone_modules(module)):
         return family(Site(site.channels, site.spatial_dims, site.channel_dim, module), **arguments)
 
 

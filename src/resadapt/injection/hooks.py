@@ -40,9 +40,11 @@ def apply_adapter(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of a site's owner: replaces the output by the active adapter's result."""
     slot: AdapterSlot = module._modules[SLOT]  # type: ignore[assignment]
     choice = slot.choice()
-    if choice.active in slot.sites or choice.mixture is not None:
+    if not torch.compiler.is_compiling() and (
+        choice.active in slot.sites or choice.mixture is not None
+    ):
         note_run(slot)
-        if choice.mixture is None and not torch.compiler.is_compiling():
+        if choice.mixture is None:
             check_rules(module, slot, later_hooks(module))
     return slot.adapt(choice, module, args, output)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,18 +33,25 @@ from resadapt.injection.hooks import (
     watch,
     watch_private,
 )
-from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, find_ledger, set_tensors
+from resadapt.injection.ledger import (
+    LEDGER,
+    AdapterSet,
+    Ledger,
+    find_ledger,
+    set_modules,
+    set_tensors,
+)
 from resadapt.injection.private import HOOKS, computing_hooks, private_copies, route, unroute
 from resadapt.injection.select import owner_of
 from resadapt.injection.slots import AdapterSlot
-from resadapt.injection.switching import activate, on_backbone, train
+from resadapt.injection.switching import activate, check_switchable, on_backbone, train
 from resadapt.injection.walk import (
+    are_sharded,
     backbone_modules,
     backbone_tensors,
     behind_wrappers,
     find_module,
     find_slot,
-    sharded_tensors,
     slots_of,
     unwrap,
 )
@@ -70,7 +77,7 @@ def check_model(model: nn.Module) -> None:
                 "cannot be frozen or hooked. Inject into the Python model before scripting; "
                 "resadapt.inference_copy(model) returns a model that can be scripted."
             )
-    if sharded_tensors(model):
+    if are_sharded(module for _, module in backbone_modules(model)):
         raise InjectionError(
             "The model is sharded already, and gradients of adapters injected now would not be "
             "averaged. Inject first, then call fully_shard."
@@ -119,6 +126,7 @@ def install(
         _check_untouched(model)
     else:
         _check_new(ledger, spec.name)
+        check_switchable(model, ledger)  # whatever set has lost a part
     with on_backbone(model):
         _check_set(model, spec)
         adapters = {site: build(model, spec, site, start, dtype) for site in spec.sites}
@@ -140,7 +148,7 @@ def install(
             },
             training={path: module.training for path, module in backbone_modules(model)},
         )
-    before, snapshot = ledger.active, Snapshot(model, values=False)
+    before, snapshot = ledger.active, Snapshot(_may_change(model, ledger), values=False)
     try:
         model.__dict__[LEDGER] = ledger
         ledger.sets[spec.name] = AdapterSet(spec, example, shapes)
@@ -158,11 +166,19 @@ def install(
         }
         ledger.frozen = frozen_modules(model)
     except BaseException:
-        uninstall(model, ledger, spec.name)
+        uninstall(model, ledger, [spec.name])
         if ledger.sets:
             activate(model, ledger, before)
         snapshot.restore()
         raise
+
+
+def _may_change(model: nn.Module, ledger: Ledger) -> Iterator[nn.Module]:
+    """Yields the modules that an injection may change: the backbone, and the trained sets."""
+    yield from (module for _, module in backbone_modules(model))
+    for name in ledger.trained:
+        for _, module in set_modules(model, ledger.sets[name].spec):
+            yield from module.modules()
 
 
 def _private_copies(
@@ -188,18 +204,21 @@ def _insert_private(model: nn.Module, spec: SetSpec, name: str, module: nn.Modul
     slot_of(holder).insert_private(spec.name, name, module)
 
 
-def uninstall(model: nn.Module, ledger: Ledger, name: str) -> None:
-    """Removes a set; after the last set, restores the model as it was before the first.
+def uninstall(model: nn.Module, ledger: Ledger, names: Iterable[str]) -> None:
+    """Removes sets; after the last set, restores the model as it was before the first.
 
     Does not check whether removal can succeed: call `check_switchable` first.
     """
-    if ledger.active == name:
+    names = {*names}
+    if ledger.active in names:
         activate(model, ledger, None)
-    ledger.sets.pop(name, None)
-    ledger.trained.discard(name)
+    for name in names:
+        ledger.sets.pop(name, None)
+    ledger.trained -= names
     for _, module in list(backbone_modules(model)):
         if slot := find_slot(module):
-            slot.remove(name)
+            for name in names:
+                slot.remove(name)
             if not slot.sites:
                 detach(module)
     used = {

@@ -15,7 +15,7 @@ from resadapt.base.spec import SiteSpec
 from resadapt.base.undisturbed import dry_run
 from resadapt.injection.channels import Outputs, Shape, declared
 from resadapt.injection.hooks import attach, detach
-from resadapt.injection.walk import backbone_modules, find_module, find_slot
+from resadapt.injection.walk import backbone_modules, backbone_tensors, find_module, find_slot
 from resadapt.injection.watch import check_may_repeat
 
 __all__ = ["measure_sites"]
@@ -85,7 +85,10 @@ def _unmeasured(name: str, module: nn.Module, shape: Shape | None, given: int | 
         raise InjectionError(
             f"channel_dim=-1 is wrong for site {name!r} ({kind}): its channels are in dimension 1."
         )
-    if any(parameter.is_complex() for parameter in module.parameters()):
+    if any(
+        tensor.is_complex() and isinstance(tensor, nn.Parameter)
+        for _, tensor in backbone_tensors(module)
+    ):
         raise InjectionError(
             f"Site {name!r} has complex parameters, but an adapter needs a real floating-point "
             "output."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class Mixture:
     def run(
         self,
         place: str,
-        sets: Collection[str],
+        changes: Callable[[str | None], bool],
         function: Callable[[str | None, Any], Any],
         values: Any,
     ) -> Any:
@@ -43,7 +43,7 @@ class Mixture:
 
         Args:
             place: Name of the module, for messages.
-            sets: The sets that have an adapter or private module there.
+            changes: Tells whether a set has an adapter or private module there.
             function: Called with a set's name (None for all other sets) and that set's rows.
             values: Tensors with the whole batch in dimension 0, in tuples and dicts.
 
@@ -56,7 +56,7 @@ class Mixture:
         """
         rows: dict[str | None, list[int]] = {}
         for row, name in enumerate(self.names):
-            rows.setdefault(name if name in sets else None, []).append(row)
+            rows.setdefault(name if changes(name) else None, []).append(row)
         map_tensors(values, lambda tensor: self._checked(place, tensor))
         if len(rows) == 1:
             return function(next(iter(rows)), values)
@@ -95,12 +95,12 @@ class OneOfMany(Mixture):
     def run(
         self,
         place: str,
-        sets: Collection[str],
+        changes: Callable[[str | None], bool],
         function: Callable[[str | None, Any], Any],
         values: Any,
     ) -> Any:
         """Calls a function once, with the current set, or None if it changes nothing there."""
-        return function(self.name if self.name in sets else None, values)
+        return function(self.name if changes(self.name) else None, values)
 
 
 class _PerSample(list[Tensor]):

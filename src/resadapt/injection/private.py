@@ -17,13 +17,14 @@ from resadapt.base.errors import InjectionError
 from resadapt.base.overlay import Mixin, class_of, mixin_of, put_class
 from resadapt.base.spec import SetSpec
 from resadapt.injection.own_dtype import dtype_of, in_own_dtype, promoted
-from resadapt.injection.slots import SLOT, AdapterSlot
+from resadapt.injection.slots import SLOT, AdapterSlot, Part
 from resadapt.injection.walk import (
     backbone_modules,
     backbone_tensors,
     behind_wrappers,
     find_module,
     find_slot,
+    ids_of_parts,
 )
 
 __all__ = [
@@ -70,18 +71,20 @@ class Routed(Mixin):
         place: str = self._resadapt_place  # type: ignore[attr-defined]
         stock = super().forward  # type: ignore[misc]
 
-        def run(name: str | None, values: Any) -> Any:
+        def run(part: Part, values: Any) -> Any:
             rows, keywords = values
-            private = slot.private(name, place)
-            if private is None:
+            private = part.private
+            if private is None or part.place != place:
                 return stock(*rows, **keywords)
             usual = dtype_of(self, without=SLOT)  # type: ignore[arg-type]
             if dtype_of(private) == usual:
                 return private(*rows, **keywords)
             return in_own_dtype(private, rows, keywords, usual)
 
-        routed = {name for name in slot.routes if slot.routes[name] == place}
-        return slot.run(slot.choice(), place, routed, run, (args, kwargs))
+        def changes(name: str | None) -> bool:
+            return slot.routes.get(name) == place  # type: ignore[arg-type]
+
+        return slot.run(slot.choice(), place, changes, run, (args, kwargs))
 
 
 def route(module: nn.Module, place: str) -> tuple[nn.Module, str]:
@@ -335,8 +338,7 @@ def convert(module: nn.Module, place: nn.Module, dtype: torch.dtype | None = Non
 
 
 def _check_independent(name: str, source: nn.Module, other: nn.Module) -> None:
-    parts = {id(part) for part in (*source.modules(), *source.parameters(), *source.buffers())}
-    if any(id(part) in parts for part in (*other.modules(), *other.parameters(), *other.buffers())):
+    if ids_of_parts(source) & ids_of_parts(other):
         raise InjectionError(
             f"Module {name!r} cannot be copied: its __deepcopy__ returns a module that shares "
             "modules or tensors with the original."

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.utils import checkpoint
 
 from resadapt.base.errors import InjectionError, quote_names
@@ -29,7 +28,7 @@ class Choice(NamedTuple):
     """What a slot runs.
 
     Args:
-        active: The set, if it has an adapter or private module in the slot.
+        active: The set, if it has an adapter or private module in the slot; "" in compiled code.
         mixture: The set of each sample in a mixed batch, else None.
         trainable: Names of the slot's parameters that got gradients in the forward that is
             recomputed.
@@ -39,10 +38,10 @@ class Choice(NamedTuple):
     mixture: Mixture | None
     trainable: frozenset[str] = frozenset()
 
-    def to_keep(self, slot: nn.Module) -> Choice:
+    def to_keep(self, slot: Any) -> Choice:
         """Returns the choice for recomputations; the names of a mixture change while it runs."""
         mixture = None if self.mixture is None else Mixture(self.mixture.names)
-        trainable = {name for name, each in slot.named_parameters() if each.requires_grad}
+        trainable = {name for name, each in slot.parameters_of(self) if each.requires_grad}
         return Choice(self.active, mixture, self.trainable | trainable)
 
     def matches(self, other: Choice) -> bool:
@@ -85,14 +84,14 @@ def as_in_forward(slot: Any, now: Choice) -> Choice:
 
 
 @contextmanager
-def thawed(slot: nn.Module, choice: Choice) -> Iterator[None]:
+def thawed(slot: Any, choice: Choice) -> Iterator[None]:
     """Runs the body with the same parameters trainable as in the forward that is recomputed.
 
     As without checkpointing, gradients of parameters that were frozen since are dropped.
     """
     frozen = [
         parameter
-        for name, parameter in slot.named_parameters()
+        for name, parameter in slot.parameters_of(choice)
         if name in choice.trainable and not parameter.requires_grad
     ]
     for parameter in frozen:

@@ -221,8 +221,7 @@ def remove_adapters(model: ModelT, name: str | None = None, *, keep_head: bool =
     if kept is not None:
         spec = ledger.sets[kept].spec
         head = {path: private_module(inner, spec, path) for path in spec.head}
-    for each in going:
-        uninstall(inner, ledger, each)
+    uninstall(inner, ledger, going)
     for path, module in head.items():
         for key, parameter in module.named_parameters(prefix=path):
             parameter.requires_grad_(ledger.requires_grad.get(key, True))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,27 @@ __all__ = ["SLOT", "AdapterSlot"]
 
 SLOT = "resadapt"
 """Name of the reserved child."""
+_CURRENT = ""
+"""Stands for the active set in compiled code.
+
+torch.compile compiles again for every value of a string that the code reads.
+"""
+
+
+class Part(NamedTuple):
+    """What a set has in a slot.
+
+    Args:
+        site: The site that the adapter adapts; None without an adapter.
+        adapter: The adapter.
+        place: The backbone's module that the private module replaces; None without one.
+        private: The private module.
+    """
+
+    site: SiteSpec | None = None
+    adapter: nn.Module | None = None
+    place: str | None = None
+    private: nn.Module | None = None
 
 
 class AdapterSlot(nn.Module):
@@ -36,6 +57,8 @@ class AdapterSlot(nn.Module):
         self.routes: dict[str, str] = {}
         """Sets with a private module in this slot, and the backbone modules it replaces."""
         self.active: str | None = None
+        self.current = Part()
+        """The active set's part, for compiled code: one path to the parts of all sets."""
         self.mixture: Mixture | None = None
         """The set of each sample, while a mixed batch runs."""
 
@@ -71,10 +94,47 @@ class AdapterSlot(nn.Module):
     def activate(self, name: str | None) -> None:
         """Activates a set, if the set has an adapter or private module in this slot."""
         self.active = name if name in self.sites or name in self.routes else None
+        self.current = self.part(self.active)
+
+    @override
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Adds or replaces a child; `current` follows."""
+        super().add_module(name, module)
+        self.activate(self.active)
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute, or replaces a child as many tools do; `current` follows."""
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.activate(self.active)
+
+    def part(self, name: str | None) -> Part:
+        """Returns what a set has in this slot."""
+        if name == _CURRENT:
+            return self.current
+        site, place = self.sites.get(name), self.routes.get(name)  # type: ignore[arg-type]
+        return Part(
+            site,
+            None if site is None else self._modules[name],  # type: ignore[index]
+            place,
+            None if place is None else self._modules[_key(name, place)],
+        )
 
     def private(self, name: str | None, place: str, default: Any = None) -> Any:
         """Returns the module that a set runs in place of a module of the backbone."""
-        return self._modules[_key(name, place)] if self.routes.get(name) == place else default  # type: ignore[arg-type]
+        part = self.part(name)
+        return part.private if part.place == place else default
+
+    def parameters_of(self, choice: Choice) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields the parameters of the chosen sets, by name in the slot."""
+        mixture = choice.mixture
+        for name in {choice.active} if mixture is None else {*mixture.names}:
+            part = self.part(name)
+            if part.adapter is not None:
+                yield from part.adapter.named_parameters(str(name))
+            if part.private is not None:
+                yield from part.private.named_parameters(_key(name, str(part.place)))
 
     @property
     def names(self) -> list[str]:
@@ -90,62 +150,48 @@ class AdapterSlot(nn.Module):
 
         Whatever depends on the active set asks this method.
         """
-        now = Choice(self.active, self.mixture)
         if torch.compiler.is_compiling():
-            return now
-        return as_in_forward(self, now)
+            return Choice(_CURRENT, self.mixture)
+        return as_in_forward(self, Choice(self.active, self.mixture))
 
     def run(
         self,
         choice: Choice,
         place: str,
-        sets: Collection[str],
-        function: Callable[[str | None, Any], Any],
+        changes: Callable[[str | None], bool],
+        function: Callable[[Part, Any], Any],
         values: Any,
     ) -> Any:
-        """Calls a function with the chosen set, or in a mixed batch once for each set.
+        """Calls a function with the chosen set's part, or in a mixed batch once for each set.
 
         Args:
             choice: What to run, from `choice`.
             place: Name of the module that runs, for messages.
-            sets: The sets that change the module; for others the function is called with None.
-            function: Called with a set's name and that set's rows of the values.
+            changes: Tells whether a set, by name, changes the module.
+            function: Called with a set's part and that set's rows of the values; with an empty part
+                for the sets that do not change the module.
             values: Tensors with the whole batch in dimension 0, in tuples and dicts.
         """
         with thawed(self, choice) if choice.trainable else nullcontext():
-            if choice.mixture is not None:
-                return choice.mixture.run(place, sets, function, values)
-            return function(choice.active if choice.active in sets else None, values)
+            if choice.mixture is None:
+                return function(self.part(choice.active), values)
+            return choice.mixture.run(
+                place, changes, lambda name, rows: function(self.part(name), rows), values
+            )
 
     def adapt(self, choice: Choice, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Returns the adapted output of a call of the slot's owner."""
-        if not self.sites:
+        part = self.part(choice.active)
+        site = part.site if choice.mixture is None else next(iter(self.sites.values()), None)
+        if site is None:
             return output
         return self.run(
             choice,
-            self.site().owner,
-            self.sites,
-            lambda name, values: self._adapted(name, owner, *values),
+            site.owner,
+            lambda name: name in self.sites,
+            lambda part, values: _adapted(part, owner, *values),
             (args, output),
         )
-
-    def _adapted(
-        self, name: str | None, owner: nn.Module, args: tuple[Any, ...], output: Any
-    ) -> Any:
-        if name not in self.sites:
-            return output
-        site, adapter = self.sites[name], self._modules[name]
-        if not isinstance(output, fx.Proxy):  # symbolic values have no type or shape to check
-            _check_output(output, site)
-        if not args and adapter.reads != "output":  # type: ignore[union-attr]
-            raise InjectionError(
-                f"Site {site.name!r} was called with keyword arguments only, but its adapter needs "
-                "the input. Pass the input as first positional argument."
-            )
-        adapted = apply(adapter, self.private(name, site.owner, owner), args, output)
-        if not isinstance(output, fx.Proxy):
-            _check_adapted(adapted, output, site)
-        return adapted
 
     @override
     def forward(self, *args: object) -> None:
@@ -163,6 +209,23 @@ def _key(name: str | None, place: str) -> str:
     An adapter's child name is the name of the set.
     """
     return f"{name}@{place.rpartition('.')[2]}"
+
+
+def _adapted(part: Part, owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    site, adapter = part.site, part.adapter
+    if site is None:
+        return output
+    if not isinstance(output, fx.Proxy):  # symbolic values have no type or shape to check
+        _check_output(output, site)
+    if not args and adapter.reads != "output":  # type: ignore[union-attr]
+        raise InjectionError(
+            f"Site {site.name!r} was called with keyword arguments only, but its adapter needs "
+            "the input. Pass the input as first positional argument."
+        )
+    adapted = apply(adapter, part.private if part.place == site.owner else owner, args, output)
+    if not isinstance(output, fx.Proxy):
+        _check_adapted(adapted, output, site)
+    return adapted
 
 
 def _check_adapted(adapted: object, output: Tensor, site: SiteSpec) -> None:

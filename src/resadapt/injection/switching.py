@@ -101,11 +101,9 @@ def on_backbone(model: nn.Module) -> Iterator[None]:
     The model may be injected or not.
 
     Raises:
-        InjectionError: As `check_switchable`, for all sets, since the body adds another set.
+        InjectionError: As `activate`.
     """
     ledger = find_ledger(model)
-    if ledger:
-        check_switchable(model, ledger)
     with (
         activated(model, ledger, None) if ledger else nullcontext(),
         stock_classes(m for _, m in backbone_modules(model)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from resadapt.base.errors import AdapterError, InjectionError, quote_names
-from resadapt.base.tensors import is_sharded
+from resadapt.base.tensors import all_tensors, is_sharded
 from resadapt.injection.slots import SLOT, AdapterSlot
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "check_ranks",
     "find_module",
     "find_slot",
+    "ids_of_parts",
     "is_leaf",
     "named_tensors",
     "on_one_rank",
@@ -74,6 +75,15 @@ def named_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Te
     for key, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield f"{prefix}.{key}" if prefix else key, tensor
+
+
+def ids_of_parts(model: nn.Module) -> set[int]:
+    """Returns the ids of the backbone's modules, parameters and buffers."""
+    return {
+        id(part)
+        for _, module in backbone_modules(model)
+        for part in (module, *dict(named_tensors(module)).values())
+    }
 
 
 def persistent_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -161,11 +171,7 @@ def sharded_tensors(model: nn.Module) -> list[Tensor]:
     if "torch.distributed.tensor" not in sys.modules:  # not imported: nothing can be sharded
         return []
     reshard(model)
-    return [
-        tensor
-        for tensor in (*nn.Module.parameters(model), *nn.Module.buffers(model))
-        if is_sharded(tensor)
-    ]
+    return [tensor for tensor in all_tensors(model) if is_sharded(tensor)]
 
 
 def are_sharded(modules: Iterable[nn.Module]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType
 
 import torch
@@ -14,14 +14,20 @@ from resadapt.base.errors import AdapterError, quote_names
 from resadapt.base.module_record import other_state
 from resadapt.base.overlay import uncover
 from resadapt.base.spec import SetSpec, within
-from resadapt.base.tensors import is_dense, is_sharded
+from resadapt.base.tensors import all_modules, all_tensors, is_dense, is_sharded
 from resadapt.base.undisturbed import random_states_kept
-from resadapt.injection.installation import take_place
+from resadapt.injection.installation import take_place, uninstall
 from resadapt.injection.ledger import find_ledger
 from resadapt.injection.private import private_copies, private_module
 from resadapt.injection.select import heads_to_give
-from resadapt.injection.sets import remove_adapters
-from resadapt.injection.walk import backbone_modules, backbone_tensors, find_slot, slots_of, unwrap
+from resadapt.injection.slots import AdapterSlot
+from resadapt.injection.walk import (
+    backbone_modules,
+    backbone_tensors,
+    find_slot,
+    slots_of,
+    unwrap,
+)
 from resadapt.proof.report import Check
 
 __all__ = ["Rebuild", "Reconstruction", "reconstruct", "replaced_forwards"]
@@ -168,20 +174,20 @@ def _copy_strides(model: nn.Module, like: Mapping[str, Tensor]) -> None:
 
 
 def _copied(live: nn.Module, spec: SetSpec | None) -> Reconstruction:
-    # The adapters are not copied, since the copy's sets are removed at once.
-    unused = dict.fromkeys(
-        (id(adapter) for slot in slots_of(live) for adapter in slot.children()), nn.Identity()
-    )
+    # The sets are not copied, since the copy's would be removed at once.
+    memo: dict[int, object] = {id(slot): AdapterSlot() for slot in slots_of(live)}
+    if ledger := find_ledger(live):
+        memo[id(ledger)] = replace(ledger, sets={}, active=None, trained=set())
     try:
-        model = copy.deepcopy(live, unused)
+        model = copy.deepcopy(live, memo)
         if shared := _shared_parts(live, model):
             detail = (
                 f"a copy.deepcopy of the live model shares {quote_names(shared)} with the model: "
                 "pass rebuild="
             )
             return Reconstruction(Check(_LINE, "failed", detail))
-        if find_ledger(model) is not None:
-            remove_adapters(model)
+        if copied := find_ledger(model):  # with sets, if the model's __deepcopy__ ignores the memo
+            uninstall(model, copied, list(copied.sets))
         heads = {} if spec is None else _given_heads(live, model, spec)
         for name, head in heads.items():
             take_place(model, name, head)
@@ -218,8 +224,9 @@ def replaced_forwards(model: nn.Module) -> list[str]:
 
 def _shared_parts(live: nn.Module, other: nn.Module) -> list[str]:
     """Returns the names of a model's modules and tensors that the live model shares."""
-    live_ids = {id(part) for part in (*nn.Module.modules(live), *_tensors(live))}
-    memory = {pointer for tensor in _tensors(live) if (pointer := _memory(tensor))}
+    live_tensors = all_tensors(live)
+    live_ids = {id(part) for part in (*all_modules(live), *live_tensors)}
+    memory = {pointer for tensor in live_tensors if (pointer := _memory(tensor))}
     modules = [name for name, module in nn.Module.named_modules(other) if id(module) in live_ids]
     named = (*nn.Module.named_parameters(other), *nn.Module.named_buffers(other))
     tensors = [
@@ -231,10 +238,6 @@ def _shared_parts(live: nn.Module, other: nn.Module) -> list[str]:
         for name in shared
         if not within(name, [other for other in modules if other != name])
     ]
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*nn.Module.parameters(model), *nn.Module.buffers(model)]
 
 
 def _memory(tensor: Tensor) -> int:
