@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Collection
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resadapt.base.errors import AdapterError, quote_reasons
-from resadapt.base.tensors import address
-from resadapt.deploy.same_outputs import check_outputs
+from resadapt.deploy.folded_weights import FoldedWeights
+from resadapt.deploy.same_outputs import check_outputs, reference_for
 from resadapt.deploy.stock_copy import stock_copy
 from resadapt.injection.ledger import ledger_of
-from resadapt.injection.walk import backbone_tensors, find_module
+from resadapt.injection.walk import backbone_tensors
 
 __all__ = ["fold_adapters"]
 
@@ -56,78 +51,19 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
         >>> folded.state_dict().keys() == resnet18().state_dict().keys()
         True
     """
-    adapter_set = ledger_of(model).chosen(name)
-    copied = stock_copy(model, adapter_set.spec.name)
-    site_at = {site.owner: site.name for site in adapter_set.spec.sites}
-    changes: dict[str, tuple[Tensor, Tensor | None]] = {}
-    refused = {}
-    uses = Counter(address(tensor) for _, tensor in backbone_tensors(copied.model))
-    for owner, adapter in copied.adapters.items():
-        module = find_module(copied.model, owner)
-        try:
-            _check_not_altered(module, copied.later_hooks[owner])
-            with torch.no_grad():
-                changes[owner] = adapter.double().folded(copy.deepcopy(module).double())
-            _check_shapes(module, changes[owner])
-            for key, value in zip(("weight", "bias"), changes[owner], strict=True):
-                if value is not None and uses[address(getattr(module, key))] > 1:
-                    raise ValueError(f"its {key} is shared with another module")
-        except Exception as error:  # custom families may raise anything
-            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            refused[site_at[owner]] = f"({type(module).__name__}): {reason}"
-    if refused:
+    spec = ledger_of(model).chosen(name).spec
+    copied = stock_copy(model, spec.name)
+    weights = FoldedWeights(copied.model)
+    if refused := weights.fold_adapters(copied):
+        site_at = {site.owner: site.name for site in spec.sites}
+        reasons = {site_at[owner]: reason for owner, reason in refused.items()}
         raise AdapterError(
-            f"Adapters of family {adapter_set.spec.family!r} cannot be folded at "
-            f"{quote_reasons(refused)}. resadapt.inference_copy(model) keeps the adapters as stock "
-            "modules, for any family."
+            f"Adapters of family {spec.family!r} cannot be folded at {quote_reasons(reasons)}. "
+            "resadapt.inference_copy(model) keeps the adapters as stock modules, for any family."
         )
-    for owner, (weight, bias) in changes.items():
-        module = find_module(copied.model, owner)
-        for key, value in (("weight", weight), ("bias", bias)):
-            if value is not None:
-                tensor = getattr(module, key)  # a parameter, or a buffer of FrozenBatchNorm2d
-                tensor.data = value.to(tensor.dtype)
+    weights.write()
     for path, tensor in backbone_tensors(copied.model):
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(copied.requires_grad.get(path, tensor.requires_grad))
-    check_outputs(model, adapter_set.spec.name, copied.model)
+    check_outputs(reference_for(model, spec.name), copied.model)
     return copied.model
-
-
-def _check_shapes(module: nn.Module, changed: object) -> None:
-    """Checks the result of `folded`, since custom families may return anything.
-
-    Raises:
-        ValueError: The result is not a tuple of weight and bias with the module's shapes.
-    """
-    current = [getattr(module, key, None) for key in ("weight", "bias")]
-    shapes = [None if tensor is None else tuple(tensor.shape) for tensor in current]
-    given = (
-        [tuple(part.shape) if isinstance(part, Tensor) else part for part in changed]
-        if isinstance(changed, tuple)
-        else changed
-    )
-    if (
-        not isinstance(given, list)
-        or len(given) != 2
-        or given[0] != shapes[0]
-        or given[1] not in (None, shapes[1])
-    ):
-        raise ValueError(
-            f"folded returned {given}, expected a weight and a bias of shapes {shapes}"
-        )
-
-
-def _check_not_altered(module: nn.Module, later: Collection[int]) -> None:
-    """Checks that the adapter reads the module's output as computed from weight and bias.
-
-    Raises:
-        ValueError: The module's forward was replaced, or a hook runs before the adapter.
-    """
-    if "forward" in module.__dict__:
-        raise ValueError("its forward was replaced on the instance, and may compute something else")
-    if set(module._forward_hooks) - set(later):
-        raise ValueError(
-            "it has forward hooks from before the injection, which may change the adapter's input: "
-            "remove them"
-        )
