@@ -6,7 +6,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,8 +87,8 @@ def estimate_training(
 ) -> TrainingEstimate:
     """Estimates the cost of a training step, compared with full fine-tuning, without running one.
 
-    The step runs on a copy of the model on the meta device, which takes almost no memory, and only
-    the time of the Python code.
+    The step runs on a copy of the model without values (meta or fake tensors), which takes almost
+    no memory, and only the time of the Python code.
 
     Args:
         model: An injected model, optimized or not.
@@ -127,16 +127,17 @@ def estimate_training(
         )
     _ = ledger_of(model).needed_set
     try:
-        with EAGERLY, ExitStack() as stack:
-            if autocast is None:
-                empty: Callable[[Tensor], Tensor] = partial(torch.empty_like, device="meta")
-            else:  # autocast casts no meta tensors, but fake ones, which are on the model's device
-                empty = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)).from_tensor
+        with EAGERLY:
+            # autocast casts no meta tensors, but fake ones, which have the model's device.
+            fake = None if autocast is None else FakeTensorMode(allow_non_fake_inputs=True)
+            empty = partial(torch.empty_like, device="meta") if fake is None else fake.from_tensor
             adapted, full = (_copy_without_values(unwrap(model), empty) for _ in range(2))
             remove_adapters(full).requires_grad_(True)
-            like = next((p for p in full.parameters() if p.is_floating_point()), torch.empty(0))
-            x = torch.empty(shape, dtype=like.dtype, device=like.device)
-            costs = [cost_of_step(each.train(), x, autocast) for each in (adapted, full)]
+            some = (p for p in full.parameters() if p.is_floating_point())
+            like = next(some, empty(torch.empty(0)))
+            with fake or nullcontext():
+                x = torch.empty(shape, dtype=like.dtype, device=like.device)
+                costs = [cost_of_step(each.train(), x, autocast) for each in (adapted, full)]
     except Exception as error:  # a user's model may raise anything
         raise InjectionError(
             "The model cannot be run on the meta device with an input of shape "
