@@ -50,6 +50,7 @@ bench: $(CLIENTS)  ## time and memory beside other ways, into benchmarks/results
 	"$(BIN)/python" benchmarks/variants.py
 	"$(BIN)/python" benchmarks/growth.py
 	"$(BIN)/python" benchmarks/reuse.py
+	"$(BIN)/python" benchmarks/inference.py
 	"$(BIN)/python" benchmarks/files.py
 
 sweep: $(CLIENTS)  ## every ConvNet of timm and torchvision through all steps: an hour, resumable

@@ -150,13 +150,16 @@ OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         resadapt.verify_adapters,
         ("path", "probe", "metric", "tolerance", "rebuild", "autocast"),
     ),
-    "inference copy": (resadapt.inference_copy, ("name",)),
+    "inference copy": (
+        resadapt.inference_copy,
+        ("name", "dtype", "memory_format", "fold"),
+    ),
     "fold": (resadapt.fold_adapters, ("name",)),
     "combine": (resadapt.combine_adapters, ("weights", "name", "sum_of")),
     "mix": (mixed, ("names",)),
     "forward all": (resadapt.forward_all, ("names",)),
     "cache": (resadapt.cache_prefix, ("data", "batch_size", "num_workers", "variants", "progress")),
-    "estimate": (resadapt.estimate_training, ("input_shape",)),
+    "estimate": (resadapt.estimate_training, ("input_shape", "autocast")),
     "suggest": (
         resadapt.suggest_layers,
         ("budget", "family", "layers", "flops", "example_input", "channel_dim", "init", "gamma"),

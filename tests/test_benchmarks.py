@@ -11,6 +11,7 @@ from typing import Any
 import backbones
 import files
 import growth
+import inference
 import pytest
 import reuse
 import sweep
@@ -24,7 +25,7 @@ from torch import nn
 from resadapt import inject_adapters, set_active_adapters
 
 
-@pytest.mark.parametrize("module", [files, growth, reuse, sweep, training, variants])
+@pytest.mark.parametrize("module", [files, growth, inference, reuse, sweep, training, variants])
 def test_tables_are_those_of_the_figures(module: object) -> None:
     name = Path(str(module.__file__)).stem  # type: ignore[attr-defined]
     result = json.loads((RESULTS / f"{name}.json").read_text())
@@ -55,6 +56,7 @@ def test_a_short_round_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reuse, "SETS", (1, 2))
     assert list(reuse.sets(2, 32, 1)) == ["1", "2"]
     assert all(seconds > 0 for seconds in reuse.steps(2, 32, 1).values())
+    assert list(inference.measure(1, 2, 32))[-1] == inference.BOUND
     assert list(growth.with_depth((18,), 32, 1)) == ["18"]
     by_batch = growth.with_batch((2, 4), 32)
     assert all(by_batch["4"][way] > by_batch["2"][way] for way in by_batch["2"])

@@ -64,7 +64,11 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("layers", "feature_rows"),
             ("optimize", "cache"),
         ),
-        "deploy": (("adapted", "stock_copy", "same_outputs"), ("inference_copy", "fold")),
+        "deploy": (
+            ("adapted", "stock_copy", "same_outputs", "norm_pairs"),
+            ("folded_weights",),
+            ("inference_copy", "fold"),
+        ),
         "proof": (
             ("report", "probe", "drift", "state"),
             ("reconstruction", "evidence", "loading", "combine"),

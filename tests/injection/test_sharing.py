@@ -127,10 +127,11 @@ def test_nothing_is_computed_with_what_a_model_changed_in_place() -> None:
             assert torch.equal(output, separately(model, images(), name)), (mode, name)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
     "family", ["lora", "parallel", "conv", "ssf", "mona", "bottleneck", "series"]
 )
-def test_every_family_at_places_inside_of_blocks(family: str) -> None:
+def test_every_family_at_places_inside_of_blocks(family: str, autocast: bool) -> None:
     model = small_resnet().train()
     width = {} if family in ("parallel", "ssf", "series") else {"bottleneck": 4}
     for name, layers in (
@@ -139,11 +140,15 @@ def test_every_family_at_places_inside_of_blocks(family: str) -> None:
         ("c", ("layer3.0.conv1", "layer4.0.conv1")),
     ):
         resadapt.inject_adapters(model, layers, name=name, family=family, head="fc", **width)
-    outputs = resadapt.forward_all(model, images(), ["b", None, "a", "c"])
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with precision:
+        outputs = resadapt.forward_all(model, images(), ["b", None, "a", "c"])
     sum(output.sum() for name, output in outputs.items() if name).backward()
     gradients = {name: gradients_of(model, name) for name in "abc"}
     for name, output in outputs.items():
-        expected = separately(model, images(), name)
+        with precision:
+            expected = separately(model, images(), name)
+        assert output.dtype == (torch.bfloat16 if autocast else torch.float32)
         assert torch.equal(output, expected)
         if name is not None:
             expected.sum().backward()

@@ -83,6 +83,7 @@ CASES: dict[str, Callable[[], Any]] = {
         memory_format=torch.channels_last
     ),
     "double": lambda: resnet(layers="layer3", head="fc").double(),
+    "bfloat16": lambda: injected(small_resnet().bfloat16(), "layer3", 8, dropout=0.0, head="fc"),
 }
 
 

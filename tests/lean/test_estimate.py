@@ -59,6 +59,40 @@ def test_bytes_are_those_that_are_measured(name: str, optimized: bool) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "optimized"),
+    [
+        *((name, False) for name in ("resnet18", "groups", "depthwise", "video")),
+        ("resnet18", True),
+    ],
+)
+def test_bytes_under_autocast_are_those_that_are_measured(name: str, optimized: bool) -> None:
+    build, arguments, shape = MODELS[name]
+    dtype = torch.bfloat16
+    plain = build(num_classes=3).train()
+    model = resadapt.inject_adapters(build(num_classes=3), **arguments).train()
+    if optimized:
+        resadapt.optimize_backbone(model)
+    found, x = estimate_training(model, shape, autocast=dtype), torch.randn(shape)
+    for live, told in ((model, found.adapters), (plain, found.full)):
+        real = cost_of_step(live, x, dtype)
+        saved = bytes_saved(live, x, "bf16 autocast")[0]
+        assert told.saved_bytes == pytest.approx(saved, rel=0.02)
+        assert told.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+        assert (told.forward_flops, told.backward_flops) == (
+            real.forward_flops,
+            real.backward_flops,
+        )
+
+
+def test_autocast_around_an_estimate_changes_nothing() -> None:
+    model = resadapt.inject_adapters(small_net(), "conv", 2)
+    expected = estimate_training(model, (2, 3, 8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert estimate_training(model, (2, 3, 8, 8)) == expected
+    assert estimate_training(model, (2, 3, 8, 8), autocast=torch.bfloat16) != expected
+
+
 def test_operations_by_hand() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -114,6 +148,9 @@ def test_bad_arguments() -> None:
     for shape in ((), (2, 0, 8, 8), "2388", 4, (2.0, 3, 8, 8)):
         with pytest.raises(resadapt.AdapterError, match="give the sizes of an input"):
             estimate_training(model, shape)  # type: ignore[arg-type]
+    for dtype in (torch.float32, "bfloat16", True):
+        with pytest.raises(resadapt.AdapterError, match=r"give torch\.bfloat16 or"):
+            estimate_training(model, (2, 3, 8, 8), autocast=dtype)  # type: ignore[arg-type]
     with pytest.raises(resadapt.InjectionError, match=r"with an input of shape \[2, 5, 8, 8\]"):
         estimate_training(model, (2, 5, 8, 8))
     resadapt.set_active_adapters(model, None)

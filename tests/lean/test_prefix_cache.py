@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cached import BATCH, CASES, counting, data, injected, resnet, seeded
-from support import images, picture, small_resnet
+from support import images, picture, private, small_resnet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models import resnet50
@@ -24,14 +24,22 @@ import resadapt
 from resadapt import cache_prefix
 from resadapt.injection.ledger import ledger_of
 
+AUTOCAST = ("last stage", "input of a convolution", "optimized", "channels last")
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_same_training_bit_for_bit(case: str) -> None:
+
+@pytest.mark.parametrize(
+    ("case", "autocast"), [*((case, False) for case in CASES), *((case, True) for case in AUTOCAST)]
+)
+def test_the_same_training_bit_for_bit(case: str, autocast: bool) -> None:
     plain, cached = CASES[case](), CASES[case]()
     kept = data(size=64 if "dense" in case or "bottlenecks" in case else 32)
-    if case == "double":
-        kept = TensorDataset(kept.tensors[0].double(), kept.tensors[1])
-    cache = cache_prefix(cached, kept, batch_size=BATCH)
+    dtype = next(plain.parameters()).dtype
+    kept = TensorDataset(kept.tensors[0].to(dtype), kept.tensors[1])
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with precision:
+        cache = cache_prefix(cached, kept, batch_size=BATCH)
+    features = cache[0][0] if isinstance(cache[0][0], tuple) else [cache[0][0]]
+    assert {each.dtype for each in features} == {torch.bfloat16 if autocast else dtype}
     assert len(cache) == len(kept)
     losses: dict[str, list[Tensor]] = {}
     for name, model, source, forward in (
@@ -47,7 +55,8 @@ def test_the_same_training_bit_for_bit(case: str) -> None:
         for _ in range(2):
             for inputs, labels in loader:
                 optimizer.zero_grad()
-                loss = F.cross_entropy(forward(inputs), labels)
+                with precision:
+                    loss = F.cross_entropy(forward(inputs), labels)
                 loss.backward()
                 optimizer.step()
                 losses[name].append(loss.detach())
@@ -55,6 +64,34 @@ def test_the_same_training_bit_for_bit(case: str) -> None:
     one, other = (resadapt.adapter_state_dict(model) for model in (plain, cached))
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert len({float(loss) for loss in losses["plain"]}) > 1
+
+
+def test_features_of_another_precision() -> None:
+    model, x = resnet(layers="layer4", head="fc").eval(), images(4)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with autocast:
+        halves = cache_prefix(model, x, batch_size=4)
+        features = torch.stack([halves[i] for i in range(4)])
+        halves.forward(features).sum().backward()
+        assert private(model, "fc").weight.grad is not None, "in the same autocast"
+    full = cache_prefix(model, x, batch_size=4)
+    assert halves._rows.nbytes * 2 == full._rows.nbytes
+    with pytest.raises(
+        resadapt.InjectionError,
+        match=r"computed under autocast to bfloat16, but forward is called without autocast\. "
+        r"Call forward under autocast to bfloat16, or compute",
+    ):
+        halves.forward(features)
+    with (
+        autocast,
+        pytest.raises(resadapt.InjectionError, match=r"computed without autocast, but .* under"),
+    ):
+        full.forward(features.float())
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.raises(resadapt.InjectionError, match=r"to bfloat16, but .* to float16"),
+    ):
+        halves.forward(features)
 
 
 def test_other_outputs_and_inputs() -> None:

@@ -144,6 +144,12 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             cache_prefix(model, other, path)
         assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    model = resnet(layers="layer4", head="fc")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(resadapt.AdapterFileError, match="autocast is None, but would be 'bfloat16'"),
+    ):
+        cache_prefix(model, data(), path)
     turned = TensorDataset(data().tensors[0], data().tensors[1].flip(0))
     with pytest.raises(resadapt.AdapterFileError, match="differs from the sample"):
         cache_prefix(resnet(layers="layer4", head="fc"), turned, path)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "CHANNELS_LAST",
@@ -104,6 +105,8 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 def address(tensor: Tensor) -> int:
     """Returns a number that is equal for tensors that share memory from the first element on."""
+    if isinstance(tensor, FakeTensor):  # its pointer is deprecated
+        return id(tensor)
     try:
         return tensor.data_ptr() or id(tensor)
     except (NotImplementedError, RuntimeError):  # a wrapper subclass, without memory

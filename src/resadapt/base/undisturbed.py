@@ -113,6 +113,8 @@ def restored(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             snapshot.restore()
+            # Weights that autocast has cast without a graph, which training would then use.
+            torch.clear_autocast_cache()
 
 
 @contextmanager

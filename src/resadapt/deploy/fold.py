@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections import Counter
-from collections.abc import Collection
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resadapt.base.errors import AdapterError, AdapterWarning, quote_reasons
-from resadapt.base.tensors import address, dtype_name
-from resadapt.deploy.same_outputs import check_outputs
+from resadapt.base.tensors import dtype_name
+from resadapt.deploy.folded_weights import FoldedWeights
+from resadapt.deploy.same_outputs import check_outputs, reference_for
 from resadapt.deploy.stock_copy import stock_copy
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.private import convert
@@ -61,46 +58,24 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
         >>> folded.state_dict().keys() == resnet18().state_dict().keys()
         True
     """
-    adapter_set = ledger_of(model).chosen(name)
-    copied = stock_copy(model, adapter_set.spec.name)
-    site_at = {site.owner: site.name for site in adapter_set.spec.sites}
-    changes: dict[str, tuple[Tensor, Tensor | None]] = {}
-    refused = {}
-    uses = Counter(address(tensor) for _, tensor in backbone_tensors(copied.model))
-    for owner, adapter in copied.adapters.items():
-        module = find_module(copied.model, owner)
-        try:
-            _check_not_altered(module, copied.later_hooks[owner])
-            with torch.no_grad():
-                changes[owner] = adapter.double().folded(copy.deepcopy(module).double())
-            _check_shapes(module, changes[owner])
-            for key, value in zip(("weight", "bias"), changes[owner], strict=True):
-                if value is not None and uses[address(getattr(module, key))] > 1:
-                    raise ValueError(f"its {key} is shared with another module")
-        except Exception as error:  # custom families may raise anything
-            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            refused[site_at[owner]] = f"({type(module).__name__}): {reason}"
-    if refused:
+    spec = ledger_of(model).chosen(name).spec
+    copied = stock_copy(model, spec.name)
+    weights = FoldedWeights(copied.model)
+    site_at = {site.owner: site.name for site in spec.sites}
+    if refused := weights.fold_adapters(copied):
+        reasons = {site_at[owner]: reason for owner, reason in refused.items()}
         raise AdapterError(
-            f"Adapters of family {adapter_set.spec.family!r} cannot be folded at "
-            f"{quote_reasons(refused)}. resadapt.inference_copy(model) keeps the adapters as stock "
-            "modules, for any family."
+            f"Adapters of family {spec.family!r} cannot be folded at {quote_reasons(reasons)}. "
+            "resadapt.inference_copy(model) keeps the adapters as stock modules, for any family."
         )
     for path, replaced in copied.replaced.items():
         convert(find_module(copied.model, path), replaced)
-    losses = {}
-    for owner, (weight, bias) in changes.items():
-        module = find_module(copied.model, owner)
-        for key, value in (("weight", weight), ("bias", bias)):
-            if value is not None:
-                tensor = getattr(module, key)  # a parameter, or a buffer of FrozenBatchNorm2d
-                rounded = value.to(tensor.dtype)
-                if (loss := _loss(tensor, value, rounded)) > _LARGE_LOSS:
-                    losses[f"{site_at[owner]}.{key}"] = (
-                        f"loses {loss:.0%} of its change in {dtype_name(tensor)}"
-                    )
-                tensor.data = rounded
-    if losses:
+    if losses := {
+        f"{site}.{key}": f"loses {loss:.0%} of its change in {dtype_name(dtype)}"
+        for owner, site in site_at.items()
+        for key, dtype, loss in weights.losses(find_module(copied.model, owner))
+        if loss > _LARGE_LOSS
+    }:
         warnings.warn(
             "The backbone's dtype is too coarse for what the adapters change: "
             f"{quote_reasons(losses)}. Fold in a wider dtype, "
@@ -109,60 +84,13 @@ def fold_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
             AdapterWarning,
             stacklevel=2,
         )
+    weights.write()
     for path, tensor in backbone_tensors(copied.model):
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(copied.requires_grad.get(path, tensor.requires_grad))
-    check_outputs(model, adapter_set.spec.name, copied.model)
+    check_outputs(reference_for(model, spec.name), copied.model)
     return copied.model
 
 
 _LARGE_LOSS = 0.1
 """Part of an adapter's change from which on a loss by rounding gives a warning."""
-
-
-@torch.no_grad()
-def _loss(tensor: Tensor, changed: Tensor, rounded: Tensor) -> float:
-    """Returns what rounding a changed tensor costs, as a fraction of the change."""
-    change = float((changed - tensor).norm())
-    if change <= 1e-12 * float(changed.norm()):  # float64 rounding alone
-        return 0.0
-    return float((changed - rounded).norm()) / change
-
-
-def _check_shapes(module: nn.Module, changed: object) -> None:
-    """Checks the result of `folded`, since custom families may return anything.
-
-    Raises:
-        ValueError: The result is not a tuple of weight and bias with the module's shapes.
-    """
-    current = [getattr(module, key, None) for key in ("weight", "bias")]
-    shapes = [None if tensor is None else tuple(tensor.shape) for tensor in current]
-    given = (
-        [tuple(part.shape) if isinstance(part, Tensor) else part for part in changed]
-        if isinstance(changed, tuple)
-        else changed
-    )
-    if (
-        not isinstance(given, list)
-        or len(given) != 2
-        or given[0] != shapes[0]
-        or given[1] not in (None, shapes[1])
-    ):
-        raise ValueError(
-            f"folded returned {given}, expected a weight and a bias of shapes {shapes}"
-        )
-
-
-def _check_not_altered(module: nn.Module, later: Collection[int]) -> None:
-    """Checks that the adapter reads the module's output as computed from weight and bias.
-
-    Raises:
-        ValueError: The module's forward was replaced, or a hook runs before the adapter.
-    """
-    if "forward" in module.__dict__:
-        raise ValueError("its forward was replaced on the instance, and may compute something else")
-    if set(module._forward_hooks) - set(later):
-        raise ValueError(
-            "it has forward hooks from before the injection, which may change the adapter's input: "
-            "remove them"
-        )

@@ -26,7 +26,14 @@ from resadapt.injection.switching import check_switchable
 from resadapt.injection.walk import are_sharded, backbone_modules, backbone_tensors, unwrap
 from resadapt.lean.feature_rows import FeatureRows
 from resadapt.lean.folding import FoldsNorms
-from resadapt.lean.prefix import Plan, check_cached_values, continued, plan_for, values_for
+from resadapt.lean.prefix import (
+    Plan,
+    autocast_of,
+    check_cached_values,
+    continued,
+    plan_for,
+    values_for,
+)
 from resadapt.lean.samples import Samples, split
 from resadapt.lean.stand_in import NeededError
 
@@ -54,7 +61,8 @@ def cache_prefix(
     the later the first adapter, the less is left to compute in each epoch. Other tensors that the
     model needs (a skip connection) are detected and cached too. Outputs, losses and gradients equal
     those of the whole model; on the CPU bit for bit if training uses full batches of the same
-    `batch_size` (kernels may round differently for other sizes).
+    `batch_size` (kernels may round differently for other sizes). Features have the dtype that they
+    are computed in: under autocast to bfloat16, half the bytes.
 
     Args:
         model: An injected model, in the dtype, on the device and under the autocast that training
@@ -78,8 +86,8 @@ def cache_prefix(
         InjectionError: Nothing was injected or is active; no module runs before the set's first
             adapter; or the model cannot be run from features.
         BackboneMismatchError: The features in `path` are from another backbone.
-        AdapterFileError: The content of `path` is from other data or another set, or is not a
-            feature cache; or the disk is full.
+        AdapterFileError: The content of `path` is from other data, another set or another autocast,
+            or is not a feature cache; or the disk is full.
         AdapterError: The data have no length, are random, or cannot be cached.
 
     Example:
@@ -200,8 +208,8 @@ class PrefixCache(Dataset[Any]):
             The model's output for the inputs that the features were computed from.
 
         Raises:
-            InjectionError: The backbone has changed, or the active set has an adapter before the
-                features.
+            InjectionError: The backbone has changed, the active set has an adapter before the
+                features, or the features were computed under another autocast.
         """
         if self._model is None:
             raise InjectionError(
@@ -210,6 +218,15 @@ class PrefixCache(Dataset[Any]):
             )
         model, plan = self._model, self._plan
         active = ledger_of(model).needed_set.spec
+        if (autocast := autocast_of(model)) != plan.autocast:
+            before, now = (
+                "without autocast" if each is None else f"under autocast to {each}"
+                for each in (plan.autocast, autocast)
+            )
+            raise InjectionError(
+                f"The features were computed {before}, but forward is called {now}. Call forward "
+                f"{before}, or compute the features again."
+            )
         self._check_backbone(model)
         tensors = list(features) if isinstance(features, list | tuple) else [features]
         forms = [plan.forms[number] for number in plan.needed]

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from resadapt.base.tensors import stamp
 
 __all__ = ["STOCK_TENSORS", "Constants", "autocast_dtype", "is_constant"]
 
-STOCK_TENSORS = (Tensor, nn.Parameter)  # no tensor subclasses, such as sharded tensors
+STOCK_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # no other subclasses, such as sharded tensors
 Tensors = tuple[Tensor | None, ...]
 
 

@@ -1,16 +1,19 @@
-"""Estimating memory and operations of a training step on the meta device."""
+"""Estimating memory and operations of a training step, with tensors without values."""
 
 from __future__ import annotations
 
 import copy
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
@@ -77,16 +80,21 @@ class TrainingEstimate:
 
 
 def estimate_training(
-    model: nn.Module, input_shape: list[int] | tuple[int, ...]
+    model: nn.Module,
+    input_shape: list[int] | tuple[int, ...],
+    *,
+    autocast: torch.dtype | None = None,
 ) -> TrainingEstimate:
     """Estimates the cost of a training step, compared with full fine-tuning, without running one.
 
-    The step runs on a copy of the model on the meta device, which takes almost no memory, and only
-    the time of the Python code.
+    The step runs on a copy of the model without values (meta or fake tensors), which takes almost
+    no memory, and only the time of the Python code.
 
     Args:
         model: An injected model, optimized or not.
         input_shape: Shape of the input, the batch first: ``(8, 3, 224, 224)``.
+        autocast: The dtype of the autocast that the forward runs under on the device of the model;
+            None for a step without autocast. The casts of weights and features count.
 
     Returns:
         The estimate.
@@ -94,7 +102,7 @@ def estimate_training(
     Raises:
         InjectionError: Nothing was injected or is active, or the model's forward reads tensor
             values.
-        AdapterError: `input_shape` is not a shape.
+        AdapterError: `input_shape` is not a shape, or `autocast` is not a dtype of autocast.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -103,6 +111,9 @@ def estimate_training(
         >>> estimate = estimate_training(model, (8, 3, 224, 224))
         >>> round(estimate.adapters.saved_bytes / 2**20), round(estimate.full.saved_bytes / 2**20)
         (59, 165)
+        >>> half = estimate_training(model, (8, 3, 224, 224), autocast=torch.bfloat16)
+        >>> round(half.full.saved_bytes / 2**20)
+        112
     """
     shape = tuple(input_shape) if isinstance(input_shape, list | tuple) else ()
     if not shape or any(type(size) is not int or size < 1 for size in shape):
@@ -110,18 +121,23 @@ def estimate_training(
             f"input_shape={input_shape!r}: give the sizes of an input, the batch first, such as "
             "(8, 3, 224, 224)."
         )
+    if autocast is not None and not any(autocast is each for each in _AUTOCAST):
+        raise AdapterError(
+            f"autocast={autocast!r:.100}: give torch.bfloat16 or torch.float16, or None."
+        )
     _ = ledger_of(model).needed_set
     try:
         with EAGERLY:
-            adapted, full = (_meta_copy(unwrap(model)) for _ in range(2))
+            # autocast casts no meta tensors, but fake ones, which have the model's device.
+            fake = None if autocast is None else FakeTensorMode(allow_non_fake_inputs=True)
+            empty = partial(torch.empty_like, device="meta") if fake is None else fake.from_tensor
+            adapted, full = (_copy_without_values(unwrap(model), empty) for _ in range(2))
             remove_adapters(full).requires_grad_(True)
-            dtype = next(
-                (p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32
-            )
-            costs = [
-                cost_of_step(each.train(), torch.empty(shape, dtype=dtype, device="meta"))
-                for each in (adapted, full)
-            ]
+            some = (p for p in full.parameters() if p.is_floating_point())
+            like = next(some, empty(torch.empty(0)))
+            with fake or nullcontext():
+                x = torch.empty(shape, dtype=like.dtype, device=like.device)
+                costs = [cost_of_step(each.train(), x, autocast) for each in (adapted, full)]
     except Exception as error:  # a user's model may raise anything
         raise InjectionError(
             "The model cannot be run on the meta device with an input of shape "
@@ -130,25 +146,33 @@ def estimate_training(
     return TrainingEstimate(*costs)
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """Returns a copy of a model on the meta device, without copying values."""
+_AUTOCAST = (torch.bfloat16, torch.float16)
+
+
+def _copy_without_values(model: nn.Module, empty: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Returns a copy of a model with tensors that a function returns for the model's."""
     with torch.no_grad():
         memo: dict[int, Any] = {}
         for tensor in (*nn.Module.parameters(model), *nn.Module.buffers(model)):
-            empty = torch.empty_like(tensor, device="meta")
             memo[id(tensor)] = (
-                nn.Parameter(empty, tensor.requires_grad)
+                nn.Parameter(empty(tensor.detach()), tensor.requires_grad)
                 if isinstance(tensor, nn.Parameter)
-                else empty
+                else empty(tensor)
             )
     return copy.deepcopy(model, memo)
 
 
-def cost_of_step(model: nn.Module, x: Tensor) -> StepCost:
-    """Runs a training step, on the meta device or not, and counts its cost."""
+def cost_of_step(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> StepCost:
+    """Runs a training step, with values or without, and counts its cost."""
+
+    def forward() -> Any:
+        context: Any = nullcontext()
+        with context if autocast is None else torch.autocast(x.device.type, autocast):
+            return model(x)
+
     parameters = list(nn.Module.parameters(model))
     model_tensors = [x, *parameters, *nn.Module.buffers(model)]
-    model(x)  # fills the caches of folded weights
+    forward()  # fills the caches of folded weights
     model_tensors += [tensor for module in nn.Module.modules(model) for tensor in _folded(module)]
     memory, saved = _Memory(model_tensors), _Saved(model_tensors)
     # torch's formula for the gradient of a convolution ignores groups.
@@ -157,8 +181,8 @@ def cost_of_step(model: nn.Module, x: Tensor) -> StepCost:
     )
     with memory, counter:
         with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
-            output = model(x)
-        forward, saved_bytes = counter.get_total_flops(), saved.bytes
+            output = forward()
+        flops, saved_bytes = counter.get_total_flops(), saved.bytes
         saved.kept.clear()
         tensors = [tensor for _, tensor in named_in(output) if tensor.requires_grad]
         torch.autograd.backward(tensors, [torch.empty_like(tensor) for tensor in tensors])
@@ -166,8 +190,8 @@ def cost_of_step(model: nn.Module, x: Tensor) -> StepCost:
         sum(p.numel() for p in parameters if p.requires_grad),
         saved_bytes,
         memory.peak,
-        forward,
-        counter.get_total_flops() - forward,
+        flops,
+        counter.get_total_flops() - flops,
     )
 
 

@@ -50,6 +50,7 @@ class FeatureRows:
             "length": samples.length,
             "variants": samples.variants,
             "random": samples.is_random,
+            "autocast": plan.autocast,
             "calls": [place for place, _ in plan.calls],
             "kept": [form.name for form in self._forms],
             "arrays": [

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function, forward_ad
 from typing_extensions import override
 
@@ -51,7 +52,7 @@ def is_ordinary(x: object) -> bool:
     Compilers, tracers and torch.func handle the stock layers themselves.
     """
     return (
-        type(x) in (Tensor, MetaStandIn)
+        type(x) in (Tensor, FakeTensor, MetaStandIn)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch._C._are_functorch_transforms_active()

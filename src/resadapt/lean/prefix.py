@@ -15,13 +15,13 @@ from typing_extensions import override
 from resadapt.base.errors import AdapterError, InjectionError, quote_names
 from resadapt.base.inputs import map_tensors, named_in
 from resadapt.base.spec import SetSpec
-from resadapt.base.tensors import same_bits
+from resadapt.base.tensors import dtype_name, same_bits
 from resadapt.base.undisturbed import EAGERLY, call, restored
 from resadapt.injection.intercept import CallInterceptor, intercepted
 from resadapt.injection.walk import backbone_modules
 from resadapt.lean.stand_in import Form, MetaStandIn, NeededError
 
-__all__ = ["Plan", "check_cached_values", "continued", "plan_for", "values_for"]
+__all__ = ["Plan", "autocast_of", "check_cached_values", "continued", "plan_for", "values_for"]
 
 
 class _DoneError(Exception):
@@ -34,6 +34,7 @@ class Plan:
 
     Args:
         spec: The set that the plan was made for.
+        autocast: The autocast that the plan was made under, as `autocast_of` returns it.
         inputs: The model's inputs, as meta tensors.
         calls: The modules called before the set's first adapter or private module, with their
             outputs as meta tensors.
@@ -42,6 +43,7 @@ class Plan:
     """
 
     spec: SetSpec
+    autocast: str | None
     inputs: Any
     calls: tuple[tuple[str, Any], ...]
     forms: tuple[Form, ...]
@@ -112,6 +114,14 @@ class _Replay(CallInterceptor):
         return MetaStandIn.of(self._plan.forms[number], number, self._rows, self._at)
 
 
+def autocast_of(model: nn.Module) -> str | None:
+    """Returns the dtype of the current autocast on a model's device; None without autocast."""
+    kind = next((parameter.device.type for parameter in nn.Module.parameters(model)), "cpu")
+    if not torch.is_autocast_enabled(kind):
+        return None
+    return dtype_name(torch.empty(0, dtype=torch.get_autocast_dtype(kind)))
+
+
 def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
     """Finds the tensors needed to run a model without its first modules, and checks the result.
 
@@ -156,6 +166,7 @@ def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
         _check_repeats(model, spec, inputs, recorder)
         plan = Plan(
             spec,
+            autocast_of(model),
             map_tensors(inputs, lambda tensor: tensor.to("meta")),
             tuple(recorder.calls),
             tuple(forms),
