@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, InjectionError
@@ -172,37 +172,33 @@ def cost_of_step(model: nn.Module, x: Tensor, autocast: torch.dtype | None = Non
 
     parameters = list(nn.Module.parameters(model))
     model_tensors = [x, *parameters, *nn.Module.buffers(model)]
-    forward()  # fills the caches of folded weights
+    forward()  # fills the caches of folded and converted weights
     model_tensors += [tensor for module in nn.Module.modules(model) for tensor in _folded(module)]
-    memory, saved = _Memory(model_tensors), _Saved(model_tensors)
-    # torch's formula for the gradient of a convolution ignores groups.
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops}
-    )
-    with memory, counter:
+    counted, saved = _Counted(model_tensors), _Saved(model_tensors)
+    with counted:
         with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
             output = forward()
-        flops, saved_bytes = counter.get_total_flops(), saved.bytes
+        flops, saved_bytes = counted.flops, saved.bytes
         saved.kept.clear()
         tensors = [tensor for _, tensor in named_in(output) if tensor.requires_grad]
         torch.autograd.backward(tensors, [torch.empty_like(tensor) for tensor in tensors])
     return StepCost(
         sum(p.numel() for p in parameters if p.requires_grad),
         saved_bytes,
-        memory.peak,
+        counted.peak,
         flops,
-        counter.get_total_flops() - flops,
+        counted.flops - flops,
     )
 
 
-def _backward_flops(grad: Any, x: Any, weight: Any, *more: Any, out_shape: Any, **_: Any) -> int:
-    """Returns the operations of a convolution's backward.
+def _backward_flops(grad: Tensor, x: Tensor, weight: Tensor, *more: Any) -> int:
+    """Returns the operations of a convolution's backward, whose groups torch's formula ignores.
 
     The gradients of input and weight each take as many as the forward.
     """
     transposed, mask = more[4], more[7]
-    positions = math.prod((x if transposed else grad)[2:])
-    return int(2 * (mask[0] + mask[1]) * grad[0] * positions * math.prod(weight))
+    positions = math.prod((x if transposed else grad).shape[2:])
+    return int(2 * (mask[0] + mask[1]) * len(grad) * positions * weight.numel())
 
 
 def _folded(module: nn.Module) -> Iterable[Tensor]:
@@ -230,19 +226,27 @@ class _Saved:
         return sum(storage.nbytes() for storage in self.kept.values())
 
 
-class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tracks the memory of all live tensors."""
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations, and tracks the memory of all live tensors.
+
+    torch's FlopCounterMode has hooks on all modules, with which no norm is folded.
+    """
 
     def __init__(self, present: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._live: dict[int, weakref.ref[Any]] = {}
-        self._now = self.peak = 0
+        self._now = self.peak = self.flops = 0
         for tensor in present:
             self._add(tensor)
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        operator = func._overloadpacket
+        if operator is torch.ops.aten.convolution_backward:
+            self.flops += _backward_flops(*args)
+        elif operator in flop_registry:
+            self.flops += flop_registry[operator](*args, **(kwargs or {}), out_val=output)
         for _, tensor in named_in(output):
             self._add(tensor)
         return output
