@@ -86,6 +86,18 @@ class Remembering(Block):
         return self.m(self.a(x)) + torch.rand(())
 
 
+class Keeping(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen[:] = [{"first": self.a(x)}]
+        self.features = self.b(x)
+        return self.m(self.seen[0]["first"]) + self.n(self.features)  # type: ignore[index]
+
+
+class ByKeyword(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.n(input=self.b(input=self.m(self.a(x))))
+
+
 class Skipping(Block):
     def forward(self, x: Tensor) -> Tensor:
         first = self.a(x)
@@ -114,6 +126,8 @@ def injected(kind: type[Block]) -> Any:
         (OtherInTraining, {"b": "n"}),
         (Checkpointed, None),
         (Remembering, {"a": "m"}),
+        (Keeping, None),
+        (ByKeyword, {"a": "m", "b": "n"}),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
@@ -203,3 +217,19 @@ def test_a_hook_that_calls_a_convolution_itself() -> None:
 def test_the_signature_stays() -> None:
     model = resadapt.optimize_backbone(injected(Branches))
     assert inspect.signature(model[1].forward) == inspect.signature(Branches().forward)
+
+
+def test_a_norm_that_is_compiled() -> None:
+    model, x = injected(Swapped).eval(), images(2, 12)
+    plain = model(x)
+    model[1].n.compile(backend="eager")
+    compare(resadapt.optimize_backbone(model)(x), plain, fold=True)
+
+
+def test_a_thawed_norm_gets_its_gradient() -> None:
+    model = resadapt.optimize_backbone(injected(Swapped)).eval()
+    model(images(2, 12))
+    weight = model[1].n.weight.requires_grad_()
+    with pytest.warns(resadapt.AdapterWarning, match="not frozen any more"):
+        model.train()(images(2, 12)).sum().backward()
+    assert weight.grad is not None

@@ -35,8 +35,12 @@ class Operators(TorchDispatchMode):
         return output
 
 
-def injected(form: Any = torch.channels_last, head: Any = "fc") -> Any:
-    model = resadapt.inject_adapters(small_resnet(), bottleneck=4, init="normal", head=head)
+def injected(form: Any = torch.channels_last, head: Any = "fc", seed: int = 0) -> Any:
+    net = small_resnet(seed)
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+    model = resadapt.inject_adapters(net, bottleneck=4, init="normal", head=head)
     return model.to(memory_format=form).train()
 
 
@@ -61,15 +65,18 @@ def test_without_folding_every_bit_is_that_of_the_plain_backbone(form: Any) -> N
         assert all(map(torch.equal, run(model, x), expected))
 
 
-@FORMATS
-def test_folded_norms_round_no_more_than_autocast_alone(form: Any) -> None:
-    model, x = injected(form).eval(), images(4, 64).contiguous(memory_format=form)
-    exact = model.double()(x.double())
-    model.float()
-    plain = run(model, x)[0]
-    folded = run(resadapt.optimize_backbone(model), x)[0]
-    assert not torch.equal(folded, plain)
-    assert (folded - exact).norm() < 1.25 * (plain - exact).norm()
+def test_folded_norms_round_no_more_than_autocast_alone() -> None:
+    """Compared with float64, over several networks."""
+    errors = []
+    for seed in range(4):
+        model = injected(seed=seed).eval()
+        x = images(4, 64).contiguous(memory_format=torch.channels_last)
+        exact = model.double()(x.double())
+        plain = run(model.float(), x)[0]
+        folded = run(resadapt.optimize_backbone(model), x)[0]
+        assert not torch.equal(folded, plain)
+        errors.append([(each - exact).norm() / exact.norm() for each in (folded, plain)])
+    assert sum(folded for folded, _ in errors) < 1.25 * sum(plain for _, plain in errors)
 
 
 @FOLD

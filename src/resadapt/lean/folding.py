@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import checkpoint
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from resadapt.base.attributes import attributes_kept
@@ -125,21 +126,28 @@ def pairs_in(module: nn.Module) -> dict[str, str]:
         try:
             with attributes_kept(module), random_states_kept(()), torch.no_grad(), EAGERLY:
                 graph = _Children().trace(twin, defaults)
+                kept = _kept_in(twin, *module.modules())
         except Exception:  # traced code raises anything
             return {}
-        found.append(_pairs(module, graph))
+        found.append(_pairs(module, graph, kept))
     return dict(found[0].items() & found[1].items())
 
 
-def _pairs(module: nn.Module, graph: fx.Graph) -> dict[str, str]:
+def _kept_in(*modules: nn.Module) -> set[fx.Node]:
+    """Returns the traced values that a forward has left in attributes of modules."""
+    leaves = tree_leaves([vars(module) for module in modules])
+    return {leaf.node for leaf in leaves if isinstance(leaf, fx.Proxy)}
+
+
+def _pairs(module: nn.Module, graph: fx.Graph, kept: set[fx.Node]) -> dict[str, str]:
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     return {
         first.target: second.target
         for first in graph.nodes
-        if first.op == "call_module" and len(first.users) == 1
+        if first.op == "call_module" and len(first.users) == 1 and first not in kept
         for second in first.users
         if second.op == "call_module"
-        and (second.args, second.kwargs) == ((first,), {})
+        and [*second.args, *second.kwargs.values()] == [first]
         and calls.count(first.target) == calls.count(second.target) == 1
         and CONSTANTS in getattr(module._modules.get(first.target), "__dict__", ())
         and isinstance(module._modules.get(second.target), FrozenStatistics)

@@ -72,7 +72,8 @@ def optimize_backbone(model: nn.Module, *, fold_norms: bool = True) -> nn.Module
             if not issubclass(kind, Overlay):  # torch.fx treats classes of torch.nn as leaves
                 module.__dict__["__module__"] = kind.__module__
             put_class(module, LEAN[kind], mixin)
-            module.__dict__[CONSTANTS] = Constants()
+            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+                module.__dict__[CONSTANTS] = Constants()
     for module in layers if fold_norms else ():
         if mixin_of(module) is None and (pairs := pairs_in(module)):
             put_class(module, class_of(module), FoldsNorms)
