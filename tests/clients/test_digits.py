@@ -122,3 +122,16 @@ def test_the_committed_table_of_noisy_pictures_says_what_the_docs_say(noisy: Mod
         assert plain < few < many
         assert many - plain > (clean - plain) / 2
     assert mean["0.0"][1] < mean["0.0"][2] < clean
+
+
+def test_the_committed_table_of_precisions_says_what_the_docs_say(script: ModuleType) -> None:
+    import half_precision
+
+    result = json.loads((half_precision.RESULTS / "half_precision.json").read_text())
+    text = (half_precision.RESULTS / "half_precision.md").read_text()
+    assert text == half_precision.table(result) + "\n"
+    assert list(result) == list(half_precision.NAMES)
+    for ways in result.values():
+        assert all(len(runs) == len(script.SEEDS) for runs in ways.values())
+        differences = [b - a for a, b in zip(ways["float32"], ways["bf16 autocast"], strict=True)]
+        assert abs(statistics.mean(differences)) < statistics.stdev(differences)
