@@ -282,7 +282,7 @@ def _to_device(inputs: Any, device: torch.device) -> Any:
 
 
 def _describe(dtype: torch.dtype, sizes: Iterable[int]) -> str:
-    return f"{dtype_name(torch.empty(0, dtype=dtype))} [N, {', '.join(map(str, sizes))}]"
+    return f"{dtype_name(dtype)} [N, {', '.join(map(str, sizes))}]"
 
 
 def _stamps(model: nn.Module, plan: Plan) -> list[object]:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
+from resadapt.base.autocast import check_autocast, device_kinds
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.inputs import named_in
 from resadapt.base.overlay import CONSTANTS
@@ -121,11 +122,8 @@ def estimate_training(
             f"input_shape={input_shape!r}: give the sizes of an input, the batch first, such as "
             "(8, 3, 224, 224)."
         )
-    if autocast is not None and not any(autocast is each for each in _AUTOCAST):
-        raise AdapterError(
-            f"autocast={autocast!r:.100}: give torch.bfloat16 or torch.float16, or None."
-        )
     _ = ledger_of(model).needed_set
+    check_autocast(autocast, device_kinds(model))
     try:
         with EAGERLY:
             # autocast casts no meta tensors, but fake ones, which have the model's device.
@@ -144,9 +142,6 @@ def estimate_training(
             f"{list(shape)}: {type(error).__name__}: {error}"
         ) from error
     return TrainingEstimate(*costs)
-
-
-_AUTOCAST = (torch.bfloat16, torch.float16)
 
 
 def _copy_without_values(model: nn.Module, empty: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -119,7 +119,7 @@ def autocast_of(model: nn.Module) -> str | None:
     kind = next((parameter.device.type for parameter in nn.Module.parameters(model)), "cpu")
     if not torch.is_autocast_enabled(kind):
         return None
-    return dtype_name(torch.empty(0, dtype=torch.get_autocast_dtype(kind)))
+    return dtype_name(torch.get_autocast_dtype(kind))
 
 
 def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:
