@@ -16,7 +16,6 @@ from typing_extensions import override
 from resadapt.base.errors import AdapterError, InjectionError, quote_names, quote_reasons
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.inputs import map_tensors
-from resadapt.base.spec import within
 from resadapt.base.tensors import dtype_name, stamp
 from resadapt.base.undisturbed import EAGERLY
 from resadapt.injection.intercept import replaced_forward
@@ -290,7 +289,7 @@ def _stamps(model: nn.Module, plan: Plan) -> list[object]:
 
     For modules that are not run, hooks and replaced forwards are included.
     """
-    places = [place for place, _ in plan.calls]
+    places = tuple(f"{place}." for place, _ in plan.calls)
     tensors = [(stamp(tensor), tensor.requires_grad) for _, tensor in backbone_tensors(model)]
     settings = [  # of copies, since another thread may replace a forward meanwhile
         (
@@ -301,9 +300,9 @@ def _stamps(model: nn.Module, plan: Plan) -> list[object]:
                 if type(item[1]) in _SETTINGS and item[0] != "training"
             ],
             [hook for hooks in HOOKS for hook in (vars(module).get(hooks) or {}).copy().values()]
-            if within(name, places)
+            if f"{name}.".startswith(places)
             else [],
-            replaced_forward(module) if within(name, places) else None,
+            replaced_forward(module) if f"{name}.".startswith(places) else None,
         )
         for name, module in backbone_modules(model)
     ]

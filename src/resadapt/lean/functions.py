@@ -103,17 +103,10 @@ class FrozenConvolution(Function):
         """Returns the gradient of the input."""
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        like_input = grad.new_empty(1).expand(ctx.size)  # only its shape is used
-        if ctx.format is not torch.contiguous_format:
-            # The stock gradient has the input's memory format; like_input has none, so the weight
-            # must show it. A 1x1 weight is in both formats at once: set channels_last strides. With
-            # one input channel too, no strides show it: allocate like_input.
-            weight = weight.contiguous(memory_format=ctx.format)
-            weight = weight.as_strided(weight.shape, _strides_of_channels_last(weight.shape))
-            if weight[0].numel() == 1:
-                like_input = torch.empty(
-                    ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.format
-                )
+        # Only the form of the input is used; its memory is never touched.
+        like_input = torch.empty(
+            ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.format
+        )
         result = torch.ops.aten.convolution_backward(
             grad,
             like_input,
@@ -297,11 +290,3 @@ def _corners(out: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
     top = torch.arange(height, device=out.device) * stride[0] - padding[0]
     left = torch.arange(width, device=out.device) * stride[1] - padding[1]
     return top[:, None], left
-
-
-def _strides_of_channels_last(shape: Sequence[int]) -> list[int]:
-    """Returns the strides of a tensor in channels_last."""
-    strides, step = [0] * len(shape), 1
-    for dim in (1, *range(len(shape) - 1, 1, -1), 0):
-        strides[dim], step = step, step * shape[dim]
-    return strides
