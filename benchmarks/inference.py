@@ -88,18 +88,11 @@ def main() -> None:
     options = command_line(__doc__, 15).parse_args()
     result = {
         "what": f"ResNet-18, adapters after the four stages and a head, {BATCH} pictures of {SIZE} "
-        f"pixels; bfloat16 instructions: {instructions()}",
+        "pixels",
         "machine": machine(1, options.rounds),
         "seconds": measure(options.rounds),
     }
     report("inference", result, table(result))
-
-
-def instructions() -> str:
-    """What the processor has for bfloat16."""
-    capabilities = torch.cpu.get_capabilities()
-    found = [name for name in ("avx512_bf16", "amx_bf16") if capabilities.get(name)]
-    return ", ".join(found) or "none"
 
 
 if __name__ == "__main__":

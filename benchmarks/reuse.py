@@ -12,11 +12,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from measuring import command_line, machine, markdown, report, step, timed
+from measuring import (
+    PRECISIONS,
+    command_line,
+    in_precision,
+    machine,
+    markdown,
+    report,
+    step,
+    timed,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models import resnet18
-from ways import CLASSES
+from ways import BACKBONES, pictures
 
 from resadapt import (
     cache_prefix,
@@ -32,36 +40,46 @@ SETS = (1, 4, 16, 64)
 
 def last_stage() -> nn.Module:
     """Adapters after the last stage, and a head."""
-    model: nn.Module = resnet18(num_classes=CLASSES)
-    return inject_adapters(model, "layer4", head="fc").train()
+    return inject_adapters(BACKBONES["ResNet-18"](), "layer4", head="fc").train()
 
 
-def steps(batch: int, size: int, rounds: int) -> dict[str, float]:
+def steps(batch: int, size: int, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds of a training step with adapters after the last stage, in several ways.
 
-    And of keeping the features.
+    And of keeping the features. By precision.
     """
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
-    full, plain, optimized, cached = (
-        resnet18(num_classes=CLASSES).train(),
-        last_stage(),
-        last_stage(),
-        last_stage(),
-    )
-    optimize_backbone(optimized)
+    images, labels = pictures(batch, size)
     data = TensorDataset(images, labels)
-    cache = cache_prefix(cached, data, batch_size=batch)
-    features, _ = next(iter(DataLoader(cache, batch)))
-    return timed(
-        {
-            "full fine-tuning": partial(step, full, images, labels),
-            "resadapt": partial(step, plain, images, labels),
-            "optimized": partial(step, optimized, images, labels),
-            "from kept features": partial(step, cache.forward, features, labels),
-            "keeping them, once": partial(cache_prefix, cached, data, batch_size=batch),
-        },
-        rounds,
-    )
+    ways: dict[tuple[str, str], Callable[[], object]] = {}
+    for precision in PRECISIONS:
+        full, plain, optimized, cached = (
+            BACKBONES["ResNet-18"]().train(),
+            last_stage(),
+            optimize_backbone(last_stage()),
+            last_stage(),
+        )
+        keep = partial(keep_features, cached, data, batch, precision)
+        cache = keep()
+        features, _ = next(iter(DataLoader(cache, batch)))
+        for name, forward, given in (
+            ("full fine-tuning", full, images),
+            ("resadapt", plain, images),
+            ("optimized", optimized, images),
+            ("from kept features", cache.forward, features),
+        ):
+            ways[precision, name] = partial(step, forward, given, labels, precision)
+        ways[precision, "keeping them, once"] = keep
+    seconds = timed(ways, rounds)
+    return {
+        precision: {name: s for (of, name), s in seconds.items() if of == precision}
+        for precision in PRECISIONS
+    }
+
+
+def keep_features(model: nn.Module, data: Any, batch: int, precision: str) -> Any:
+    """The features before the adapters, in a precision."""
+    with in_precision(precision):
+        return cache_prefix(model, data, batch_size=batch)
 
 
 @torch.no_grad()
@@ -70,8 +88,8 @@ def sets(batch: int, size: int, rounds: int) -> dict[str, dict[str, float]]:
 
     Their adapters are after the last stage.
     """
-    images = torch.randn(batch, 3, size, size)
-    model = resnet18(num_classes=CLASSES).eval()
+    images, _ = pictures(batch, size)
+    model = BACKBONES["ResNet-18"]().eval()
     found: dict[str, dict[str, float]] = {}
     for number in range(max(SETS)):
         inject_adapters(model, "layer4", name=f"set{number}", head="fc")
@@ -93,12 +111,17 @@ def _ways(model: nn.Module, images: Tensor, count: int) -> dict[str, Callable[[]
 
 def table(result: dict[str, Any]) -> str:
     """The figures in Markdown."""
-    full = result["steps"]["full fine-tuning"]
     steps = markdown(
-        ("training", "step", "full fine-tuning takes"),
+        ("training", "precision", "step", "full fine-tuning takes"),
         (
-            [name, f"{1000 * s:.1f} ms", f"{full / s:.1f} times as long"]
-            for name, s in result["steps"].items()
+            [
+                name,
+                precision,
+                f"{1000 * s:.1f} ms",
+                f"{ways['full fine-tuning'] / s:.1f} times as long",
+            ]
+            for precision, ways in result["steps"].items()
+            for name, s in ways.items()
         ),
     )
     taken = (
@@ -125,7 +148,7 @@ def main() -> None:
     options = command_line(__doc__, 7).parse_args()
     result = {
         "what": f"ResNet-18, adapters after the last stage and a head, {BATCH} pictures of {SIZE} "
-        "pixels, float32",
+        "pixels, channels_last; sets in float32",
         "machine": machine(1, options.rounds),
         "steps": steps(BATCH, SIZE, options.rounds),
         "sets": sets(BATCH, SIZE, min(options.rounds, 3)),

@@ -33,7 +33,7 @@ from measuring import (
 )
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from ways import BACKBONES, CLASSES, COMPILED, FULL, WAYS, built, optimized
+from ways import BACKBONES, COMPILED, FULL, WAYS, built, optimized, pictures
 
 BOUND = "bound"
 
@@ -55,9 +55,7 @@ class Setting:
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Pictures and labels."""
-        images = torch.randn(self.batch, self.channels, self.size, self.size)
-        labels = torch.randint(CLASSES, (self.batch,))
-        return images.contiguous(memory_format=torch.channels_last), labels
+        return pictures(self.batch, self.size, self.channels)
 
 
 SETTINGS = (
@@ -127,7 +125,7 @@ def measure(setting: Setting, rounds: int, peaks: bool = True) -> Figures:
         for precision in PRECISIONS
         for way in setting.ways(precision)
     }
-    plain = BACKBONES[setting.backbone]().to(memory_format=torch.channels_last)
+    plain = BACKBONES[setting.backbone]()
     steps = timed(
         {key: partial(step, model, images, labels, key[0]) for key, model in models.items()}
         | {(each, BOUND): bound(copy.deepcopy(plain), images, each) for each in PRECISIONS},

@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from measuring import MIB, bytes_saved, command_line, machine, markdown, report, step, timed
 from torch import nn
-from ways import BACKBONES, CLASSES, FULL, STAGES
+from ways import BACKBONES, FULL, STAGES, pictures
 
 from resadapt import (
     count_parameters,
@@ -69,7 +68,7 @@ def models() -> dict[tuple[str, str], nn.Module]:
 
 def measure(rounds: int, batch: int = BATCH, size: int = SIZE) -> dict[str, Any]:
     """The figures of each, plain and optimized, all in one run."""
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
+    images, labels = pictures(batch, size)
     full, plain, lean = (
         BACKBONES["ResNet-18"](),
         models(),
@@ -141,7 +140,7 @@ def main() -> None:
     """Measure, and write JSON and tables."""
     options = command_line(__doc__, 5).parse_args()
     result = {
-        "what": f"ResNet-18 with a head, {BATCH} pictures of {SIZE} pixels, float32",
+        "what": f"ResNet-18 with a head, {BATCH} pictures of {SIZE} pixels, float32, channels_last",
         "machine": machine(1, options.rounds),
         "figures": measure(options.rounds),
     }

@@ -55,7 +55,8 @@ def test_a_short_round_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert next(iter(files.measure(tmp_path))) == "torch.save of the whole model"
     monkeypatch.setattr(reuse, "SETS", (1, 2))
     assert list(reuse.sets(2, 32, 1)) == ["1", "2"]
-    assert all(seconds > 0 for seconds in reuse.steps(2, 32, 1).values())
+    for steps in reuse.steps(2, 32, 1).values():
+        assert all(seconds > 0 for seconds in steps.values())
     assert list(inference.measure(1, 2, 32))[-1] == inference.BOUND
     assert list(growth.with_depth((18,), 32, 1)) == ["18"]
     by_batch = growth.with_batch((2, 4), 32)
