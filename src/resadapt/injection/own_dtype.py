@@ -61,18 +61,24 @@ def in_own_dtype(
 def dtype_of(module: nn.Module, without: str = "") -> torch.dtype | None:
     """Returns the dtype of a module's first floating-point tensor, None if it has none.
 
+    Parameters come before all buffers, since tools leave buffers behind, as thop leaves float64.
+
     Args:
         module: The module.
         without: Name of children to leave out.
     """
-    # In replicas of DataParallel, parameters are plain attributes.
-    parameters = module._parameters or module.__dict__.get("_former_parameters", {})
-    for tensors in (parameters, module._buffers):
-        for tensor in tensors.values():
-            if tensor is not None and tensor.is_floating_point():
-                return tensor.dtype
+    return _first_dtype(module, "_parameters", without) or _first_dtype(module, "_buffers", without)
+
+
+def _first_dtype(module: nn.Module, kind: str, without: str) -> torch.dtype | None:
+    tensors = module.__dict__[kind]
+    if kind == "_parameters" and not tensors:  # plain attributes in replicas of DataParallel
+        tensors = module.__dict__.get("_former_parameters", {})
+    for tensor in tensors.values():
+        if tensor is not None and tensor.is_floating_point():
+            return tensor.dtype  # type: ignore[no-any-return]
     for key, child in module._modules.items():
-        if child is not None and key != without and (dtype := dtype_of(child, without)):
+        if child is not None and key != without and (dtype := _first_dtype(child, kind, without)):
             return dtype
     return None
 
