@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resadapt.base.inputs import named_in
-from resadapt.base.overlay import CONSTANTS
+from resadapt.lean.constants import constants_in
 
 Key = TypeVar("Key")
 MIB = 2**20
@@ -91,15 +91,9 @@ def bytes_saved(model: nn.Module, images: Tensor, precision: str = "float32") ->
         ).values():  # where a function of one's own keeps what hooks do not see
             if isinstance(value, Tensor):
                 pack(value)
-    for tensor in (images, *model.parameters(), *model.buffers(), *_folded(model)):
+    for tensor in (images, *model.parameters(), *model.buffers(), *constants_in(model)):
         saved.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(saved.values()), output
-
-
-def _folded(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
-        if CONSTANTS in module.__dict__:
-            yield from module.__dict__[CONSTANTS].tensors
 
 
 def _graph_of(output: Any) -> set[Any]:

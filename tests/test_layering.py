@@ -59,8 +59,8 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "parameters": (("trainable",), ("suggest", "summary")),
         "lean": (
-            ("stand_in", "samples", "bits", "constants", "estimate"),
-            ("functions", "prefix", "folding"),
+            ("stand_in", "samples", "bits", "constants"),
+            ("functions", "prefix", "folding", "estimate"),
             ("layers", "feature_rows"),
             ("optimize", "cache"),
         ),

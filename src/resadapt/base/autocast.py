@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from resadapt.base.errors import AdapterError
 from resadapt.base.tensors import all_tensors
 
-__all__ = ["AUTOCAST_DTYPES", "check_autocast", "device_kinds", "overwrite", "under_autocast"]
+__all__ = [
+    "AUTOCAST_DTYPES",
+    "check_autocast",
+    "current_autocast",
+    "device_kinds",
+    "overwrite",
+    "under_autocast",
+]
 
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes that a model may run under autocast to, by name."""
@@ -22,6 +29,13 @@ def device_kinds(model: nn.Module) -> set[str]:
     tensors = all_tensors(model)
     kinds = {each.device.type for each in tensors if isinstance(each, nn.Parameter)} or {"cpu"}
     return kinds - {"meta"}
+
+
+def current_autocast(kind: str) -> torch.dtype | None:
+    """Returns the dtype of the autocast in force on devices of a type; None without autocast."""
+    # torch asks of no autocast on the meta device.
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 def check_autocast(autocast: object, kinds: Collection[str]) -> None:

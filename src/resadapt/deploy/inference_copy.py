@@ -14,7 +14,7 @@ from resadapt.deploy.stock_copy import StockCopy, stock_copy
 from resadapt.injection.installation import take_place
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.own_dtype import dtype_of
-from resadapt.injection.walk import backbone_tensors, find_module
+from resadapt.injection.walk import backbone_tensors, find_module, replace_module
 
 __all__ = ["inference_copy"]
 
@@ -98,7 +98,7 @@ def inference_copy(
     if fold and reference is not None:
         for convolution, norm in norm_pairs(stock, reference.inputs):
             weights.fold_norm(find_module(stock, convolution), find_module(stock, norm))
-            _replace(stock, find_module(stock, norm), nn.Identity())
+            replace_module(stock, find_module(stock, norm), nn.Identity())
     weights.write()
     if memory_format is not None:
         try:
@@ -112,7 +112,7 @@ def inference_copy(
     if dtype is not None:
         for module in list(stock.modules()):
             if isinstance(module, InOwnDtype):
-                _replace(stock, module, module[0])
+                replace_module(stock, module, module[0])
         stock.to(dtype)
         weights.write()  # again from float64, not from what was rounded
         check_rounding(reference, stock, dtype)
@@ -151,14 +151,6 @@ def _with_adapters(copied: StockCopy) -> nn.Module:
         find_module(stock, parent)._modules[key] = container
         _move_hooks(module, container, copied.later_hooks[owner])
     return stock.eval().requires_grad_(False)
-
-
-def _replace(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
-    """Replaces a module, under all its names."""
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is module:
-                parent._modules[key] = other
 
 
 def _move_hooks(module: nn.Module, container: nn.Module, hooks: list[int]) -> None:

@@ -52,6 +52,7 @@ from resadapt.injection.walk import (
     behind_wrappers,
     find_module,
     find_slot,
+    replace_module,
     slots_of,
     unwrap,
 )
@@ -241,10 +242,7 @@ def take_place(model: nn.Module, name: str, module: nn.Module) -> None:
         hooks = getattr(place, kind)
         moved = [key for key in hooks if key not in computing]
         getattr(module, kind).update({key: hooks.pop(key) for key in moved})
-    for parent in list(nn.Module.modules(model)):  # a shared module has several names
-        parent._modules.update(
-            {key: module for key, child in parent._modules.items() if child is place}
-        )
+    replace_module(model, place, module)
     unwatch_private(module)
     allow_statistics_reset(module)
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from resadapt.base.autocast import current_autocast
 from resadapt.base.inputs import map_tensors, named_in
+from resadapt.base.tensors import all_tensors
 
 __all__ = ["apply", "dtype_of", "in_own_dtype", "promoted"]
 
@@ -116,12 +118,10 @@ def _converts_inside(module: nn.Module, tensor: Any, own: torch.dtype) -> bool:
         return False
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return True
-    kind = tensor.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+    return current_autocast(tensor.device.type) is not None
 
 
 def _has_only(tracer: Any, dtype: torch.dtype) -> bool:
     """Tells whether all floating-point tensors of the model that torch.fx traces have a dtype."""
-    root = getattr(tracer, "root", nn.Module())
-    tensors = (*nn.Module.parameters(root), *nn.Module.buffers(root))
+    tensors = all_tensors(getattr(tracer, "root", nn.Module()))
     return all(each.dtype == dtype for each in tensors if each.is_floating_point())

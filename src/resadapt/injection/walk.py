@@ -29,6 +29,7 @@ __all__ = [
     "named_tensors",
     "on_one_rank",
     "persistent_tensors",
+    "replace_module",
     "reshard",
     "sharded_tensors",
     "slots_of",
@@ -108,6 +109,14 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
             )
         module = behind_wrappers(child)
     return module
+
+
+def replace_module(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
+    """Replaces a module under all its names."""
+    for parent in list(nn.Module.modules(model)):
+        parent._modules.update(
+            {key: other for key, child in parent._modules.items() if child is module}
+        )
 
 
 def check_not_meta(tensors: Mapping[str, Tensor]) -> None:

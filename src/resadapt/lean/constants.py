@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from resadapt.base.autocast import current_autocast
+from resadapt.base.overlay import CONSTANTS
 from resadapt.base.tensors import stamp
 
-__all__ = ["STOCK_TENSORS", "Constants", "autocast_dtype", "is_constant"]
+__all__ = ["STOCK_TENSORS", "Constants", "autocast_dtype", "constants_in", "is_constant"]
 
 STOCK_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # no other subclasses, such as sharded tensors
 Tensors = tuple[Tensor | None, ...]
@@ -26,11 +28,14 @@ def is_constant(tensor: Tensor | None) -> bool:
 
 def autocast_dtype(weight: Tensor) -> torch.dtype:
     """Returns the dtype that a convolution or Linear computes in under the autocast in force."""
-    kind = weight.device.type
     eligible = weight.is_floating_point() and weight.dtype is not torch.float64
-    if eligible and kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
+    return (eligible and current_autocast(weight.device.type)) or weight.dtype
+
+
+def constants_in(model: nn.Module) -> list[Tensor]:
+    """Returns the tensors that a model's layers have computed from frozen tensors."""
+    caches = (module.__dict__.get(CONSTANTS) for module in nn.Module.modules(model))
+    return [tensor for cache in caches if cache is not None for tensor in cache.tensors]
 
 
 class Constants:

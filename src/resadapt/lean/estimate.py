@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +21,11 @@ from typing_extensions import override
 from resadapt.base.autocast import check_autocast, device_kinds
 from resadapt.base.errors import AdapterError, InjectionError
 from resadapt.base.inputs import named_in
-from resadapt.base.overlay import CONSTANTS
 from resadapt.base.undisturbed import EAGERLY
 from resadapt.injection.ledger import ledger_of
 from resadapt.injection.sets import remove_adapters
 from resadapt.injection.walk import unwrap
+from resadapt.lean.constants import constants_in
 
 __all__ = ["StepCost", "TrainingEstimate", "cost_of_step", "estimate_training"]
 
@@ -161,14 +161,13 @@ def cost_of_step(model: nn.Module, x: Tensor, autocast: torch.dtype | None = Non
     """Runs a training step, with values or without, and counts its cost."""
 
     def forward() -> Any:
-        context: Any = nullcontext()
-        with context if autocast is None else torch.autocast(x.device.type, autocast):
+        with torch.autocast(x.device.type, autocast) if autocast else nullcontext():
             return model(x)
 
     parameters = list(nn.Module.parameters(model))
     model_tensors = [x, *parameters, *nn.Module.buffers(model)]
     forward()  # fills the caches of folded and converted weights
-    model_tensors += [tensor for module in nn.Module.modules(model) for tensor in _folded(module)]
+    model_tensors += constants_in(model)
     counted, saved = _Counted(model_tensors), _Saved(model_tensors)
     with counted:
         with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
@@ -194,11 +193,6 @@ def _backward_flops(grad: Tensor, x: Tensor, weight: Tensor, *more: Any) -> int:
     transposed, mask = more[4], more[7]
     positions = math.prod((x if transposed else grad).shape[2:])
     return int(2 * (mask[0] + mask[1]) * len(grad) * positions * weight.numel())
-
-
-def _folded(module: nn.Module) -> Iterable[Tensor]:
-    constants = module.__dict__.get(CONSTANTS)
-    return () if constants is None else constants.tensors
 
 
 class _Saved:

@@ -7,11 +7,9 @@ A layer that is trained, exported, traced or transformed runs like the stock lay
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -45,15 +43,14 @@ __all__ = ["LEAN"]
 class _LeanConvolution(Overlay, _ConvNd):
     @override
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        norm = norm_behind(self) if is_ordinary(input) else None
-        if norm is not None:
-            weight, bias = _constants(
-                self, (norm, norm.eps), parts(self, norm), partial(fold, self, norm)
-            )
-        elif is_ordinary(input):
-            weight, bias = _constants(self, None, (weight, bias), partial(_cast, weight, bias))
-        output = self._convolved(input, weight, bias)
-        return output if norm is None else will_be_normalised(norm, output)
+        if not is_ordinary(input):
+            return self._convolved(input, weight, bias)
+        if (norm := norm_behind(self)) is None:
+            return self._convolved(input, *_converted(self, weight, bias))
+        dtype, constants = autocast_dtype(weight), self.__dict__[CONSTANTS]
+        sources, key = parts(self, norm), (norm, norm.eps, dtype)
+        folded = constants.of(sources, key, partial(fold, self, norm, dtype))
+        return will_be_normalised(norm, self._convolved(input, *folded))
 
     def _convolved(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Batches only: the stock forward turns an unbatched sample into a batch by views.
@@ -73,27 +70,20 @@ class _LeanConvolution(Overlay, _ConvNd):
         return out
 
 
-def _constants(
-    layer: nn.Module,
-    key: Any,
-    sources: Sequence[Tensor | None],
-    compute: Callable[[torch.dtype], tuple[Tensor, Tensor | None]],
+def _converted(
+    layer: nn.Module, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns a layer's weight and bias in the dtype that the layer computes in.
 
     Autocast would convert frozen tensors anew in each forward.
     """
-    weight, bias, *_ = sources
-    assert weight is not None
     dtype = autocast_dtype(weight)
-    if key is None and (dtype is weight.dtype or not all(map(is_constant, sources))):
+    if dtype is weight.dtype or not (is_constant(weight) and is_constant(bias)):
         return weight, bias
     constants: Constants = layer.__dict__[CONSTANTS]
-    return constants.of(sources, (key, dtype), partial(compute, dtype))  # type: ignore[return-value]
-
-
-def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return weight.to(dtype), None if bias is None else bias.to(dtype)
+    return constants.of(  # type: ignore[return-value]
+        (weight, bias), dtype, lambda: (weight.to(dtype), None if bias is None else bias.to(dtype))
+    )
 
 
 class LeanLinear(Overlay, nn.Linear):
@@ -104,10 +94,7 @@ class LeanLinear(Overlay, nn.Linear):
         """Returns the product with the weight, plus the bias."""
         if not is_ordinary(input):
             return super().forward(input)
-        weight, bias = self.weight, self.bias
-        return F.linear(
-            input, *_constants(self, None, (weight, bias), partial(_cast, weight, bias))
-        )
+        return F.linear(input, *_converted(self, self.weight, self.bias))
 
 
 class _LeanNorm(FrozenStatistics):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from resadapt.base.autocast import current_autocast
 from resadapt.base.errors import AdapterError, InjectionError, quote_names
 from resadapt.base.inputs import map_tensors, named_in
 from resadapt.base.spec import SetSpec
@@ -117,9 +118,8 @@ class _Replay(CallInterceptor):
 def autocast_of(model: nn.Module) -> str | None:
     """Returns the dtype of the current autocast on a model's device; None without autocast."""
     kind = next((parameter.device.type for parameter in nn.Module.parameters(model)), "cpu")
-    if not torch.is_autocast_enabled(kind):
-        return None
-    return dtype_name(torch.get_autocast_dtype(kind))
+    dtype = current_autocast(kind)
+    return None if dtype is None else dtype_name(dtype)
 
 
 def plan_for(model: nn.Module, spec: SetSpec, inputs: object) -> Plan:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from resadapt.base.autocast import AUTOCAST_DTYPES, device_kinds
+from resadapt.base.autocast import AUTOCAST_DTYPES, current_autocast, device_kinds
 from resadapt.base.errors import BackboneMismatchError, quote_names
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.tensors import dtype_name, same_bits
@@ -208,7 +208,7 @@ class Comparison:
         """Returns the precision of a run, for a report; empty where there is only one."""
         if autocast is not None:
             return f", under autocast to {dtype_name(autocast)}"
-        region = any(map(torch.is_autocast_enabled, device_kinds(self.live)))
+        region = any(map(current_autocast, device_kinds(self.live)))
         return ", without autocast" if region or self.autocast is not None else ""
 
 
