@@ -58,6 +58,8 @@ def test_a_short_round_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for steps in reuse.steps(2, 32, 1).values():
         assert all(seconds > 0 for seconds in steps.values())
     assert list(inference.measure(1, 2, 32))[-1] == inference.BOUND
+    found = inference.rounding("resnet18", inference.STATISTICS[1], 32)
+    assert all(0 < found[precision] < 0.2 for precision in inference.HALF)  # type: ignore[operator]
     assert list(growth.with_depth((18,), 32, 1)) == ["18"]
     by_batch = growth.with_batch((2, 4), 32)
     assert all(by_batch["4"][way] > by_batch["2"][way] for way in by_batch["2"])

@@ -58,8 +58,9 @@ def inference_copy(
         dtype: A floating-point dtype for all parameters and buffers of the copy; None keeps theirs.
             Inputs are not cast: pass them in this dtype. The outputs are compared before the cast,
             and again after it: a copy in bfloat16 or float16 that differs from the model by more
-            than 0.5 or 0.1 of the largest output gives a warning. For torchvision's ResNets 0.02
-            and 0.002 are usual, and up to 0.27 and 0.05 if random weights amplify rounding.
+            than 0.5 or 0.1 of the largest output gives a warning. ``benchmarks/inference.py``
+            measures the differences of torchvision's ResNets; random weights may amplify rounding
+            beyond these bounds.
         memory_format: The memory format of the copy's weights, such as ``torch.channels_last``;
             None keeps theirs.
         fold: Whether to fold linear adapters and BatchNorms.

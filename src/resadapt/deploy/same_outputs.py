@@ -26,8 +26,7 @@ _COARSE = 1e-4
 _HALF = {torch.bfloat16: 0.5, torch.float16: 0.1}
 """Usual difference of a copy in half precision, as a fraction of the largest output.
 
-Over torchvision's ResNets with eight families, 0.02 and 0.002 were measured with the statistics
-that norms are built with, and at most 0.27 and 0.05 where random weights amplify rounding.
+``benchmarks/inference.py`` measures it; random weights may amplify rounding beyond it.
 """
 
 
