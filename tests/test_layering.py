@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "resadapt"
 RUNTIME = {"torch", "torchvision", "typing_extensions"}
-OPTIONAL = {"safetensors"}
+OPTIONAL = {"onnxruntime", "safetensors"}
 
 # Rooms by floor, from the ground up: a module may import from the floors below its own. The rooms
 # of one floor do not know each other. Inside a room a module may import from the rows before its
@@ -77,7 +77,16 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
         ),
     },
     {"types": (("",),)},
-    {"": (("",),)},
+    {
+        "": (("",),),
+        "cli": (
+            ("text", "models"),
+            ("output", "adapted"),
+            ("inspect", "verify", "diff", "convert", "fold", "export", "families"),
+            ("main",),
+        ),
+    },
+    {"__main__": (("",),)},
 )
 PLACES = {
     (room, module): (floor, row)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +34,11 @@ class TensorRecord:
     dtype: str
     shape: tuple[int, ...]
     sha256: str
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorRecord:
@@ -97,6 +105,11 @@ class Fingerprint:
             record_modules(modules.items()),
             tuple(n for n in tensors if n in names),
         )
+
+    @property
+    def sha256(self) -> str:
+        """Digest of all records: equal for equal backbones."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def __contains__(self, tensor: object) -> bool:
         """Returns whether a parameter or buffer of this name was recorded."""

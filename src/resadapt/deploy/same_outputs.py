@@ -19,7 +19,14 @@ from resadapt.injection.ledger import ledger_of
 from resadapt.injection.switching import activate
 from resadapt.injection.walk import backbone_modules, unwrap
 
-__all__ = ["Reference", "check_outputs", "check_rounding", "reference_for"]
+__all__ = [
+    "Reference",
+    "check_outputs",
+    "check_rounding",
+    "reference_for",
+    "relative_difference",
+    "usual_difference",
+]
 
 _COARSE = 1e-4
 """Machine epsilon from which on a difference is only a warning: half precision."""
@@ -124,9 +131,9 @@ def check_rounding(reference: Reference | None, copied: nn.Module, dtype: torch.
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if _is_float(tensor) else tensor
 
-    bound = _HALF.get(dtype, max(reference.eps, torch.finfo(dtype).eps) ** 0.5)
+    bound = usual_difference(dtype, reference.eps)
     found = _run(copied, map_tensors(reference.inputs, cast))
-    difference = _largest(reference.outputs, found, lambda most: most)
+    difference = relative_difference(reference.outputs, found)
     if difference > bound:
         warnings.warn(
             f"On a generated input, the outputs of the copy in {dtype} differ from the model's by "
@@ -135,6 +142,27 @@ def check_rounding(reference: Reference | None, copied: nn.Module, dtype: torch.
             AdapterWarning,
             stacklevel=3,
         )
+
+
+def usual_difference(dtype: torch.dtype, eps: float = 0.0) -> float:
+    """Returns the usual difference of outputs that only rounding to a dtype has changed.
+
+    Args:
+        dtype: The dtype that the outputs are computed in.
+        eps: Machine epsilon of what the outputs are compared with.
+
+    Returns:
+        The difference as a fraction of the largest output.
+    """
+    return _HALF.get(dtype) or math.sqrt(max(eps, torch.finfo(dtype).eps))
+
+
+def relative_difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
+    """Returns the largest difference of outputs as a fraction of the largest expected output.
+
+    Infinite if their forms differ.
+    """
+    return _largest(expected, found, lambda most: most)
 
 
 def _run(copied: nn.Module, inputs: object) -> dict[str, Tensor]:

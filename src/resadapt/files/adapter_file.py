@@ -139,7 +139,7 @@ def read_adapter_file(
         data = path.read_bytes()
     except (OSError, TypeError, ValueError, MemoryError) as error:
         raise AdapterFileError(
-            f"{path!r}: cannot be read: {error or 'too large'}. Check the path."
+            f"{str(path)!r}: cannot be read: {error or 'too large'}. Check the path."
         ) from error
     manifest, tensors = decode(data, path)
     number = manifest.get("format_version")

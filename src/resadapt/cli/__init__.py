@@ -1,0 +1,1 @@
+"""The command line: a subcommand a file, which prints and returns an exit status."""

@@ -1,0 +1,129 @@
+"""Builds the model that a command names: from torchvision, timm, or a function of the user."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models import get_model
+
+from resadapt.base.errors import AdapterError
+
+__all__ = ["add_model_arguments", "build_model"]
+
+_PRETRAINED = "DEFAULT"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `build_model` reads."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="SOURCE:NAME",
+        help="torchvision:resnet18, timm:resnet50, or package.module:function, which is imported "
+        "(also from the current directory) and called",
+    )
+    parser.add_argument(
+        "--model-args", default="{}", metavar="JSON", help="such as '{\"num_classes\": 3}'"
+    )
+    parser.add_argument(
+        "--weights",
+        metavar=f"FILE|{_PRETRAINED}",
+        help="the backbone's state_dict, .pt or .safetensors; "
+        f"{_PRETRAINED}: the pretrained weights of torchvision or timm",
+    )
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    """Builds the backbone.
+
+    Raises:
+        AdapterError: There is no such model or file, or the model cannot be built.
+    """
+    source, _, name = args.model.partition(":")
+    if not (source and name):
+        raise AdapterError(
+            f"--model {args.model!r}: give torchvision:NAME, timm:NAME or package.module:function."
+        )
+    pretrained = args.weights == _PRETRAINED
+    try:
+        options = json.loads(args.model_args)
+        if not isinstance(options, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise AdapterError(
+            f"--model-args {args.model_args!r}: {error}. Give a JSON object, such as "
+            '{"num_classes": 3}.'
+        ) from error
+    if source not in ("torchvision", "timm") and pretrained:
+        raise AdapterError(
+            f"--weights {_PRETRAINED}: only for models of torchvision and timm. Load the weights "
+            f"in {args.model}, or give a file."
+        )
+    state = None if args.weights is None or pretrained else _read_state(Path(args.weights))
+    try:
+        model = _builder(source, name, pretrained)(**options)
+    except Exception as error:  # a user's function, or a download, may raise anything
+        raise AdapterError(
+            f"--model {args.model}: cannot be built: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise AdapterError(
+            f"--model {args.model}: returned {type(model).__name__}: return a torch.nn.Module."
+        )
+    if state is not None:
+        try:
+            model.load_state_dict(state)
+        except Exception as error:
+            raise AdapterError(
+                f"--weights {args.weights}: do not fit {args.model}: {error} "
+                "Give a state_dict of this model, and --model-args for its sizes."
+            ) from error
+    return model
+
+
+def _builder(source: str, name: str, pretrained: bool) -> Any:
+    if source == "torchvision":
+        return partial(get_model, name, weights=_PRETRAINED if pretrained else None)
+    if source == "timm":
+        timm = importlib.import_module("timm")
+        return partial(timm.create_model, name, pretrained=pretrained)
+    if (here := os.getcwd()) not in sys.path:  # a console script does not search it
+        sys.path.insert(0, here)
+    found: Any = importlib.import_module(source)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Reads a state_dict, without executing code.
+
+    Raises:
+        AdapterError: The file cannot be read, or is not a state_dict.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            import safetensors.torch  # noqa: PLC0415 - an optional package
+
+            return dict(safetensors.torch.load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise AdapterError(
+            f"--weights {path}: cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
+        keys = f" with the keys {sorted(map(str, state))}" if isinstance(state, dict) else ""
+        raise AdapterError(
+            f"--weights {path}: {type(state).__name__}{keys} is not a state_dict. Save "
+            "model.state_dict() alone."
+        )
+    return state
