@@ -23,9 +23,11 @@ $(CLIENTS): $(STAMP)
 	"$(BIN)/python" -m pip install --editable ".[clients]"
 	@touch "$@"
 
-demo: $(STAMP)  ## the codec example from data to pictures, at most 10 minutes
+demo: $(STAMP)  ## digits on an ImageNet network, then the codec example: at most 10 minutes
 	rm -rf runs/demo
+	"$(BIN)/python" examples/digits/three_ways.py
 	"$(BIN)/python" examples/codec/demo.py
+	@cat runs/demo/digits/table.md
 
 study: $(STAMP)  ## the whole codec study, into examples/codec/results: hours, resumable
 	"$(BIN)/python" examples/codec/study.py

@@ -9,13 +9,19 @@ author = "The resadapt developers"
 copyright = author
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"resadapt {__version__}"
 html_static_path: list[str] = []
 
 myst_heading_anchors = 3
+
+# tour.ipynb, a link to the notebook in examples/, is executed in each build.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_output_stderr = "remove"  # tqdm's word about notebooks
 
 # Docstrings write `name` for code, in the manner of plain text.
 default_role = "literal"

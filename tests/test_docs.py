@@ -43,6 +43,8 @@ def test_the_examples_in_the_pages_run(tmp_path: Path) -> None:
         "-W",
         "-n",
         "-q",
+        "-D",
+        "nb_execution_mode=off",  # `make docs` executes the notebook
         "-d",
         tmp_path / "trees",
         DOCS,

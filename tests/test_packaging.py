@@ -115,6 +115,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert sorted(each.name for each in needed if each.marker is None) == sorted(RUNTIME)
 
 
+def test_an_index_would_take_what_is_built(wheel: Path, sdist: Path) -> None:
+    (archive,) = sdist.parent.glob("*.tar.gz")
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, archive, cwd=ROOT)
+
+
 @pytest.mark.parametrize("package", ["safetensors", "matplotlib", "sklearn", "pytest", "pip"])
 def test_the_bare_environment_lacks(package: str, bare_python: Path) -> None:
     code = f"import importlib.util; print(importlib.util.find_spec({package!r}))"

@@ -137,6 +137,24 @@ def digits() -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (pictures[part], labels[part]) for name, part in zip(SPLIT, parts, strict=True)}
 
 
+def adapt(model: nn.Module, entry: Entry, rate: float) -> list[dict[str, Any]]:
+    """Inject the entry's set, if it has one.
+
+    The groups of parameters to train, for an optimizer.
+    """
+    if entry.whole:
+        return [{"params": list(model.parameters()), "lr": rate}]
+    layers: Any = entry.layers
+    if entry.budget is not None:
+        layers = suggest_layers(
+            model, entry.budget, family=entry.family, layers=layers, **entry.options
+        )
+    inject_adapters(
+        model, layers, family=entry.family, norm=entry.norm, head="classifier", **entry.options
+    )
+    return parameter_groups(model, rate, weight_decay=0.01)
+
+
 def run(
     entry: Entry, rate: float, seed: int, data: dict[str, tuple[Tensor, Tensor]], epochs: int
 ) -> dict[str, Any]:
@@ -147,22 +165,8 @@ def run(
     model = backbone()
     torch.manual_seed(seed)
     total = sum(parameter.numel() for parameter in model.parameters())
-    if entry.whole:
-        groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": rate}]
-        trained = total
-    else:
-        layers: Any = entry.layers
-        if entry.budget is not None:
-            layers = suggest_layers(
-                model, entry.budget, family=entry.family, layers=layers, **entry.options
-            )
-        inject_adapters(
-            model, layers, family=entry.family, norm=entry.norm, head="classifier", **entry.options
-        )
-        groups, trained = (
-            parameter_groups(model, rate, weight_decay=0.01),
-            count_parameters(model).trainable,
-        )
+    groups = adapt(model, entry, rate)
+    trained = total if entry.whole else count_parameters(model).trainable
     train(model, groups, *data["train"], epochs)
     size = None
     if not entry.whole:

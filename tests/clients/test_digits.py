@@ -51,6 +51,23 @@ def test_a_short_run(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "runs.json").stat().st_mtime_ns == before, "what is done is not done again"
 
 
+def test_three_ways_in_the_demo(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(script, "SPLIT", {"train": 20, "val": 1757, "test": 20})
+    import three_ways
+
+    three_ways.main(["--output-dir", str(tmp_path), "--epochs", "1"])
+    printed, shown = capfd.readouterr().out, (tmp_path / "table.md").read_text()
+    rows = [line.split("|")[1:-1] for line in shown.splitlines()[2:]]
+    assert [row[2].strip() for row in rows] == ["12,810", "74,250", "3,383,818"]
+    assert shown in printed
+    assert printed.endswith("verified\n"), "another process has verified the file"
+
+
 def test_the_weights_are_those_of_imagenet(script: ModuleType) -> None:
     """The network names what is on frames of the codec example."""
     model = script.imagenet().eval()
