@@ -64,6 +64,7 @@ def test_what_cannot_be_a_directory(model: nn.Module, tmp_path: Path) -> None:
         (f"{tmp_path}/file/", r"file/: is not a directory\. Remove the slash"),
         (tmp_path / "odd", r"README\.md: is a directory"),
         (f"{tmp_path}/no/new/", r"no does not exist\. Create it first"),
+        ("", r"'': is not a file path: it is empty"),
         ("hf://user/name", r"writes to local files only\. Save to a directory.*upload_folder"),
     ):
         with pytest.raises(resadapt.AdapterFileError, match=message):
@@ -73,6 +74,8 @@ def test_what_cannot_be_a_directory(model: nn.Module, tmp_path: Path) -> None:
         resadapt.AdapterFileError, match=r"neither adapters\.safetensors nor adapters\.pt\. Pass"
     ):
         resadapt.read_adapter_info(tmp_path)
+    with pytest.raises(resadapt.AdapterFileError, match=r"it is empty"):
+        resadapt.read_adapter_info("")
 
 
 def test_addresses_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:

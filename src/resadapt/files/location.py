@@ -32,7 +32,7 @@ def files_to_write(path: object) -> tuple[Path, Path | None]:
             suffix asks for a package that is not installed.
     """
     try:
-        text = os.fsdecode(path)  # type: ignore[arg-type]
+        text = _text(path)
         if text.startswith(_HUB):
             raise AdapterFileError(
                 f"{text}: a save writes to local files only. Save to a directory, "
@@ -67,7 +67,7 @@ def file_to_read(path: object) -> Path:
         AdapterFileError: A directory or repository has no adapter file, or a download failed.
         OSError, TypeError, ValueError: The path is not a path.
     """
-    text = os.fsdecode(path)  # type: ignore[arg-type]
+    text = _text(path)
     if text.startswith(_HUB):
         return _from_hub(text)
     found = Path(text)
@@ -79,6 +79,13 @@ def file_to_read(path: object) -> Path:
                 "adapter file."
             )
     return found
+
+
+def _text(path: object) -> str:
+    text = os.fsdecode(path)  # type: ignore[arg-type]
+    if not text:  # pathlib takes it for the current directory
+        raise ValueError("it is empty")
+    return text
 
 
 def _adapter_file(directory: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from resadapt.base.errors import AdapterFileError
-from resadapt.base.overlay import class_of
+from resadapt.base.overlay import users_class
 from resadapt.base.spec import SetSpec
 from resadapt.files.adapter_file import VERSIONS
 from resadapt.files.atomic import atomic_write
@@ -103,7 +103,7 @@ def _head(model: nn.Module, metadata: Mapping[str, Any]) -> str:
     if isinstance(base_model, str) and _MODEL_ID.fullmatch(base_model):
         entries["base_model"] = base_model
     yaml = "".join(f"{key}: {json.dumps(value)}\n" for key, value in entries.items())
-    return f"---\n{yaml}---\n\n# Adapters for {_text(class_of(model).__name__)}\n"
+    return f"---\n{yaml}---\n\n# Adapters for {_text(users_class(model).__name__)}\n"
 
 
 def _content(
@@ -117,7 +117,7 @@ def _content(
     backbone = sum(
         tensor.numel() for _, tensor in backbone_tensors(model) if isinstance(tensor, nn.Parameter)
     )
-    kind = class_of(model)
+    kind = users_class(model)
     rows = [
         ("file", f"{report.path.name}, {len(data):,} bytes"),
         ("SHA-256", hashlib.sha256(data).hexdigest()),
