@@ -166,6 +166,9 @@ def test_no_text_from_outside_breaks_a_card(
         if "base_model" in head:
             assert head["base_model"] == metadata["base_model"]
         assert [block.type for block in found] == [block.type for block in blocks]
+        cells = ["".join(part.content for part in block.children or ()) for block in found]
+        for text in (name, detail):  # shown as it is
+            assert "".join(each if each.isprintable() else " " for each in text).strip() in cells
         inline = {part.type for block in found for part in block.children or ()}
         assert inline <= {"text", "code_inline", "text_special"}, "no links, pictures or HTML"
         shown = next(block for block in found if block.info == "json").content
