@@ -45,6 +45,17 @@ def test_a_save_replaces_the_file_that_a_load_reads(
     assert resadapt.read_adapter_info(tmp_path).metadata == {"epoch": 2}
 
 
+def test_links_in_a_directory_stay_links(model: nn.Module, tmp_path: Path) -> None:
+    resadapt.save_adapters(model, f"{tmp_path}/real/")
+    (tmp_path / "links").mkdir()
+    for name in ("README.md", "adapters.safetensors"):
+        (tmp_path / "links" / name).symlink_to(tmp_path / "real" / name)
+    resadapt.save_adapters(model, tmp_path / "links", metadata={"epoch": 2})
+    assert all(each.is_symlink() for each in (tmp_path / "links").iterdir())
+    assert resadapt.read_adapter_info(tmp_path / "real").metadata == {"epoch": 2}
+    assert '"epoch": 2' in (tmp_path / "real" / "README.md").read_text()
+
+
 def test_a_failing_save_leaves_a_directory_as_it_was(model: nn.Module, tmp_path: Path) -> None:
     readings = iter([1.0, 2.0] * 2)
     with pytest.raises(resadapt.VerificationError):

@@ -90,9 +90,9 @@ def write_card(
 
 
 def _replaced(text: str, block: str) -> str:
-    before, begin, rest = text.partition(_BEGIN)
+    before, _, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
-    return before + block + after if begin and end else text
+    return before + block + after if end else text
 
 
 def _head(model: nn.Module, metadata: Mapping[str, Any]) -> str:
