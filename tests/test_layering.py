@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "resadapt"
 RUNTIME = {"torch", "torchvision", "typing_extensions"}
-OPTIONAL = {"onnxruntime", "safetensors"}
+OPTIONAL = {"huggingface_hub", "onnxruntime", "safetensors"}
 
 # Rooms by floor, from the ground up: a module may import from the floors below its own. The rooms
 # of one floor do not know each other. Inside a room a module may import from the rows before its
@@ -54,7 +54,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
             ("installation", "set_info", "sharing"),
             ("sets",),
         ),
-        "files": (("container", "atomic"), ("adapter_file",)),
+        "files": (("container", "atomic"), ("location",), ("adapter_file",)),
     },
     {
         "parameters": (("trainable",), ("suggest", "summary")),
@@ -71,7 +71,7 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
         ),
         "proof": (
             ("report", "probe", "drift", "state"),
-            ("reconstruction", "evidence", "loading", "combine"),
+            ("reconstruction", "evidence", "loading", "combine", "card"),
             ("compare",),
             ("verify",),
         ),

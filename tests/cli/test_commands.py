@@ -309,7 +309,8 @@ BUILD = ("--model", "small_nets:build")
     ("arguments", "status", "message"),
     [
         (("inspect", "missing.pt"), 1, "No such file"),
-        (("inspect", "."), 1, "not a regular file"),
+        (("inspect", "."), 1, "the directory has neither"),
+        (("convert", "a.pt", "folder.pt"), 1, "is a directory"),
         (("inspect", "small_nets.py"), 1, "not an adapter file"),
         (("inspect", "cut.pt"), 1, "damaged"),
         (("inspect", "changed.pt"), 1, "changed or damaged"),
@@ -347,6 +348,7 @@ def test_bad_input_is_one_line_and_changes_nothing(
     resadapt.save_adapters(trained(), "a.pt")
     data = Path("a.pt").read_bytes()
     Path("cut.pt").write_bytes(data[:1000])
+    Path("folder.pt").mkdir()
     Path("changed.pt").write_bytes(data[:500] + bytes([data[500] ^ 1]) + data[501:])
     torch.save({"model": {"0.weight": torch.ones(1)}}, "nested.pt")
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}

@@ -42,12 +42,8 @@ def test_wrong_bytes_on_the_way_to_the_disk(
 
 
 def test_bad_targets(model: nn.Module, tmp_path: Path) -> None:
-    for path, message in (
-        (tmp_path, "is a directory"),
-        (tmp_path / "no" / "set.pt", r"no does not exist\. Create it"),
-    ):
-        with pytest.raises(resadapt.AdapterFileError, match=message):
-            resadapt.save_adapters(model, path)
+    with pytest.raises(resadapt.AdapterFileError, match=r"no does not exist\. Create it"):
+        resadapt.save_adapters(model, tmp_path / "no" / "set.pt")
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resadapt.base.evaluation import ignores_setting, returns_input
-from resadapt.base.overlay import is_ours
+from resadapt.base.overlay import users_class
 from resadapt.base.tensors import dtype_name, raw_bytes
 
 __all__ = ["ModuleRecord", "other_state", "record_modules"]
@@ -59,7 +59,7 @@ class ModuleRecord:
     @classmethod
     def of(cls, module: nn.Module) -> ModuleRecord:
         """Returns the record of a module, without its children."""
-        kind = _class_of(module)
+        kind = users_class(module)
         state = {
             key: hashlib.sha256(_canonical(value)).hexdigest()
             for key, value in other_state(module).items()
@@ -125,11 +125,7 @@ def _has_no_effect(module: nn.Module) -> bool:
         tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values())
     ):
         return False
-    return isinstance(module, nn.modules.loss._Loss) or returns_input(module, _class_of(module))
-
-
-def _class_of(module: nn.Module) -> type[nn.Module]:
-    return next(cls for cls in type(module).__mro__ if not is_ours(cls))
+    return isinstance(module, nn.modules.loss._Loss) or returns_input(module, users_class(module))
 
 
 def _config(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:

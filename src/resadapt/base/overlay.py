@@ -18,12 +18,12 @@ __all__ = [
     "Mixin",
     "Overlay",
     "class_of",
-    "is_ours",
     "mixin_of",
     "put_class",
     "stock_classes",
     "strip",
     "uncover",
+    "users_class",
 ]
 
 CONSTANTS = "_resadapt_constants"
@@ -91,8 +91,12 @@ def put_class(module: nn.Module, kind: Any, mixin: type | None) -> None:
         module.__class__ = type(first.__name__, (kind,), content | {_FIRST: first})
 
 
-def is_ours(kind: type) -> bool:
-    """Returns whether a class was put on a module by this library or by sharding."""
+def users_class(module: nn.Module) -> type[nn.Module]:
+    """Returns a module's class without those that this library and sharding put on it."""
+    return next(cls for cls in type(module).__mro__ if not _is_put_on(cls))
+
+
+def _is_put_on(kind: type) -> bool:
     return _MIXIN in vars(kind) or kind.__module__.startswith(("resadapt.", "torch.distributed."))
 
 

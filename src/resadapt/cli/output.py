@@ -8,7 +8,8 @@ from pathlib import Path
 
 from resadapt.base.errors import AdapterError
 from resadapt.cli.text import show
-from resadapt.files.atomic import atomic_write, target_of
+from resadapt.files.atomic import atomic_write
+from resadapt.files.location import files_to_write
 
 __all__ = ["add_force", "check_target", "write"]
 
@@ -26,7 +27,9 @@ def check_target(path: str, force: bool, suffixes: tuple[str, ...]) -> Path:
     """
     if Path(path).suffix not in suffixes:
         raise AdapterError(f"{path}: give a name that ends in {' or '.join(suffixes)}.")
-    target = target_of(path)
+    target, card = files_to_write(path)
+    if card is not None:
+        raise AdapterError(f"{path}: is a directory. Give the name of a file.")
     if target.exists() and not force:
         raise AdapterError(f"{path}: exists. Give another name, or --force to overwrite it.")
     return target

@@ -25,9 +25,11 @@ from resadapt.base.fingerprint import (
 from resadapt.base.spec import SetSpec
 from resadapt.base.version import __version__
 from resadapt.files.container import decode, encode, format_for
+from resadapt.files.location import file_to_read
 
 __all__ = [
     "FORMAT_VERSION",
+    "VERSIONS",
     "AdapterInfo",
     "ProbeRecord",
     "as_json",
@@ -40,6 +42,13 @@ FORMAT_VERSION = 4
 """The newest version, and the only one that can say that outputs were recorded under autocast."""
 OLDEST_VERSION = 3
 """The version of all other files, so that resadapt 0.2 reads them."""
+
+VERSIONS = {
+    "resadapt": __version__,
+    "torch": str(torch.__version__),
+    "torchvision": str(torchvision.__version__),
+}
+"""The versions that files written by this process record."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ def read_adapter_info(path: str | bytes | os.PathLike[str]) -> AdapterInfo:
     """Reads the description of an adapter file, without a model and without executing code.
 
     Args:
-        path: Path of the file.
+        path: The file, as for `load_adapters`.
 
     Returns:
         The description.
@@ -133,7 +142,7 @@ def read_adapter_file(
         AdapterFileError: As `read_adapter_info`.
     """
     try:
-        path = Path(os.fsdecode(path))
+        path = file_to_read(path)
         if path.exists() and not path.is_file():
             raise OSError("not a regular file")
         data = path.read_bytes()
@@ -208,11 +217,7 @@ def encode_adapter_file(
     """
     manifest = {
         "format_version": FORMAT_VERSION if probe and probe.autocast else OLDEST_VERSION,
-        "versions": {
-            "resadapt": __version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
+        "versions": VERSIONS,
         "set": set_spec.to_json(),
         "backbone": backbone.to_json(),
         "tensors": {name: record.to_json() for name, record in record_tensors(tensors).items()},

@@ -17,28 +17,30 @@ try:
 except ImportError:  # Windows, where open files cannot be removed
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic_write", "target_of"]
+__all__ = ["atomic_write", "created_directory"]
 
 
-def target_of(path: object) -> Path:
-    """Returns the path to write to, with symbolic links resolved.
+@contextmanager
+def created_directory(directory: Path) -> Iterator[None]:
+    """Creates a directory if it does not exist, and removes it if the body raises an error.
 
     Raises:
-        AdapterFileError: The path is not a valid file path, or the directory does not exist.
+        AdapterFileError: The directory cannot be created.
     """
     try:
-        target = Path(os.path.realpath(os.fsdecode(path)))  # type: ignore[arg-type]
-        exists = target.exists()
-    except (OSError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path!r}: is not a file path: {error}.") from error
-    if exists and not target.is_file():
-        kind = "a directory" if target.is_dir() else "not a regular file"
-        raise AdapterFileError(f"{target}: is {kind}. Pass the path of a file.")
-    if not target.parent.is_dir():
-        raise AdapterFileError(
-            f"{target}: the directory {target.parent} does not exist. Create it first."
-        )
-    return target
+        directory.mkdir()
+    except FileExistsError:
+        yield
+        return
+    except OSError as error:
+        raise AdapterFileError(f"{directory}: cannot be created: {error.strerror}.") from error
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # another process has written into it
+            directory.rmdir()
+        raise
+    _flush_directory(directory.parent)
 
 
 @contextmanager

@@ -58,7 +58,10 @@ def load_adapters(
 
     Args:
         model: The backbone that the adapters were trained on, injected or not.
-        path: The file.
+        path: The file; or a directory that `save_adapters` wrote; or the address of a repository on
+            the Hugging Face Hub, ``"hf://user/name"``, ``"hf://user/name@revision"`` or
+            ``"hf://user/name@revision/file"`` (extra ``resadapt[hub]``). A file that is in the
+            Hub's cache is not downloaded again, also if the repository has a newer one.
         name: The set to load into; None is the name in the file.
         head: Modules of the head's form, by name in the model; the set gets copies, with the file's
             values. Needed for a head that is not made of torch.nn layers and differs from the
@@ -71,7 +74,7 @@ def load_adapters(
         AdapterError: `head` names a module that is not in the file's head, or the model has the set
             already.
         AdapterFileError: The file is missing, damaged, of another kind, of a newer format, or
-            cannot be injected into this model.
+            cannot be injected into this model; or cannot be downloaded.
         BackboneMismatchError: The backbone differs; the message lists tensors and modules.
         AdapterKeyError: The model's set or head does not have the file's form.
         InjectionError: The model cannot be injected into.

@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +23,12 @@ from resadapt.base.errors import (
     quote_reasons,
 )
 from resadapt.files.adapter_file import as_json, encode_adapter_file, read_adapter_file
-from resadapt.files.atomic import atomic_write, target_of
-from resadapt.files.container import format_for
+from resadapt.files.atomic import atomic_write, created_directory
+from resadapt.files.location import files_to_write
 from resadapt.injection.ledger import find_ledger, ledger_of
 from resadapt.injection.private import lost_modules
 from resadapt.injection.walk import check_ranks, on_one_rank, unwrap
+from resadapt.proof.card import write_card
 from resadapt.proof.compare import Comparison
 from resadapt.proof.drift import check_backbone, conversion
 from resadapt.proof.evidence import Metric, collect, sets_kept
@@ -66,7 +66,9 @@ def save_adapters(
             and `rebuild` is required.
         path: The file: ``.safetensors`` (extra ``resadapt[safetensors]``) or ``.pt``. Other
             suffixes give the safetensors format if the package is installed, else the ``.pt``
-            format. The directory must exist.
+            format. The directory must exist. Or a directory, which exists or ends in a slash: it
+            gets the file ``adapters.safetensors`` or ``adapters.pt``, and a model card,
+            ``README.md``.
         name: The set to save; None is the active set.
         probe: An input for the model (a tuple: positional arguments; a dict: keyword arguments).
             None generates an input from the form of the example input, or from the model's first
@@ -116,7 +118,7 @@ def save_adapters(
     _check_arguments(metric, tolerance, rebuild)
     check_autocast(autocast, device_kinds(inner))
     sharded = check_ranks(inner)
-    target = on_one_rank(sharded, lambda: _writable(path))
+    target, card = on_one_rank(sharded, lambda: files_to_write(path))
     entries = as_json(metadata, target)
     if metric is not None or lost_modules(inner, adapter_set.spec):  # before a slow metric
         _refuse_drift(inner)
@@ -153,19 +155,22 @@ def save_adapters(
             probe=kept,
             metadata=entries,
         )
-        with atomic_write(target, data) as temporary:
+        with created_directory(target.parent), atomic_write(target, data) as temporary:
             if reconstruction is None:
-                return report_of(target, [], "verify=False", evidence.metric)
-            info, stored = read_adapter_file(temporary)
-            info = replace(info, path=target)
-            with sets_kept(inner, target, [] if sharded else looked_at):
-                report = Comparison(
-                    inner, evidence, info, stored, probe, metric, tolerance, autocast
-                ).on(reconstruction, today)
-            if not report.ok:
-                raise failure_of(report)
-            if metric is not None and not sharded:  # the second call may have changed the model
-                _refuse_drift(inner)
+                report = report_of(target, [], "verify=False", evidence.metric)
+            else:
+                info, stored = read_adapter_file(temporary)
+                info = replace(info, path=target)
+                with sets_kept(inner, target, [] if sharded else looked_at):
+                    report = Comparison(
+                        inner, evidence, info, stored, probe, metric, tolerance, autocast
+                    ).on(reconstruction, today)
+                if not report.ok:
+                    raise failure_of(report)
+                if metric is not None and not sharded:  # the second call may have changed the model
+                    _refuse_drift(inner)
+        if card is not None:
+            write_card(card, inner, adapter_set.spec, report, entries, data)
         return report
 
     return on_one_rank(sharded, write_and_verify)
@@ -189,7 +194,7 @@ def verify_adapters(
 
     Args:
         model: The injected model, or the backbone without adapters.
-        path: The file.
+        path: The file, as for `load_adapters`.
         probe: As for `save_adapters`; required to check recorded outputs if the file was saved with
             a probe.
         metric: As for `save_adapters`.
@@ -255,12 +260,6 @@ def verify_adapters(
         return Comparison(inner, evidence, info, stored, probe, metric, tolerance, autocast).on(
             reconstruct(inner, rebuild, spec)
         )
-
-
-def _writable(path: object) -> Path:
-    target = target_of(path)
-    format_for(target)
-    return target
 
 
 def _refuse_drift(model: nn.Module) -> None:
