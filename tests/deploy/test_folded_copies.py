@@ -264,6 +264,21 @@ def test_a_cast_that_changes_the_outputs() -> None:
         inference_copy(model, dtype=torch.bfloat16)
 
 
+def test_statistics_beyond_float16() -> None:
+    """The channel would be constant, which the outputs hardly show."""
+    net: Any = Pair()
+    net.norm.running_var[0] = 1e6
+    model = resadapt.inject_adapters(net, (), head="head", example_input=images())
+    with pytest.warns(
+        resadapt.AdapterWarning, match=r"Values of 'norm.running_var' are .* float16 \(6.55e\+04\)"
+    ):
+        inference_copy(model, dtype=torch.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", resadapt.AdapterWarning)
+        inference_copy(model, dtype=torch.float16, fold=True)
+        inference_copy(model, dtype=torch.bfloat16)
+
+
 def test_another_model_is_no_rounding() -> None:
     """Half precision hides no error: the outputs are compared before the cast too."""
     model: Any = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()

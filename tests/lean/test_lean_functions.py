@@ -54,13 +54,20 @@ def test_functions_against_finite_differences(double: Callable[..., bool]) -> No
     st.tuples(st.integers(1, 2), st.integers(1, 2)),
     st.booleans(),
     st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),  # sums round differently
 )
 def test_pooling_of_any_geometry(
-    kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, last: bool
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+    last: bool,
+    dtype: torch.dtype,
 ) -> None:
     padding = tuple(min(size, side // 2) for size, side in zip(padding, kernel, strict=True))
     layer = nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil_mode)
-    x = torch.randint(-3, 4, (2, 3, 9, 8)).float()  # with ties
+    x = torch.randint(-3, 4, (2, 3, 9, 8)).to(dtype)  # with ties
     x[0, 0, 4, 4] = float("nan")
     x = x.to(
         memory_format=torch.channels_last if last else torch.contiguous_format
@@ -69,12 +76,8 @@ def test_pooling_of_any_geometry(
     for kind in (nn.MaxPool2d, LeanMaxPool2d):
         layer.__class__ = kind
         out = layer(x)
-        results.append(
-            (
-                out,
-                *torch.autograd.grad(out, x, torch.arange(out.numel()).reshape(out.shape).float()),
-            )
-        )
+        weights = torch.arange(out.numel()).reshape(out.shape).to(dtype) / 7
+        results.append((out, *torch.autograd.grad(out, x, weights)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
 import resadapt
+from resadapt.lean.constants import constants_in
 
 BF16 = torch.autocast("cpu", torch.bfloat16)
 FORMATS = pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
@@ -102,6 +103,24 @@ def test_frozen_weights_are_converted_once(fold: bool) -> None:
         assert model(x).dtype is torch.float16
     assert model(x).dtype is torch.float32
     assert converted() == 0, "each dtype has its own"
+
+
+def test_a_weight_that_is_loaded_for_each_call_leaves_nothing_behind() -> None:
+    """As offloading does (accelerate's `cpu_offload`): memory must not grow with each forward."""
+    model, x = resadapt.optimize_backbone(injected(head=())), images(2, 32)
+    loaded: list[Tensor] = []  # kept, so that no two have the same id
+
+    def load(module: Any, args: object) -> None:
+        loaded.append(nn.Parameter(module.weight.detach().clone(), requires_grad=False))
+        module.weight = loaded[-1]
+
+    model.conv1.register_forward_pre_hook(load)
+    model.fc.register_forward_pre_hook(load)
+    kept = []
+    for _ in range(3):
+        run(model, x)
+        kept.append(len(constants_in(model)))
+    assert kept[0] == kept[2] > 0
 
 
 def test_linear_layers_too() -> None:

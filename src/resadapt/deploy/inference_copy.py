@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
-from resadapt.base.errors import AdapterError, check_flag
+from resadapt.base.errors import AdapterError, AdapterWarning, check_flag, quote_names
+from resadapt.base.tensors import dtype_name
 from resadapt.deploy.adapted import InOwnDtype, adapted
 from resadapt.deploy.folded_weights import FoldedWeights
 from resadapt.deploy.norm_pairs import norm_pairs
@@ -58,9 +61,9 @@ def inference_copy(
         dtype: A floating-point dtype for all parameters and buffers of the copy; None keeps theirs.
             Inputs are not cast: pass them in this dtype. The outputs are compared before the cast,
             and again after it: a copy in bfloat16 or float16 that differs from the model by more
-            than 0.5 or 0.1 of the largest output gives a warning. ``benchmarks/inference.py``
-            measures the differences of torchvision's ResNets; random weights may amplify rounding
-            beyond these bounds.
+            than 0.5 or 0.1 of the largest output gives a warning, and so do tensors with values
+            that the dtype cannot hold. ``benchmarks/inference.py`` measures the differences of
+            torchvision's ResNets; random weights may amplify rounding beyond these bounds.
         memory_format: The memory format of the copy's weights, such as ``torch.channels_last``;
             None keeps theirs.
         fold: Whether to fold linear adapters and BatchNorms.
@@ -114,6 +117,7 @@ def inference_copy(
         for module in list(stock.modules()):
             if isinstance(module, InOwnDtype):
                 replace_module(stock, module, module[0])
+        _warn_of_overflow(stock, dtype)
         stock.to(dtype)
         weights.write()  # again from float64, not from what was rounded
         check_rounding(reference, stock, dtype)
@@ -131,6 +135,22 @@ def _check_arguments(dtype: object, memory_format: object, fold: object) -> None
             "torch.channels_last_3d or torch.contiguous_format, or None."
         )
     check_flag("fold", fold)
+
+
+def _warn_of_overflow(stock: nn.Module, dtype: torch.dtype) -> None:
+    """Warns of tensors with finite values that a dtype cannot hold: outputs may not show it."""
+    if names := [
+        path
+        for path, tensor in backbone_tensors(stock)
+        if tensor.is_floating_point() and bool((tensor.isfinite() & tensor.to(dtype).isinf()).any())
+    ]:
+        warnings.warn(
+            f"Values of {quote_names(names)} are beyond the largest {dtype_name(dtype)} "
+            f"({torch.finfo(dtype).max:.3g}) and become infinite in the copy. Give another "
+            "dtype; for statistics of norms fold=True may help too.",
+            AdapterWarning,
+            stacklevel=3,
+        )
 
 
 def _with_adapters(copied: StockCopy) -> nn.Module:

@@ -41,13 +41,13 @@ def constants_in(model: nn.Module) -> list[Tensor]:
 class Constants:
     """Cache of the tensors that a layer computes from frozen tensors.
 
-    Tensors are dropped when a source is written in place, moved, cast or replaced. Copies and
-    pickles of a layer have an empty cache.
+    Tensors are dropped when the layer's weight is written in place, moved, cast or replaced, and
+    computed again when another source is. Copies and pickles of a layer have an empty cache.
     """
 
     def __init__(self) -> None:
         # Replaced, and not changed: other threads may read the cache.
-        self._kept: dict[Any, tuple[dict[int, Any], Any, Tensors]] = {}
+        self._kept: dict[Any, tuple[list[Any], Any, Tensors]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles an empty cache."""
@@ -65,24 +65,19 @@ class Constants:
         """Returns the tensors that a function computes; computed again if a source has changed.
 
         Args:
-            sources: The frozen tensors that the function reads.
+            sources: The frozen tensors that the function reads, the layer's weight first.
             key: What else the result depends on.
             compute: The function.
         """
-        present = [part for part in sources if part is not None]
-        stamps = {id(part): stamp(part) for part in present}
-        key = key, *stamps
+        stamps = [None if part is None else stamp(part) for part in sources]
         known = self._kept.get(key)
         if known is not None and known[0] == stamps:
             return known[2]
         with torch.inference_mode(False), torch.no_grad():  # may be used in training later
             tensors = compute()
-        others = {
-            other: entry
-            for other, entry in self._kept.items()
-            if entry[0].items() >= {(k, v) for k, v in stamps.items() if k in entry[0]}
-        }
+        # A weight that is computed or loaded for each call must not leave what was made from it.
+        others = {other: kept for other, kept in self._kept.items() if kept[0][0] == stamps[0]}
         # Sources are kept alive: a new tensor at the same address would have the same stamp.
-        alive = [part.detach() for part in present]
+        alive = [part.detach() for part in sources if part is not None]
         self._kept = others | {key: (stamps, alive, tensors)}
         return tensors

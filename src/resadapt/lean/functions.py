@@ -93,7 +93,7 @@ class FrozenConvolution(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Saves the weight."""
         x, weight, _, *ctx.geometry = inputs
-        ctx.size = x.shape
+        ctx.shape = x.shape
         ctx.format = memory_format(x)
         ctx.save_for_backward(weight)
 
@@ -103,13 +103,9 @@ class FrozenConvolution(Function):
         """Returns the gradient of the input."""
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        # Only the form of the input is used; its memory is never touched.
-        like_input = torch.empty(
-            ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.format
-        )
         result = torch.ops.aten.convolution_backward(
             grad,
-            like_input,
+            _empty(ctx.shape, grad, ctx.format),
             weight.to(grad.dtype),
             None,
             stride,
@@ -259,17 +255,27 @@ class SmallIndexPool(Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """Returns the input's gradient: each output's gradient at its maximum."""
         (places,) = ctx.saved_tensors
-        kernel, stride, padding, dilation, _ = ctx.geometry
+        kernel, stride, padding, dilation, ceil_mode = ctx.geometry
         top, left = _corners(grad, stride, padding)
         where = places.long()
         rows = where.div(kernel[1], rounding_mode="floor").mul_(dilation[0]).add_(top)
-        indices = (
-            rows.mul_(ctx.shape[-1]).add_(where.remainder_(kernel[1]).mul_(dilation[1])).add_(left)
+        columns = where.remainder_(kernel[1]).mul_(dilation[1]).add_(left)
+        result = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad,
+            _empty(ctx.shape, grad, ctx.format),
+            kernel,
+            stride,
+            padding,
+            dilation,
+            ceil_mode,
+            rows.mul_(ctx.shape[-1]).add_(columns),
         )
-        maps = (*ctx.shape[:2], -1)
-        flat = grad.new_zeros(*ctx.shape[:2], ctx.shape[2] * ctx.shape[3])
-        flat = flat.scatter_add(2, indices.reshape(maps), grad.reshape(maps))
-        return _to_format(flat.reshape(ctx.shape), ctx.format), *[None] * 5
+        return result, *[None] * 5
+
+
+def _empty(shape: torch.Size, grad: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Returns a stand-in for an input of which a kernel uses the form only, not the memory."""
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
 
 
 def _to_format(grad: Tensor, memory_format: torch.memory_format) -> Tensor:
