@@ -63,6 +63,7 @@ def test_the_examples_in_the_pages_run(tmp_path: Path) -> None:
         "index",
         "getting_started",
         "families",
+        "from_peft",
         "sets",
         "freezing",
         "precision",
