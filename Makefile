@@ -54,6 +54,7 @@ bench: $(CLIENTS)  ## time and memory beside other ways, into benchmarks/results
 	"$(BIN)/python" benchmarks/reuse.py
 	"$(BIN)/python" benchmarks/inference.py
 	"$(BIN)/python" benchmarks/files.py
+	"$(BIN)/python" docs/make_figures.py
 
 sweep: $(CLIENTS)  ## every ConvNet of timm and torchvision through all steps: an hour, resumable
 	"$(BIN)/python" benchmarks/sweep.py

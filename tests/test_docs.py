@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_the_examples_in_the_pages_run(tmp_path: Path) -> None:
         "index",
         "getting_started",
         "families",
+        "from_peft",
         "sets",
         "freezing",
         "precision",
@@ -86,6 +88,18 @@ def test_the_tables_of_families_are_what_the_code_says() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_figures_show_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = runpy.run_path(str(DOCS / "make_figures.py"))
+    assert figures["main"](["--check"]), capsys.readouterr().out
+    used = {path for page in PAGES for path in re.findall(r"pictures/(\w+)\.svg", page.read_text())}
+    assert used == {path.stem for path in (DOCS / "pictures").glob("*.svg")}
+    page = (DOCS / "freezing.md").read_text()
+    for curves in figures["drift_data"]().values():  # they end with the numbers of the page's run
+        last = "{} of 48 right, reloaded {}\n".format(*(values[-1] for values in curves.values()))
+        assert last in page
+    assert figures["svg_of"]("drift") == figures["svg_of"]("drift")  # the same bytes in each run
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -22,7 +22,7 @@ OPTIONAL = {"huggingface_hub", "onnxruntime", "safetensors"}
 FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "base": (
-            ("version", "errors", "tensors", "overlay", "evaluation"),
+            ("version", "errors", "html_table", "tensors", "overlay", "evaluation"),
             ("spec", "inputs", "module_record", "attributes", "autocast"),
             ("undisturbed", "fingerprint", "other_inputs"),
         ),

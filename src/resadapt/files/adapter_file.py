@@ -22,6 +22,7 @@ from resadapt.base.fingerprint import (
     tensor_differences,
     tensor_records,
 )
+from resadapt.base.html_table import html_table
 from resadapt.base.spec import SetSpec
 from resadapt.base.version import __version__
 from resadapt.files.container import decode, encode, format_for
@@ -80,7 +81,7 @@ class ProbeRecord:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """The content of an adapter file, without the values of the tensors.
+    """The content of an adapter file, without the values of the tensors; a notebook shows a table.
 
     Args:
         path: Path of the file.
@@ -105,6 +106,21 @@ class AdapterInfo:
     example: Any
     probe: ProbeRecord | None
     metadata: dict[str, Any]
+
+    def _repr_html_(self) -> str:
+        """Returns a table of what a reader asks for first, and the metadata."""
+        private = f", {len(self.set.norms)} private" if self.set.norms else ""
+        rows = {
+            "size": f"{self.size:,} bytes, format {self.format_version}",
+            "written by": ", ".join(f"{name} {value}" for name, value in self.versions.items()),
+            "set": f"{self.set.name!r}, family {self.set.family!r}",
+            "sites": ", ".join(site.name for site in self.set.sites),
+            "head": ", ".join(self.set.head),
+            "norms": self.set.norm + private,
+            "tensors": f"{len(self.tensors)}",
+            **{f"metadata[{key!r}]": str(value) for key, value in self.metadata.items()},
+        }
+        return html_table(("entry", "value"), rows.items(), title=str(self.path))
 
 
 def read_adapter_info(path: str | bytes | os.PathLike[str]) -> AdapterInfo:

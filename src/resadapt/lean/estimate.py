@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from resadapt.base.autocast import check_autocast, device_kinds
 from resadapt.base.errors import AdapterError, InjectionError
+from resadapt.base.html_table import html_table
 from resadapt.base.inputs import named_in
 from resadapt.base.undisturbed import EAGERLY
 from resadapt.injection.ledger import ledger_of
@@ -28,6 +29,9 @@ from resadapt.injection.walk import unwrap
 from resadapt.lean.constants import constants_in
 
 __all__ = ["StepCost", "TrainingEstimate", "cost_of_step", "estimate_training"]
+
+
+_HEADING = ("a training step", "this model", "full fine-tuning")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ class StepCost:
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """Cost of a training step with adapters and with full fine-tuning; ``str`` gives a table.
+    """Cost of a training step with adapters and with full fine-tuning, as a table.
+
+    ``str`` gives the table as text; notebooks show it.
 
     Args:
         adapters: Cost with the injected model.
@@ -64,9 +70,8 @@ class TrainingEstimate:
     adapters: StepCost
     full: StepCost
 
-    def __str__(self) -> str:
-        """Returns a table."""
-        lines = [f"{'a training step':<20}{'this model':>16}{'full fine-tuning':>20}"]
+    def _rows(self) -> Iterator[tuple[str, str, str, str]]:
+        """Walks the rows: what, with adapters, with full fine-tuning, and the ratio."""
         for what, name, unit, form in (
             ("trained parameters", "trained", 1, "{:,.0f}"),
             ("saved for backward", "saved_bytes", 2**20, "{:,.1f} MiB"),
@@ -76,8 +81,18 @@ class TrainingEstimate:
         ):
             adapters, full = getattr(self.adapters, name), getattr(self.full, name)
             shown = [form.format(each / unit) for each in (adapters, full)]
-            lines.append(f"{what:<20}{shown[0]:>16}{shown[1]:>20}  ({adapters / max(1, full):.1%})")
+            yield what, shown[0], shown[1], f"{adapters / max(1, full):.1%}"
+
+    def __str__(self) -> str:
+        """Returns a table."""
+        lines = [f"{_HEADING[0]:<20}{_HEADING[1]:>16}{_HEADING[2]:>20}"]
+        for what, adapters, full, ratio in self._rows():
+            lines.append(f"{what:<20}{adapters:>16}{full:>20}  ({ratio})")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Returns a table."""
+        return html_table((*_HEADING, "ratio"), self._rows())
 
 
 def estimate_training(

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resadapt.adapters.family import takes
 from resadapt.base.errors import AdapterError
+from resadapt.base.html_table import html_table
 from resadapt.base.inputs import map_tensors
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.undisturbed import dry_run
@@ -32,7 +33,7 @@ _LAST_SITES = "The sites are the last sites, as many as fit."
 
 
 class SuggestedLayers(dict[str, int]):
-    """Widths by site, usable as ``layers=``; ``print`` shows a table.
+    """Widths by site, usable as ``layers=``; ``print`` and notebooks show a table.
 
     Attributes:
         parameters: Number of the adapter's parameters, by site.
@@ -63,13 +64,20 @@ class SuggestedLayers(dict[str, int]):
             rows.append(
                 f"{name.ljust(longest)}  {width or '':>10}  {self.parameters[name]:>10,}{flops}"
             )
-        return "\n".join(
-            [
-                *rows,
-                f"{sum(self.parameters.values()):,} parameters, {self.share:.2%} of the model's. "
-                f"{self.rule}",
-            ]
-        )
+        return "\n".join([*rows, self._note()])
+
+    def _repr_html_(self) -> str:
+        """Returns a table."""
+        rows = []
+        for name, width in self.items():
+            flops = [f"{self.flops[name]:,}"] if self.flops else []
+            rows.append([name, f"{width or ''}", f"{self.parameters[name]:,}", *flops])
+        heading = ["site", "bottleneck", "parameters", *(["FLOPs"] if self.flops else [])]
+        return html_table(heading, rows, note=self._note())
+
+    def _note(self) -> str:
+        size = sum(self.parameters.values())
+        return f"{size:,} parameters, {self.share:.2%} of the model's. {self.rule}"
 
 
 def suggest_layers(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from resadapt.base.fingerprint import Fingerprint
+from resadapt.base.html_table import html_table
 from resadapt.base.tensors import dtype_name
 from resadapt.injection.freeze import freeze_norm, frozen_modules
 from resadapt.injection.ledger import backbone_differences, ledger_of
@@ -20,7 +21,7 @@ __all__ = ["BackboneReport", "accept_backbone", "check_backbone", "conversion"]
 
 @dataclass(frozen=True)
 class BackboneReport:
-    """Result of comparing the backbone with its fingerprint from the injection.
+    """Result of comparing the backbone with its fingerprint; a notebook shows a table.
 
     Args:
         ok: Whether nothing has drifted.
@@ -31,6 +32,13 @@ class BackboneReport:
     ok: bool
     drifted: list[str]
     reasons: dict[str, str]
+
+    def _repr_html_(self) -> str:
+        """Returns a table of what has drifted."""
+        title = f"The backbone has drifted in {len(self.drifted)} tensors and modules."
+        if self.ok:
+            title = "The backbone has not drifted."
+        return html_table(("name", "difference"), self.reasons.items(), title=title)
 
 
 def check_backbone(model: nn.Module) -> BackboneReport:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from resadapt.base.errors import VerificationError
+from resadapt.base.html_table import html_table
 
 __all__ = ["Check", "VerificationReport", "failure_of", "report_of"]
 
@@ -22,6 +23,11 @@ _LINES = (
     "recorded outputs",
     "metric",
 )
+
+
+# Colours with a contrast of at least 4 with white and black.
+_COLOURS = {"passed": "#0f8a5f", "failed": "#d9372c", "not checked": "#8a7a00"}
+_OUTCOME = "font-weight: bold; white-space: nowrap; color: "
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Check:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """The checks of a verification and their results.
+    """The checks of a verification and their results; ``str`` and notebooks show a table.
 
     Args:
         path: The file.
@@ -80,6 +86,14 @@ class VerificationReport:
         """Returns a line for each check."""
         return "\n".join(
             [str(self.path), *(f"  {c.name:<16}  {c.outcome:<11}  {c.detail}" for c in self.checks)]
+        )
+
+    def _repr_html_(self) -> str:
+        """Returns a table with a row for each check."""
+        return html_table(
+            ("check", "outcome", "detail"),
+            ((c.name, (c.outcome, _OUTCOME + _COLOURS[c.outcome]), c.detail) for c in self.checks),
+            title=f"{self.path}: {'verified' if self.ok else 'not verified'}",
         )
 
 
