@@ -31,6 +31,7 @@ __all__ = [
 Pair = tuple[int, int]
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FLAGS = tuple(torch.tensor(flag, device="cpu") for flag in (False, True))
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -78,6 +79,7 @@ class FrozenConvolution(Function):
     @override
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -86,17 +88,11 @@ class FrozenConvolution(Function):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:
-        """Computes the stock convolution, with the same kernels."""
-        return _CONVOLUTIONS[x.ndim - 2](x, weight, bias, stride, padding, dilation, groups)
-
-    @override
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves the weight."""
-        x, weight, _, *ctx.geometry = inputs
-        ctx.size = x.shape
-        ctx.format = memory_format(x)
+        """Computes the stock convolution, with the same kernels, and saves the weight."""
+        ctx.geometry = stride, padding, dilation, groups
+        ctx.size, ctx.format = x.shape, memory_format(x)
         ctx.save_for_backward(weight)
+        return _CONVOLUTIONS[x.ndim - 2](x, weight, bias, *ctx.geometry)
 
     @override
     @staticmethod
@@ -108,7 +104,7 @@ class FrozenConvolution(Function):
         like_input = torch.empty(
             ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.format
         )
-        result = torch.ops.aten.convolution_backward(
+        result = torch.ops.aten.convolution_backward.default(
             grad,
             like_input,
             weight.to(grad.dtype),
@@ -130,18 +126,18 @@ class FrozenNorm(Function):
     @override
     @staticmethod
     def forward(
-        x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
     ) -> Tensor:
-        """Computes the stock norm, with the same kernel."""
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-
-    @override
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves references to the module's statistics and weight."""
-        x, mean, var, weight, _, ctx.eps = inputs
-        ctx.format = memory_format(x)
+        """Computes the stock norm, with the same kernel, and saves statistics and weight."""
+        ctx.eps, ctx.format = eps, memory_format(x)
         ctx.save_for_backward(mean, var, weight)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @override
     @staticmethod
@@ -150,7 +146,7 @@ class FrozenNorm(Function):
         mean, var, weight = ctx.saved_tensors
         grad = _to_format(grad, ctx.format)
         # The second argument is the input, which the gradient of the input does not depend on.
-        result = torch.ops.aten.native_batch_norm_backward(
+        result = torch.ops.aten.native_batch_norm_backward.default(
             grad, grad, weight, mean, var, None, None, False, ctx.eps, (True, False, False)
         )
         return result[0], *[None] * 5
@@ -161,24 +157,18 @@ class PackedReLU(Function):
 
     @override
     @staticmethod
-    def forward(x: Tensor, inplace: bool) -> Tensor:
-        """Computes the ReLU."""
-        return x.relu_() if inplace else x.relu()
-
-    @override
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves the bits, and whether they are in channels_last order.
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        """Computes the ReLU, and saves the bits, and whether they are in channels_last order.
 
         Under checkpointing, the recomputed output may have another memory format.
         """
-        x, inplace = inputs
+        output = x.relu_() if inplace else x.relu()
         if inplace:
             ctx.mark_dirty(x)
         ctx.shape, last = output.shape, is_channels_last(output)
-        ctx.save_for_backward(
-            packed(output.movedim(1, -1) if last else output), torch.tensor(last, device="cpu")
-        )
+        bits = packed(output.movedim(1, -1) if last else output)
+        ctx.save_for_backward(bits, _FLAGS[last])
+        return output
 
     @override
     @staticmethod
@@ -205,21 +195,15 @@ class CompiledReLU(Function):
 
     @override
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the ReLU, and the bits, which are not an output of the layer."""
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Computes the ReLU; saves bits in row-major order, since compilers choose formats."""
         out = x.relu()
-        return out, packed_in_graph(out)
+        ctx.save_for_backward(packed_in_graph(out))
+        return out
 
     @override
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Saves the bits, in row-major order, since compilers choose memory formats."""
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @override
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Returns the gradient where the output is positive."""
         (bits,) = ctx.saved_tensors
         result: Tensor = torch.ops.aten.threshold_backward(grad, unpacked_in_graph(bits, grad), 0)
@@ -232,13 +216,17 @@ class SmallIndexPool(Function):
     @override
     @staticmethod
     def forward(
-        x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Computes the stock pooling, with the same kernel, and the indices in the windows.
-
-        The indices are not an output of the layer.
-        """
-        out, indices = torch.ops.aten.max_pool2d_with_indices(
+        ctx: Any,
+        x: Tensor,
+        kernel: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        ceil_mode: bool,
+    ) -> Tensor:
+        """Computes the stock pooling, with the same kernel, and saves indices in the windows."""
+        out: Tensor
+        out, indices = torch.ops.aten.max_pool2d_with_indices.default(
             x, kernel, stride, padding, dilation, ceil_mode
         )
         top, left = _corners(out, stride, padding)
@@ -247,24 +235,17 @@ class SmallIndexPool(Function):
         columns = indices.remainder(width).sub_(left)
         rows.div_(dilation[0], rounding_mode="floor").mul_(kernel[1])
         places = rows.add_(columns.div_(dilation[1], rounding_mode="floor"))
-        return out, places.to(torch.uint8)
+        ctx.geometry = kernel, stride, padding, dilation
+        ctx.shape, ctx.format = x.shape, memory_format(x)
+        ctx.save_for_backward(places.to(torch.uint8))
+        return out
 
     @override
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Saves the indices."""
-        x, *ctx.geometry = inputs
-        ctx.shape = x.shape
-        ctx.format = memory_format(x)
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @override
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the input's gradient: each output's gradient at its maximum."""
         (places,) = ctx.saved_tensors
-        kernel, stride, padding, dilation, _ = ctx.geometry
+        kernel, stride, padding, dilation = ctx.geometry
         top, left = _corners(grad, stride, padding)
         where = places.long()
         rows = where.div(kernel[1], rounding_mode="floor").mul_(dilation[0]).add_(top)
