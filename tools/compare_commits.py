@@ -44,15 +44,19 @@ def tasks(folder: Path) -> dict[str, Callable[[], object]]:
             resadapt.inject_adapters(model, name=f"s{number}", head="fc", **options)
         return model
 
-    def step(optimized: bool = False, **options: Any) -> Callable[[], object]:
+    def step(optimized: bool = False, bf16: bool = False, **options: Any) -> Callable[[], object]:
         model = adapted(**options).train()
+        last = torch.channels_last if bf16 else torch.contiguous_format
+        model, images = model.to(memory_format=last), x.contiguous(memory_format=last)
         if optimized:
             resadapt.optimize_backbone(model)
         optimizer = torch.optim.SGD(resadapt.trainable_parameters(model), lr=1e-4)
 
         def run() -> None:
             optimizer.zero_grad(set_to_none=True)
-            model(x).square().mean().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(images).square().mean()
+            loss.backward()
             optimizer.step()
 
         run()
@@ -90,6 +94,8 @@ def tasks(folder: Path) -> dict[str, Callable[[], object]]:
     return {
         "training step": step(),
         "training step, optimized": step(optimized=True),
+        "training step, bf16": step(bf16=True),
+        "training step, bf16, optimized": step(optimized=True, bf16=True),
         "training step, norm=affine": step(norm="affine"),
         "training step, norm=affine, optimized": step(optimized=True, norm="affine"),
         "forward": forward(x),

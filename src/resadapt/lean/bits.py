@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["packed", "packed_in_graph", "unpacked", "unpacked_in_graph"]
-
-_PACK, _SPREAD, _BIT_OF_BYTE = (
-    0x0102040810204080,
-    0x0101010101010101,
-    0x8040201008040201 - (1 << 64),
-)
 
 
 def packed(x: Tensor) -> Tensor:
     """Packs whether each element is nonzero into bits: uint8 of an eighth of the size, rounded up.
 
+    Bit k of all bytes together is the k-th eighth of the elements.
+
     Example:
         >>> packed(torch.tensor([1.0, 0.0, 0.0, 2.0, float("nan")])).tolist()
         [25]
     """
-    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
-    words[-1:] = 0
-    words.view(torch.bool)[: x.numel()].copy_(x.reshape(-1))  # several times faster than torch.ne
-    # Multiplying eight bytes of 0 or 1 by _PACK collects their bits in the product's last byte.
-    return words.mul_(_PACK).view(torch.uint8)[7::8].contiguous()
+    flat = x.reshape(-1)
+    if len(flat) % 8:
+        flat = F.pad(flat, (0, -len(flat) % 8))
+    eighths = flat.view(8, -1).bool().view(torch.uint8)  # several times faster than torch.ne
+    return eighths.bitwise_left_shift_(_places(x.device)).sum(0, dtype=torch.uint8)
 
 
-def unpacked(bits: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Returns a 1-D tensor, positive where a bit is set and zero elsewhere.
+def unpacked(bits: Tensor, count: int) -> Tensor:
+    """Returns a 1-D tensor of uint8: 1 where a bit is set and 0 elsewhere.
 
     Example:
-        >>> unpacked(torch.tensor([25], dtype=torch.uint8), 5, torch.float32).sign().tolist()
-        [1.0, 0.0, 0.0, 1.0, 1.0]
+        >>> unpacked(torch.tensor([25], dtype=torch.uint8), 5).tolist()
+        [1, 0, 0, 1, 1]
     """
-    words = torch.empty(len(bits), dtype=torch.int64, device=bits.device).copy_(bits)
-    return words.mul_(_SPREAD).bitwise_and_(_BIT_OF_BYTE).view(torch.uint8)[:count].to(dtype)
+    return (bits >> _places(bits.device)).bitwise_and_(1).view(-1)[:count]
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)[:, None]
 
 
 @torch.library.custom_op("resadapt::packed", mutates_args=(), schema="(Tensor x) -> Tensor")
@@ -55,7 +55,7 @@ def _(x: Tensor) -> Tensor:
 )
 def unpacked_in_graph(bits: Tensor, like: Tensor) -> Tensor:
     """The same as `unpacked` in the shape and dtype of a tensor, opaque to compilers."""
-    return unpacked(bits, like.numel(), like.dtype).reshape(like.shape)
+    return unpacked(bits, like.numel()).to(like.dtype).reshape(like.shape)
 
 
 @unpacked_in_graph.register_fake

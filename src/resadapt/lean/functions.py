@@ -30,6 +30,7 @@ __all__ = [
 
 Pair = tuple[int, int]
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -77,6 +78,7 @@ class FrozenConvolution(Function):
     @override
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -85,17 +87,11 @@ class FrozenConvolution(Function):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:
-        """Computes the stock convolution, with the same kernels."""
-        return _CONVOLUTIONS[x.ndim - 2](x, weight, bias, stride, padding, dilation, groups)
-
-    @override
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves the weight."""
-        x, weight, _, *ctx.geometry = inputs
-        ctx.shape = x.shape
-        ctx.format = memory_format(x)
+        """Computes the stock convolution, with the same kernels, and saves the weight."""
+        ctx.geometry = stride, padding, dilation, groups
+        ctx.shape, ctx.format = x.shape, memory_format(x)
         ctx.save_for_backward(weight)
+        return _CONVOLUTIONS[x.ndim - 2](x, weight, bias, *ctx.geometry)
 
     @override
     @staticmethod
@@ -103,7 +99,7 @@ class FrozenConvolution(Function):
         """Returns the gradient of the input."""
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        result = torch.ops.aten.convolution_backward(
+        result = torch.ops.aten.convolution_backward.default(
             grad,
             _empty(ctx.shape, grad, ctx.format),
             weight.to(grad.dtype),
@@ -125,18 +121,18 @@ class FrozenNorm(Function):
     @override
     @staticmethod
     def forward(
-        x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
     ) -> Tensor:
-        """Computes the stock norm, with the same kernel."""
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-
-    @override
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves references to the module's statistics and weight."""
-        x, mean, var, weight, _, ctx.eps = inputs
-        ctx.format = memory_format(x)
+        """Computes the stock norm, with the same kernel, and saves statistics and weight."""
+        ctx.eps, ctx.format = eps, memory_format(x)
         ctx.save_for_backward(mean, var, weight)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @override
     @staticmethod
@@ -145,7 +141,7 @@ class FrozenNorm(Function):
         mean, var, weight = ctx.saved_tensors
         grad = _to_format(grad, ctx.format)
         # The second argument is the input, which the gradient of the input does not depend on.
-        result = torch.ops.aten.native_batch_norm_backward(
+        result = torch.ops.aten.native_batch_norm_backward.default(
             grad, grad, weight, mean, var, None, None, False, ctx.eps, (True, False, False)
         )
         return result[0], *[None] * 5
@@ -156,39 +152,38 @@ class PackedReLU(Function):
 
     @override
     @staticmethod
-    def forward(x: Tensor, inplace: bool) -> Tensor:
-        """Computes the ReLU."""
-        return x.relu_() if inplace else x.relu()
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        """Computes the ReLU, and saves the bits; with two dimensions, in channels_last order.
 
-    @override
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves the bits, and whether they are in channels_last order.
-
-        Under checkpointing, the recomputed output may have another memory format.
+        Not an attribute of `ctx`: under checkpointing, the recomputed output, from which the bits
+        are then, may have another memory format.
         """
-        x, inplace = inputs
+        output = x.relu_() if inplace else x.relu()
         if inplace:
             ctx.mark_dirty(x)
         ctx.shape, last = output.shape, is_channels_last(output)
-        ctx.save_for_backward(
-            packed(output.movedim(1, -1) if last else output), torch.tensor(last, device="cpu")
-        )
+        bits = packed(output.movedim(1, -1) if last else output)
+        ctx.save_for_backward(bits[None] if last else bits)
+        return output
 
     @override
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradient where the output is positive or NaN, as PyTorch does."""
-        bits, last = ctx.saved_tensors
-        shape = ctx.shape
-        flat = unpacked(bits, shape.numel(), grad.dtype)
-        out = (
+        (bits,) = ctx.saved_tensors
+        shape, last = ctx.shape, bits.ndim == 2
+        integers = _INTEGERS[grad.dtype.itemsize]
+        flat = unpacked(bits, shape.numel()).to(integers)
+        passes = (
             flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
             if last
             else flat.reshape(shape)
         )
-        # The stock ReLU calls this too; several times faster than torch.where.
-        return torch.ops.aten.threshold_backward(grad, out, 0), None
+        if grad.requires_grad or _is_batched(grad):
+            # The stock ReLU calls this too; several times faster than torch.where.
+            return torch.ops.aten.threshold_backward(grad, passes.to(grad.dtype), 0), None
+        # The same bits, several times faster again, but without a gradient of its own.
+        return passes.mul_(grad.view(integers)).view(grad.dtype), None
 
 
 class CompiledReLU(Function):
@@ -196,21 +191,15 @@ class CompiledReLU(Function):
 
     @override
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the ReLU, and the bits, which are not an output of the layer."""
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Computes the ReLU; saves bits in row-major order, since compilers choose formats."""
         out = x.relu()
-        return out, packed_in_graph(out)
+        ctx.save_for_backward(packed_in_graph(out))
+        return out
 
     @override
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Saves the bits, in row-major order, since compilers choose memory formats."""
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @override
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Returns the gradient where the output is positive."""
         (bits,) = ctx.saved_tensors
         result: Tensor = torch.ops.aten.threshold_backward(grad, unpacked_in_graph(bits, grad), 0)
@@ -223,13 +212,17 @@ class SmallIndexPool(Function):
     @override
     @staticmethod
     def forward(
-        x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Computes the stock pooling, with the same kernel, and the indices in the windows.
-
-        The indices are not an output of the layer.
-        """
-        out, indices = torch.ops.aten.max_pool2d_with_indices(
+        ctx: Any,
+        x: Tensor,
+        kernel: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        ceil_mode: bool,
+    ) -> Tensor:
+        """Computes the stock pooling, with the same kernel, and saves indices in the windows."""
+        out: Tensor
+        out, indices = torch.ops.aten.max_pool2d_with_indices.default(
             x, kernel, stride, padding, dilation, ceil_mode
         )
         top, left = _corners(out, stride, padding)
@@ -238,21 +231,14 @@ class SmallIndexPool(Function):
         columns = indices.remainder(width).sub_(left)
         rows.div_(dilation[0], rounding_mode="floor").mul_(kernel[1])
         places = rows.add_(columns.div_(dilation[1], rounding_mode="floor"))
-        return out, places.to(torch.uint8)
+        ctx.geometry = kernel, stride, padding, dilation, ceil_mode
+        ctx.shape, ctx.format = x.shape, memory_format(x)
+        ctx.save_for_backward(places.to(torch.uint8))
+        return out
 
     @override
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Saves the indices."""
-        x, *ctx.geometry = inputs
-        ctx.shape = x.shape
-        ctx.format = memory_format(x)
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @override
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the input's gradient: each output's gradient at its maximum."""
         (places,) = ctx.saved_tensors
         kernel, stride, padding, dilation, ceil_mode = ctx.geometry
@@ -260,7 +246,7 @@ class SmallIndexPool(Function):
         where = places.long()
         rows = where.div(kernel[1], rounding_mode="floor").mul_(dilation[0]).add_(top)
         columns = where.remainder_(kernel[1]).mul_(dilation[1]).add_(left)
-        result = torch.ops.aten.max_pool2d_with_indices_backward(
+        result = torch.ops.aten.max_pool2d_with_indices_backward.default(
             grad,
             _empty(ctx.shape, grad, ctx.format),
             kernel,
@@ -285,9 +271,12 @@ def _to_format(grad: Tensor, memory_format: torch.memory_format) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return grad
+    return grad if _is_batched(grad) else grad.contiguous(memory_format=memory_format)
+
+
+def _is_batched(grad: Tensor) -> bool:
     functorch = torch._C._functorch
-    batched = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
-    return grad if batched else grad.contiguous(memory_format=memory_format)
+    return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
 
 def _corners(out: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,7 @@ class LeanReLU(Overlay, nn.ReLU):
         if not can_be_lean(input):
             return super().forward(input)
         if is_compiled(input):
-            compiled: Tensor = CompiledReLU.apply(input)[0]
+            compiled: Tensor = CompiledReLU.apply(input)
             return input.copy_(compiled) if self.inplace else compiled
         out: Tensor = PackedReLU.apply(input, self.inplace)
         return out
@@ -150,7 +150,7 @@ class LeanMaxPool2d(Overlay, nn.MaxPool2d):
             _pair(self.padding),
             _pair(self.dilation),
         )
-        return SmallIndexPool.apply(input, kernel, *geometry, self.ceil_mode)[0]
+        return SmallIndexPool.apply(input, kernel, *geometry, self.ceil_mode)
 
 
 def _pair(size: Any) -> Any:
