@@ -21,6 +21,7 @@ myst_heading_anchors = 3
 default_role = "literal"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+autodoc_mock_imports = ["lightning"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
