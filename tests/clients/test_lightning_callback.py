@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from roundtrip import LABELS, assert_same_outputs, seeded, small_images
+from roundtrip import LABELS, seeded, small_images
 from support import small_net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
