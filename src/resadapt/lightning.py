@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
     It does not replace ``ModelCheckpoint``, which writes what a training is resumed from.
 
     Args:
-        dirpath: A local directory for the files; it is created.
+        dirpath: A local directory for the files; it is created. Callbacks for other sets or metrics
+            may have the same.
         monitor: The metric, by its name in ``self.log(name, value)``.
         mode: ``"min"`` or ``"max"``: what is better. NaN and infinite values never are.
         rebuild: As for `save_adapters`; required for a sharded model.
@@ -313,7 +315,8 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
                 return
         model = _injected(pl_module)[1]
         name, weights = measured or (ledger_of(model).chosen(self.name).spec.name, None)
-        stem = f"{name}-epoch={trainer.current_epoch}-step={trainer.global_step}"
+        monitor = re.sub(r"\W", "_", self.monitor)
+        stem = f"{name}-{monitor}-epoch={trainer.current_epoch}-step={trainer.global_step}"
         path = self.dirpath / f"{stem}.{format_for(Path(stem + '.'))}"
         metadata = {
             "monitor": self.monitor,

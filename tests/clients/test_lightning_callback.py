@@ -117,7 +117,7 @@ def everything(module: Any) -> dict[str, list[float]]:
 
 def scores(callback: Any) -> dict[str, float]:
     assert {path.name for path in callback.dirpath.iterdir()} == callback.scores.keys()
-    return {file.split("-")[1]: score for file, score in callback.scores.items()}
+    return {file.split("-")[2]: score for file, score in callback.scores.items()}
 
 
 BUILDS: list[Callable[..., Any]] = [
@@ -199,7 +199,7 @@ def test_the_best_epochs_are_kept_with_the_weights_that_were_measured(tmp_path: 
     with pytest.warns(resadapt.AdapterWarning, match="'metric' is nan, so .* saved nothing"):
         fit(module, 5, tmp_path, callback, precision="bf16-mixed")
     assert scores(callback) == {"epoch=2": 0.5, "epoch=4": 0.5}
-    assert callback.best_path.name.startswith("night-epoch=2-step=6.")
+    assert callback.best_path.name.startswith("night-metric-epoch=2-step=6.")
     info = resadapt.read_adapter_info(callback.best_path)
     assert info.metadata == {"monitor": "metric", "score": 0.5, "epoch": 2, "step": 6}
     assert info.probe.autocast == "bfloat16"
@@ -235,11 +235,12 @@ def test_the_average_that_is_validated_is_saved_and_training_goes_on(tmp_path: P
 def test_a_metric_of_training_is_looked_at_after_the_epoch(tmp_path: Path) -> None:
     """Half-way validations would otherwise see the value of the epoch before."""
     module = Outer(injected(), (0.1,) * 4)
-    loss = AdapterCheckpoint(tmp_path / "loss", "train_loss", "min", save_top_k=9)
-    metric = AdapterCheckpoint(tmp_path / "metric", "metric", "min", save_top_k=9)
+    loss = AdapterCheckpoint(tmp_path / "both", "train_loss", "min", save_top_k=9)
+    metric = AdapterCheckpoint(tmp_path / "both", "metric", "min", save_top_k=9)
     fit(module, 4, tmp_path, loss, metric, val_check_interval=1)
     assert [file.split("=")[-1].split(".")[0] for file in loss.scores] == ["2", "4", "6", "8"]
     assert len(metric.scores) == 8
+    assert len(list((tmp_path / "both").iterdir())) == 12
     rare = AdapterCheckpoint(tmp_path / "rare", "metric", "min", save_top_k=9)
     fit(Outer(injected(), (0.1,) * 4), 4, tmp_path, rare, check_val_every_n_epoch=2)
     assert [*scores(rare)] == ["epoch=1", "epoch=3"]

@@ -24,7 +24,14 @@ from resadapt.proof.state import (
 __all__ = ["load_training_state_dict", "training_state_dict"]
 
 _FORMAT = 1
-_FIELDS = ("format", "backbone", "sets", "tensors", "active", "trained")
+_FIELDS: dict[str, Any] = {
+    "format": int,
+    "backbone": Mapping,
+    "sets": Mapping,
+    "tensors": Mapping,
+    "active": str | None,
+    "trained": list,
+}
 
 
 def training_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -133,12 +140,14 @@ def _backbone_in(state: object) -> Fingerprint:
             f"{'is ' + found if isinstance(found, str) else 'has ' + quote_names(found)}. For the "
             "state of a whole model, call model.load_state_dict(state)."
         )
-    if state["format"] != _FORMAT:
+    if isinstance(state["format"], int) and state["format"] != _FORMAT:
         raise AdapterKeyError(
             f"The training state has format {state['format']!r}; this version reads {_FORMAT}. "
             "Install a newer resadapt."
         )
     try:
+        if wrong := [name for name, kind in _FIELDS.items() if not isinstance(state[name], kind)]:
+            raise TypeError(f"{quote_names(wrong)} is of another type")
         names = {*state["sets"]}
         if names != {*state["tensors"]} or not {*state["trained"]} <= names:
             raise ValueError("it is about other sets than it contains")
