@@ -34,7 +34,11 @@ from resadapt.proof.training_state import load_training_state_dict, training_sta
 from resadapt.proof.verify import save_adapters
 
 try:
-    from lightning.pytorch.callbacks import Callback, WeightAveraging
+    from lightning.pytorch.callbacks import (
+        Callback,
+        StochasticWeightAveraging,
+        WeightAveraging,
+    )
     from lightning.pytorch.strategies import (
         DeepSpeedStrategy,
         FSDPStrategy,
@@ -172,7 +176,13 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Prepares the loading of checkpoints without the backbone."""
+        """Refuses what cannot work, and prepares loading checkpoints without the backbone."""
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+            raise AdapterError(
+                "StochasticWeightAveraging resets the running statistics of every norm, also in "
+                "the frozen backbone and in inactive sets. Use Lightning's WeightAveraging, which "
+                "averages weights in the same way."
+            )
         if self.trainer_checkpoint == "adapters":
             if isinstance(trainer.strategy, _OWN_CHECKPOINTS):
                 raise AdapterError(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from roundtrip import LABELS, seeded, small_images
-from support import small_net
+from support import scramble, small_net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
@@ -195,7 +195,12 @@ backbone = seeded(lambda: resnet18(num_classes=3))
 def test_the_best_epochs_are_kept_with_the_weights_that_were_measured(tmp_path: Path) -> None:
     nan = float("nan")
     module = Outer(injected(), (0.3, nan, 0.5, 0.4, 0.5))
-    callback = AdapterCheckpoint(tmp_path / "a" / "b", "metric", "max", small_net, 2, "night")
+
+    def rebuild() -> Any:
+        assert not torch.is_inference_mode_enabled()  # in which a validation ends
+        return small_net()
+
+    callback = AdapterCheckpoint(tmp_path / "a" / "b", "metric", "max", rebuild, 2, "night")
     with pytest.warns(resadapt.AdapterWarning, match="'metric' is nan, so .* saved nothing"):
         fit(module, 5, tmp_path, callback, precision="bf16-mixed")
     assert scores(callback) == {"epoch=2": 0.5, "epoch=4": 0.5}
@@ -209,8 +214,8 @@ def test_the_best_epochs_are_kept_with_the_weights_that_were_measured(tmp_path: 
     assert resadapt.check_backbone(module.net).ok
 
 
-def assert_file_has(path: Path, tensors: dict[str, Tensor]) -> None:
-    loaded = resadapt.load_adapters(small_net(), path)
+def assert_file_has(path: Path, tensors: dict[str, Tensor], backbone: Any = None) -> None:
+    loaded = resadapt.load_adapters(backbone or small_net(), path)
     found = resadapt.adapter_state_dict(loaded)
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
 
@@ -270,6 +275,19 @@ def test_what_would_save_nothing_is_told(tmp_path: Path) -> None:
     with pytest.raises(resadapt.InjectionError, match="has several: 'net', 'teacher'"):
         fit(two, 1, tmp_path, callback())
     assert not (tmp_path / "never").exists()
+
+
+def test_averaging_that_resets_frozen_statistics_is_refused_with_another(tmp_path: Path) -> None:
+    module = Outer(injected(0, lambda: scramble(small_net())), (0.5,))
+    swa = callbacks.StochasticWeightAveraging(1e-3, swa_epoch_start=1)
+    fit(module, 2, tmp_path, swa)
+    assert resadapt.check_backbone(module.net).drifted == ["bn.running_mean", "bn.running_var"]
+    with pytest.raises(resadapt.AdapterError, match=r"Stochastic.* Use Lightning's WeightAver"):
+        fit(module, 2, tmp_path, swa, AdapterCheckpoint(tmp_path, "metric", "min"))
+    averaged = Outer(injected(0, lambda: scramble(small_net())), (0.5,))
+    best = AdapterCheckpoint(tmp_path, "metric", "min", lambda: scramble(small_net()))
+    fit(averaged, 2, tmp_path, callbacks.WeightAveraging(), best)
+    assert_file_has(best.best_path, averaged.measured[0], scramble(small_net()))
 
 
 def test_a_strategy_with_checkpoints_of_its_own_is_refused_by_name(tmp_path: Path) -> None:
