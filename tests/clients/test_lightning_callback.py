@@ -152,13 +152,14 @@ def test_small_checkpoints_resume_bit_for_bit(build: Callable[..., Any], tmp_pat
     assert not resumed._load_state_dict_pre_hooks
 
     # The last checkpoint is read by every call of the trainer, and by nothing without the callback.
-    tested = build(2, metric)
+    tested, unused = build(2, metric), callback()
     trainer = lightning.Trainer(
-        accelerator="cpu", logger=False, callbacks=[callback()], enable_progress_bar=False
+        accelerator="cpu", logger=False, callbacks=[unused], enable_progress_bar=False
     )
     data = DataLoader(TensorDataset(X, LABELS), batch_size=len(X))
     trainer.validate(tested, data, ckpt_path=tmp_path / "epoch=3.ckpt", weights_only=True)
     assert everything(tested) == everything(whole)
+    assert unused.report is None
     with pytest.raises(RuntimeError, match=r"resadapt_training_state"):
         fit(build(0, metric), 4, tmp_path, resume=tmp_path / "epoch=1.ckpt")
     other, before = build(0, metric), None
