@@ -347,8 +347,7 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
 
         if trainer.is_global_zero:
             self.dirpath.mkdir(parents=True, exist_ok=True)
-        # What is computed in inference mode could not be used in training.
-        with torch.inference_mode(False), _with_weights(model, name, weights):
+        with _with_weights(model, name, weights):
             replicated = dist.is_available() and dist.is_initialized() and not check_ranks(model)
             self.report = on_one_rank(replicated, save)
         _log.info("%s = %s\n%s", self.monitor, score, self.report)
