@@ -27,6 +27,7 @@ nb_output_stderr = "remove"  # tqdm's word about notebooks
 default_role = "literal"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+autodoc_mock_imports = ["lightning"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

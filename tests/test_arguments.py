@@ -131,6 +131,7 @@ OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     ),
     "state": (resadapt.adapter_state_dict, ("name",)),
     "load state": (resadapt.load_adapter_state_dict, ("state_dict", "name")),
+    "load training": (resadapt.load_training_state_dict, ("state",)),
     "save": (
         resadapt.save_adapters,
         (
@@ -168,6 +169,7 @@ OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
 NEEDED = {
     "groups": {"lr": 0.1},
     "load state": {"state_dict": {}},
+    "load training": {"state": {}},
     "activate": {"name": None},
     "inject": {"layers": "c2"},
     "combine": {"weights": {"default": 1}, "name": "sum"},
@@ -185,6 +187,7 @@ TAKE_A_MODEL_ONLY = (
     resadapt.list_adapters,
     resadapt.check_backbone,
     resadapt.accept_backbone,
+    resadapt.training_state_dict,
     resadapt.named_trainable_parameters,
     resadapt.trainable_parameters,
     lambda model: resadapt.adapters_disabled(model).__enter__(),

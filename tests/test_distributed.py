@@ -398,6 +398,16 @@ FSDP2_SWITCHED = """
             resadapt.load_adapters(fresh, target)
             resadapt.set_active_adapters(model, name)
             assert torch.equal(fresh(x), model(x))
+
+    # The state of a training, from a sharded model into another and into an unsharded one.
+    resadapt.set_active_adapters(model, "b")
+    state = resadapt.training_state_dict(model)
+    assert all(type(t) is torch.Tensor for t in state["tensors"]["b"].values())
+    found = outputs(model)
+    for other in (sharded(several(seed=8), each), several(seed=8)):
+        resadapt.load_training_state_dict(other, state)
+        for one, two in zip(outputs(other.eval()), found):
+            assert torch.equal(one, two), (one - two).abs().max()
 """
 
 FSDP = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 is public from torch 2.6")

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "resadapt"
 RUNTIME = {"torch", "torchvision", "typing_extensions"}
-OPTIONAL = {"huggingface_hub", "onnxruntime", "safetensors"}
+OPTIONAL = {"huggingface_hub", "lightning", "onnxruntime", "safetensors"}
 
 # Rooms by floor, from the ground up: a module may import from the floors below its own. The rooms
 # of one floor do not know each other. Inside a room a module may import from the rows before its
@@ -71,12 +71,12 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
         ),
         "proof": (
             ("report", "probe", "drift", "state"),
-            ("reconstruction", "evidence", "loading", "combine", "card"),
+            ("reconstruction", "evidence", "loading", "combine", "card", "training_state"),
             ("compare",),
             ("verify",),
         ),
     },
-    {"types": (("",),)},
+    {"types": (("",),), "lightning": (("",),)},
     {
         "": (("",),),
         "cli": (

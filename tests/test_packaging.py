@@ -134,6 +134,9 @@ def test_the_quickstart_runs_from_the_wheel_with_only_the_runtime_packages(
         bare_python, "-I", "-c", "import resadapt; print(resadapt.__file__)", cwd=environment
     )
     assert Path(where.strip()).is_relative_to(environment)
+    without = "import sys; sys.modules['lightning'] = None; import resadapt.lightning"
+    asked = f"try:\n    exec({without!r})\nexcept ImportError as error:\n    print(error)"
+    assert "'resadapt[lightning]'" in run(bare_python, "-I", "-c", asked, cwd=environment)
     output = run(bare_python, "-I", ROOT / "examples" / "quickstart.py", cwd=environment)
     assert "adapters                                    124,096" in output
     assert "backbone unchanged after training: True" in output

@@ -40,6 +40,7 @@ from resadapt.proof.combine import combine_adapters
 from resadapt.proof.drift import accept_backbone, check_backbone
 from resadapt.proof.loading import load_adapters
 from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict
+from resadapt.proof.training_state import load_training_state_dict, training_state_dict
 from resadapt.proof.verify import save_adapters, verify_adapters
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "list_families",
     "load_adapter_state_dict",
     "load_adapters",
+    "load_training_state_dict",
     "named_trainable_parameters",
     "optimize_backbone",
     "parameter_groups",
@@ -83,5 +85,6 @@ __all__ = [
     "suggest_layers",
     "summary",
     "trainable_parameters",
+    "training_state_dict",
     "verify_adapters",
 ]

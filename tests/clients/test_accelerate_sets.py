@@ -40,9 +40,9 @@ def _one_accelerator_a_test() -> Iterator[None]:
 class Training:
     """A prepared model and the optimizer of one of its sets, or of all."""
 
-    def __init__(self, seed: int, trained: str | None, active: str) -> None:
+    def __init__(self, seed: int, trained: str | None, active: str, model: Any = None) -> None:
         self.accelerator = accelerate.Accelerator(cpu=True)
-        model = with_many_sets(seed, trained, dropout=0.1)
+        model = model or with_many_sets(seed, trained, dropout=0.1)
         if trained is None:
             optimizer = optimizer_of_all_sets(model, active)
         else:
@@ -107,6 +107,54 @@ def test_one_optimizer_for_all_sets_resumes(active: str, tmp_path: Path) -> None
     resumed.train("stats", "wide", "equal")
     assert_same_sets(resumed.model, whole.model)
     assert moved_sets(resumed.model, before) == {"wide", "affine", "stats", "equal"}
+
+
+def leave_backbones_out(accelerator: Any) -> None:
+    """As in docs/frameworks.md."""
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        states = [resadapt.training_state_dict(model) for model in models]
+        if accelerator.is_main_process:
+            torch.save(states, Path(folder) / "adapters.pt")
+        weights.clear()
+
+    def load(models: list[Any], folder: str) -> None:
+        states = torch.load(Path(folder) / "adapters.pt", weights_only=True)
+        for model, state in zip(models, states, strict=True):
+            resadapt.load_training_state_dict(model, state)
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def test_checkpoints_without_the_backbone_resume_bit_for_bit(tmp_path: Path) -> None:
+    whole, sizes = Training(1, "stats", "stats"), []
+    whole.train("stats", "stats")
+    for folder in ("full", "small"):
+        whole.accelerator.save_state(tmp_path / folder)
+        sizes.append(sum(file.stat().st_size for file in (tmp_path / folder).iterdir()))
+        leave_backbones_out(whole.accelerator)
+    expected = outputs_of_all(whole.model)
+    assert sizes[1] < sizes[0] - sum(t.nbytes for t in tiny_backbone().state_dict().values()) / 1.01
+    whole.train("stats", "stats")
+
+    resumed = Training(2, "stats", "affine")
+    leave_backbones_out(resumed.accelerator)
+    resumed.accelerator.load_state(tmp_path / "small")
+    assert_all_sets_give(resumed.model, expected)
+    assert [info.name for info in resadapt.list_adapters(resumed.model) if info.active] == ["stats"]
+    resumed.train("stats", "stats")
+    assert_same_sets(resumed.model, whole.model)
+
+    other = with_many_sets(2, "stats", dropout=0.1)
+    nn.init.ones_(other.conv1.weight)
+    other = Training(2, "stats", "affine", other)
+    leave_backbones_out(other.accelerator)
+    before = kept_sets(other.model)
+    with pytest.raises(resadapt.BackboneMismatchError, match=r"'conv1\.weight' has other values"):
+        other.accelerator.load_state(tmp_path / "small")
+    assert moved_sets(other.model, before) == set()
 
 
 def offloaded(model: Any, way: str, folder: Path) -> Any:
@@ -195,7 +243,7 @@ def test_a_model_that_accelerate_saves_is_loaded_with_every_set(
     if offload:
         accelerate.cpu_offload(model, execution_device="cpu")
     accelerate.Accelerator(cpu=True).save_model(model, tmp_path, max_shard_size="5MB")
-    other = with_many_sets(2, "stats")
+    other = with_many_sets(2, "stats", dropout=0.1)
     accelerate.load_checkpoint_in_model(other, tmp_path, strict=True)
     assert_all_sets_give(other, expected)
 

@@ -397,7 +397,7 @@ def two_sets() -> Any:
     return resadapt.inject_adapters(model, "c2", 2, name="own", head="head", norm="affine+stats")
 
 
-def test_a_set_that_other_code_froze_is_told_at_the_first_training_forward() -> None:
+def test_a_set_that_other_code_froze_is_told_at_the_next_training_forward() -> None:
     model = two_sets()
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
@@ -411,6 +411,9 @@ def test_a_set_that_other_code_froze_is_told_at_the_first_training_forward() -> 
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     model(X).sum().backward()
     assert all(p.grad is not None for p in resadapt.trainable_parameters(model))
+    model.requires_grad_(False)
+    (message,) = warned(lambda: model(X))  # another time
+    assert "none of its parameters requires a gradient" in message
 
 
 def test_a_set_frozen_in_part_is_not_told() -> None:
@@ -437,7 +440,7 @@ def test_one_of_a_mixed_batchs_sets_may_be_frozen() -> None:
         assert warned(lambda: model.train()(X)) == []
 
 
-def test_a_thawed_backbone_is_told_at_the_first_training_forward_and_freezes_again(
+def test_a_thawed_backbone_is_told_at_the_next_training_forward_and_freezes_again(
     tmp_path: Path,
 ) -> None:
     """Ultralytics' trainer, for one, sets requires_grad on every parameter."""
@@ -449,9 +452,14 @@ def test_a_thawed_backbone_is_told_at_the_first_training_forward_and_freezes_aga
     (message,) = warned(lambda: model.train()(X))
     assert "The backbone is not frozen any more: 'conv.weight'" in message
     assert "Call set_active_adapters(model, 'own'), which freezes the backbone again" in message
-    model(X).sum().backward()
+    assert warned(lambda: model(X).sum().backward()) == [], "once"
     resadapt.set_active_adapters(model, "own")
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert warned(lambda: model(X)) == []
+    model.bn.weight.requires_grad_(True)  # later, as at an epoch that a callback was given
+    (message,) = warned(lambda: model(X))
+    assert "not frozen any more: 'bn.weight' require" in message
+    resadapt.set_active_adapters(model, "own")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     model(X).sum().backward()
     optimizer.step()

@@ -76,6 +76,8 @@ class Ledger:
     """The sets of the samples in the current batch, inside `adapters_for`; else None."""
     trained: set[str] = field(default_factory=set)
     """The trainable sets: the set activated last, and the sets of mixed batches since."""
+    told: tuple[bool, bool] = (False, False)
+    """Whether the last training forward found the running sets frozen, and the backbone thawed."""
 
     @property
     def active_set(self) -> AdapterSet | None:

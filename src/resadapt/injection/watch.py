@@ -2,8 +2,8 @@
 
 Errors: a module without weights runs twice, a module was replaced, DDP does not average a trainable
 parameter.
-Warnings, given once: an adapter never runs or gets no gradient, or a hook would treat a layer and
-its adapter as one layer.
+Warnings, given once: an adapter never runs or gets no gradient, other code froze the set or thawed
+the backbone, or a hook would treat a layer and its adapter as one layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from resadapt.base.errors import AdapterWarning, InjectionError, quote_names
 from resadapt.base.inputs import named_in
 from resadapt.base.spec import SetSpec
 from resadapt.injection.freeze import hold_in_eval
-from resadapt.injection.ledger import LEDGER, AdapterSet, Ledger, adapter_of, set_tensors
+from resadapt.injection.ledger import (
+    LEDGER,
+    AdapterSet,
+    Ledger,
+    adapter_of,
+    set_modules,
+    set_tensors,
+)
 from resadapt.injection.lost import lost_parts
 from resadapt.injection.private import private_module
 from resadapt.injection.recomputation import checkpointed_calls
@@ -150,6 +157,8 @@ def check_first_forward(root: nn.Module, args: Any, output: Any) -> None:
     if forward is not None and forward.root() is root and isinstance(ledger, Ledger):
         for adapter_set in ledger.running:
             _check_first_of(root, adapter_set, forward, output)
+        if ledger.running and root.training and torch.is_grad_enabled():
+            _check_flags(root, ledger)
 
 
 def _check_first_of(
@@ -185,8 +194,6 @@ def _check_first_of(
             "the backbone's modules directly. Unless they run later, choose the modules around "
             "them."
         )
-    if training:
-        _check_flags(root, adapter_set)
     if training and (cut_off := _cut_off(root, spec, output, {*idle, *unused})):
         _warn(
             f"Set {spec.name!r}: {quote_names(cut_off)} get no gradient from the model's output. "
@@ -195,29 +202,50 @@ def _check_first_of(
         )
 
 
-def _check_flags(root: nn.Module, adapter_set: AdapterSet) -> None:
-    """Warns if other code froze all running sets, or thawed the backbone."""
-    spec = adapter_set.spec
-    mend = f"Call set_active_adapters(model, {spec.name!r})"
-    running = root.__dict__[LEDGER].running
-    if adapter_set.trainable and not any(
-        tensor.requires_grad for each in running for tensor in set_tensors(root, each.spec).values()
-    ):
+def _check_flags(root: nn.Module, ledger: Ledger) -> None:
+    """Warns, once for each change, if other code froze all running sets, or thawed the backbone."""
+    trained = [each.spec for each in ledger.running if each.trainable]
+    # Every training forward asks, so the usual case stops early.
+    frozen = bool(trained) and not any(
+        parameter.requires_grad
+        for spec in trained
+        for _, module in set_modules(root, spec)
+        for parameter in module.parameters()
+    )
+    told, ledger.told = ledger.told, (frozen, _is_thawed(root))
+    name = ledger.running[0].spec.name
+    mend = f"Call set_active_adapters(model, {name!r})"
+    if frozen and not told[0]:
         _warn(
-            f"Set {spec.name!r}: none of its parameters requires a gradient any more, so nothing "
+            f"Set {name!r}: none of its parameters requires a gradient any more, so nothing "
             f"is trained. {mend}, which restores the flags; then build the optimizer."
         )
-    thawed = [
-        path
-        for path, tensor in backbone_tensors(root)
-        if isinstance(tensor, nn.Parameter) and tensor.requires_grad
-    ]
-    if thawed:
+    if ledger.told[1] and not told[1]:
+        thawed = [
+            path
+            for path, tensor in backbone_tensors(root)
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        ]
         _warn(
             f"The backbone is not frozen any more: {quote_names(thawed)} require gradients. An "
             f"adapter file would not contain their training. {mend}, which freezes the backbone "
-            "again."
+            "again. A callback that thaws a backbone, or trains its norms, is not needed with "
+            "adapters."
         )
+
+
+def _is_thawed(root: nn.Module) -> bool:
+    """Tells whether a parameter of the backbone requires a gradient, faster than a list of them."""
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                return True
+        for child in module._modules.values():
+            if child is not None and type(child) is not AdapterSlot:
+                waiting.append(child)
+    return False
 
 
 def end_forward(root: nn.Module, args: Any, output: Any) -> None:

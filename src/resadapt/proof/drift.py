@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from resadapt.base.errors import BackboneDriftError, BackboneMismatchError, quote_reasons
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.html_table import html_table
 from resadapt.base.tensors import dtype_name
@@ -16,7 +17,13 @@ from resadapt.injection.private import lost_modules
 from resadapt.injection.switching import check_switchable
 from resadapt.injection.walk import backbone_modules, backbone_tensors, check_not_meta, unwrap
 
-__all__ = ["BackboneReport", "accept_backbone", "check_backbone", "conversion"]
+__all__ = [
+    "BackboneReport",
+    "accept_backbone",
+    "check_backbone",
+    "refuse_drift",
+    "refuse_other_backbone",
+]
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,78 @@ def accept_backbone(model: nn.Module) -> None:
     ledger.fingerprint = Fingerprint.of(modules, tensors)
 
 
-def conversion(
+def refuse_drift(model: nn.Module) -> None:
+    """Checks that the backbone has not changed since the injection.
+
+    Raises:
+        BackboneDriftError: It has; the message lists what differs.
+    """
+    report = check_backbone(model)
+    if report.ok:
+        return
+    if dtypes := _conversion(model, ledger_of(model).fingerprint, report.reasons.keys()):
+        before, now = dtypes
+        mend = (
+            f"What differs is the dtype: the model was converted from {before} to {now}. If that "
+            "is intended, call accept_backbone(model); a file saved then loads into the backbone "
+            f"in {now}. If not, load the original weights again, and run the model in {before}, or "
+            "under torch.autocast."
+        )
+    else:
+        mend = (
+            "Keep the backbone frozen: where a trainer thaws it, call "
+            "set_active_adapters(model, name) before training starts. Or, if the change is "
+            "intended (a full checkpoint was loaded), call accept_backbone(model). If this is an "
+            "average of models (EMA), "
+            "which rounds frozen tensors too, load its set into the trained model or a newly "
+            "injected model, load_adapter_state_dict(model, adapter_state_dict(average)), and save "
+            "that model."
+        )
+    raise BackboneDriftError(
+        f"{len(report.drifted)} tensors and modules of the backbone have changed since the "
+        f"injection: {quote_reasons(report.reasons)}. What is saved would not contain these "
+        f"changes. {mend}",
+        report,
+    )
+
+
+def refuse_other_backbone(
+    model: nn.Module, recorded: Fingerprint, head: tuple[str, ...], where: str, source: str
+) -> None:
+    """Checks that a model, injected or not, has the backbone that was recorded.
+
+    Args:
+        model: The model.
+        recorded: The fingerprint that its backbone should have.
+        head: Names of modules that are not compared.
+        where: The file or state, to begin the message with.
+        source: The same in the middle of a sentence, such as ``"the file"``.
+
+    Raises:
+        BackboneMismatchError: The backbone is another one; the message lists what differs.
+    """
+    wrong = backbone_differences(model, recorded, head)
+    if not wrong:
+        return
+    if dtypes := _conversion(model, recorded, wrong.keys()):
+        stored, here = dtypes
+        mend = (
+            f"What differs is the dtype, and values in {stored} cannot be compared after a "
+            f"conversion. Load {source} into the backbone in {stored}, with its original "
+            f"weights. To use it in {here}, then convert the whole model, for example by "
+            "model.bfloat16(), and call accept_backbone(model)."
+        )
+    else:
+        mend = (
+            "Build the same backbone and load its original weights, in the original dtype, first."
+        )
+    raise BackboneMismatchError(
+        f"{where}: the backbone is not the one these adapters were trained on; "
+        f"{len(wrong)} tensors and modules differ from {source}: {quote_reasons(wrong)}. {mend}"
+    )
+
+
+def _conversion(
     model: nn.Module, recorded: Fingerprint, differing: Set[str]
 ) -> tuple[str, str] | None:
     """Returns the recorded and the present dtypes if nothing but dtypes of tensors differs.

@@ -15,10 +15,8 @@ from resadapt.base.errors import (
     AdapterError,
     AdapterFileError,
     AdapterKeyError,
-    BackboneMismatchError,
     InjectionError,
     quote_names,
-    quote_reasons,
 )
 from resadapt.base.fingerprint import Fingerprint
 from resadapt.base.spec import build_from, form_of, is_buildable, within
@@ -26,11 +24,11 @@ from resadapt.base.tensors import dtype_name
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_file
 from resadapt.injection.building import meta_adapter, saved_shapes
 from resadapt.injection.installation import check_model, install
-from resadapt.injection.ledger import backbone_differences, find_ledger, ledger_of
+from resadapt.injection.ledger import find_ledger, ledger_of
 from resadapt.injection.select import called_modules, select_head
 from resadapt.injection.switching import on_backbone, switch
 from resadapt.injection.walk import backbone_modules, backbone_tensors, unwrap
-from resadapt.proof.drift import conversion
+from resadapt.proof.drift import refuse_other_backbone
 from resadapt.proof.state import (
     convert_set,
     fitting,
@@ -135,24 +133,8 @@ def load_file_content(
     """
     today = today or fingerprint_of(model)
     same = today is not None and today.without(info.set.head) == info.backbone
-    if not same and (wrong := backbone_differences(model, info.backbone, info.set.head)):
-        if dtypes := conversion(model, info.backbone, wrong.keys()):
-            stored, here = dtypes
-            mend = (
-                f"What differs is the dtype, and values in {stored} cannot be compared after a "
-                f"conversion. Load the file into the backbone in {stored}, with its original "
-                f"weights. To use it in {here}, then convert the whole model, for example by "
-                "model.bfloat16(), and call accept_backbone(model)."
-            )
-        else:
-            mend = (
-                "Build the same backbone and load its original weights, in the original dtype, "
-                "first."
-            )
-        raise BackboneMismatchError(
-            f"{info.path}: the backbone is not the one these adapters were trained on; "
-            f"{len(wrong)} tensors and modules differ from the file: {quote_reasons(wrong)}. {mend}"
-        )
+    if not same:
+        refuse_other_backbone(model, info.backbone, info.set.head, str(info.path), "the file")
     info = in_called_modules(model, info)
     state = {
         key: tensor

@@ -33,6 +33,7 @@ __all__ = [
     "fitting",
     "live_tensors",
     "load_adapter_state_dict",
+    "load_sets",
     "refuse_unsaved_state",
     "tensors_to_save",
 ]
@@ -87,11 +88,19 @@ def load_adapter_state_dict(
         >>> model = inject_adapters(resnet18(), "layer4", 8)
         >>> load_adapter_state_dict(model, adapter_state_dict(model))
     """
-    adapter_set = ledger_of(model).chosen(name)
-    reshard(unwrap(model))
-    live = live_tensors(unwrap(model), adapter_set)
-    ready = fitting(live, state_dict, adapter_set.spec.name)
-    overwrite((tensor, _distributed_as(tensor, ready[key])) for key, tensor in live.items())
+    load_sets(model, {ledger_of(model).chosen(name).spec.name: state_dict})
+
+
+def load_sets(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copies tensors into several sets of a model, by name, as `load_adapter_state_dict`."""
+    ledger, inner = ledger_of(model), unwrap(model)
+    reshard(inner)
+    values: list[tuple[Tensor, Tensor]] = []
+    for name, state_dict in states.items():
+        live = live_tensors(inner, ledger.sets[name])
+        ready = fitting(live, state_dict, name)
+        values += [(tensor, _distributed_as(tensor, ready[key])) for key, tensor in live.items()]
+    overwrite(values)
 
 
 def refuse_unsaved_state(model: nn.Module, adapter_set: AdapterSet) -> None:

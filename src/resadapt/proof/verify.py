@@ -15,13 +15,7 @@ import torch
 from torch import nn
 
 from resadapt.base.autocast import AUTOCAST_DTYPES, check_autocast, device_kinds
-from resadapt.base.errors import (
-    AdapterError,
-    BackboneDriftError,
-    check_flag,
-    quote_names,
-    quote_reasons,
-)
+from resadapt.base.errors import AdapterError, check_flag, quote_names
 from resadapt.files.adapter_file import as_json, encode_adapter_file, read_adapter_file
 from resadapt.files.atomic import atomic_write, created_directory
 from resadapt.files.location import files_to_write
@@ -30,7 +24,7 @@ from resadapt.injection.private import lost_modules
 from resadapt.injection.walk import check_ranks, on_one_rank, unwrap
 from resadapt.proof.card import write_card
 from resadapt.proof.compare import Comparison
-from resadapt.proof.drift import check_backbone, conversion
+from resadapt.proof.drift import refuse_drift
 from resadapt.proof.evidence import Metric, collect, sets_kept
 from resadapt.proof.loading import fingerprint_of, in_called_modules
 from resadapt.proof.probe import probe_forms, record_probe, run_probe
@@ -121,7 +115,7 @@ def save_adapters(
     target, card = on_one_rank(sharded, lambda: files_to_write(path))
     entries = as_json(metadata, target)
     if metric is not None or lost_modules(inner, adapter_set.spec):  # before a slow metric
-        _refuse_drift(inner)
+        refuse_drift(inner)
     refuse_unsaved_state(inner, adapter_set)
     looked_at = [adapter_set] if metric is None else list(ledger.sets.values())
     forms = probe_forms(inner, adapter_set.example)
@@ -138,7 +132,7 @@ def save_adapters(
     copied = reconstruct(inner, None, adapter_set.spec) if plain else None
     today = fingerprint_of(copied.model) if copied and copied.model else None
     if today != ledger.fingerprint:
-        _refuse_drift(inner)
+        refuse_drift(inner)
 
     def write_and_verify() -> VerificationReport:
         reconstruction = copied or (reconstruct(inner, rebuild) if verify else None)
@@ -168,7 +162,7 @@ def save_adapters(
                 if not report.ok:
                     raise failure_of(report)
                 if metric is not None and not sharded:  # the second call may have changed the model
-                    _refuse_drift(inner)
+                    refuse_drift(inner)
         if card is not None:
             write_card(card, inner, adapter_set.spec, report, entries, data)
         return report
@@ -260,36 +254,6 @@ def verify_adapters(
         return Comparison(inner, evidence, info, stored, probe, metric, tolerance, autocast).on(
             reconstruct(inner, rebuild, spec)
         )
-
-
-def _refuse_drift(model: nn.Module) -> None:
-    report = check_backbone(model)
-    if report.ok:
-        return
-    if dtypes := conversion(model, ledger_of(model).fingerprint, report.reasons.keys()):
-        before, now = dtypes
-        mend = (
-            f"What differs is the dtype: the model was converted from {before} to {now}. If that "
-            "is intended, call accept_backbone(model); a file saved then loads into the backbone "
-            f"in {now}. If not, load the original weights again, and run the model in {before}, or "
-            "under torch.autocast."
-        )
-    else:
-        mend = (
-            "Keep the backbone frozen: where a trainer thaws it, call "
-            "set_active_adapters(model, name) before training starts. Or, if the change is "
-            "intended (a full checkpoint was loaded), call accept_backbone(model). If this is an "
-            "average of models (EMA), "
-            "which rounds frozen tensors too, load its set into the trained model or a newly "
-            "injected model, load_adapter_state_dict(model, adapter_state_dict(average)), and save "
-            "that model."
-        )
-    raise BackboneDriftError(
-        f"{len(report.drifted)} tensors and modules of the backbone have changed since the "
-        f"injection: {quote_reasons(report.reasons)}. The adapter file would not contain these "
-        f"changes. {mend}",
-        report,
-    )
 
 
 def _check_arguments(metric: object, tolerance: object, rebuild: object) -> None:
