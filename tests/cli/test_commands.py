@@ -320,6 +320,7 @@ BUILD = ("--model", "small_nets:build")
         (("fold", "changed.pt", *BUILD, "--out", "n.pt"), 1, "changed or damaged"),
         (("export", "cut.pt", *BUILD, "--out", "n.pt2", "--input", "1x3x8x8"), 1, "damaged"),
         (("verify", "a.pt", "--model", "resnet18"), 1, "give torchvision:NAME"),
+        (("verify", "a.pt", "--model", "nets.py:build"), 1, "such as nets:build"),
         (("verify", "a.pt", "--model", "no_such:build"), 1, "No module named 'no_such'"),
         (("verify", "a.pt", "--model", "small_nets:no"), 1, "has no attribute 'no'"),
         (("verify", "a.pt", "--model", "small_nets:number"), 1, "returned int"),

@@ -12,6 +12,7 @@ from torchvision.models import resnet18, resnet50
 from torchvision.models.segmentation import fcn_resnet50
 
 import resadapt
+from resadapt.injection.select import RESNET_STAGES
 
 
 def sites(model: nn.Module) -> dict[str, int]:
@@ -120,6 +121,11 @@ X = images(2, 8)
         ({"layers": "layr4"}, r"layers: 'layr4' matches no module of ResNet.*'layer4'"),
         ({"layers": "*.layer9"}, r"matches no module"),
         ({"layers": "layer4", "head": "fcc"}, r"head: 'fcc' matches no module.*'fc'"),
+        ({"head": nn.Linear(2, 2)}, r"head takes names.*a mapping from names"),
+        (
+            {"layers": "layer4", "head": "classifier"},
+            r"no module of ResNet. There .*'layer3', 'layer4' and",
+        ),
         ({"layers": []}, r"layers is empty"),
         ({"layers": [4]}, r"layers takes names of modules, found 4 \(int\)"),
         (
@@ -138,7 +144,7 @@ X = images(2, 8)
         ({"dropout": float("nan")}, r"dropout=nan"),
         ({"dropout": "much"}, r"dropout='much'"),
         ({"init": "zeros"}, r"init='zeros' is not known"),
-        ({"gamma": 3}, r"does not take these options.*gamma"),
+        ({"gamma": 3}, r"does not take these options.*gamma.*It takes 'bottleneck', 'dropout'"),
         ({"name": "a.b"}, r"name='a.b' cannot name a set"),
         ({"name": "train"}, r"name='train' cannot name a set"),
         ({"name": ""}, r"name='' cannot name a set"),
@@ -171,6 +177,7 @@ def test_bad_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("layers", "example", "message"),
     [
+        (RESNET_STAGES, None, r"'layer1' matches.*default.*stages of a ResNet, so pass layers=\. "),
         ("a", None, r"'a' is shared: it is also 'b'"),
         ("pair", None, r"'pair' \(ModuleList\) is never called"),
         ("empty", None, r"'empty' is an empty container"),
@@ -183,7 +190,7 @@ def test_bad_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], mess
         ("iterates", None, r"iterates over its children"),
     ],
 )
-def test_modules_that_cannot_be_sites(layers: str, example: Any, message: str) -> None:
+def test_modules_that_cannot_be_sites(layers: Any, example: Any, message: str) -> None:
     model = Shared()
     before = picture(model)
     with pytest.raises(resadapt.InjectionError, match=message):

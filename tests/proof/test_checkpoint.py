@@ -177,7 +177,7 @@ def foreign_safetensors(path: Path) -> None:
         (plain_pt, "not an adapter file"),
         (foreign_safetensors, "not an adapter file"),
         (evil, "cannot be read"),
-        (lambda p: p.mkdir(), "cannot be read"),
+        (lambda p: p.mkdir(), "the directory has neither"),
         (lambda p: None, "No such file"),
     ],
 )
@@ -437,6 +437,11 @@ def test_sealed_files_with_wrong_content(
         assert picture(model) == before
 
 
+def _new_layer(model: nn.Module, name: str) -> nn.Module:
+    nn.init.ones_(model.get_submodule(name).weight)  # type: ignore[arg-type]
+    return model
+
+
 def _drifted_norm(model: nn.Module) -> nn.Module:
     model.bn1.running_mean[0] += 1e-6
     return model
@@ -449,7 +454,11 @@ def _drifted_norm(model: nn.Module) -> nn.Module:
         (
             lambda: _drifted_norm(small_resnet()),
             r"1 tensors and modules differ from the file: "
-            r"'bn1\.running_mean' has other values",
+            r"'bn1\.running_mean' has other values\. Build the same .* first\.$",
+        ),
+        (
+            lambda: _new_layer(small_resnet(), "conv1"),
+            r"If 'conv1' is a new layer with random weights, .*head='conv1'",
         ),
         (lambda: resnet50(num_classes=3), r"has shape \[64, 64, 1, 1\] where \[64, 64, 3, 3\]"),
         (lambda: small_resnet().half(), r"is float16 where float32 was recorded"),
@@ -462,6 +471,8 @@ def test_wrong_backbones(other: Callable[[], nn.Module], message: str, tmp_path:
     before = picture(model)
     with pytest.raises(resadapt.BackboneMismatchError, match=message):
         resadapt.load_adapters(model, tmp_path / "set.pt")
+    with pytest.raises(resadapt.InjectionError, match=r"model is \w+Path, not"):
+        resadapt.load_adapters(tmp_path / "set.pt", model)  # type: ignore[type-var, arg-type]
     assert picture(model) == before
     report = resadapt.verify_adapters(model, tmp_path / "set.pt")
     assert not report.ok

@@ -483,6 +483,7 @@ def test_a_rebuild_that_returns_parts_of_the_live_model(
         (lambda: None, resadapt.AdapterError, "rebuild returned NoneType: return the backbone"),
         (lambda: trained(), resadapt.AdapterError, "rebuild returned a model with adapters"),
         (3, resadapt.AdapterError, "rebuild is int: give a function"),
+        (nn.Identity(), resadapt.AdapterError, "rebuild is Identity: give a function"),
         (lambda: 1 / 0, ZeroDivisionError, "division"),
         (lambda: small_resnet(), resadapt.VerificationError, r"backbone +failed"),
     ],

@@ -72,7 +72,7 @@ class AdaptedModel:
 
 def add_adapted_arguments(parser: argparse.ArgumentParser, required_input: bool) -> None:
     """Adds the arguments that `load_adapted` reads."""
-    parser.add_argument("file")
+    parser.add_argument("file", help="adapter file, directory or hf://user/name")
     add_model_arguments(parser)
     parser.add_argument(
         "--input",

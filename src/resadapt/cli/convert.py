@@ -21,8 +21,8 @@ def add_convert(commands: Any) -> None:
         "convert",
         help="write an adapter file as .pt or .safetensors, tensors and manifest unchanged",
     )
-    parser.add_argument("file")
-    parser.add_argument("out")
+    parser.add_argument("file", help="adapter file, directory or hf://user/name")
+    parser.add_argument("out", help="ends in .pt or .safetensors")
     add_force(parser)
     parser.set_defaults(run=_run)
 

@@ -31,10 +31,10 @@ def add_diff(commands: Any) -> None:
         help="compare two adapter files",
         description="Compares what two adapter files hold. The container, the format and the "
         "versions that wrote them are not compared. Exits with 0 if the files are equal, 1 if they "
-        "differ, 2 on trouble.",
+        "differ, 2 on an error.",
     )
-    parser.add_argument("a")
-    parser.add_argument("b")
+    for each in ("a", "b"):
+        parser.add_argument(each, help="adapter file, directory or hf://user/name")
     parser.add_argument(
         "--tensors", action="store_true", help=f"list all that differs, not {_MOST} names a part"
     )

@@ -30,7 +30,9 @@ def add_export(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser("export", help="write the adapted model as .onnx or .pt2")
     add_adapted_arguments(parser, required_input=True)
-    parser.add_argument("--out", required=True, metavar="net.onnx|net.pt2")
+    parser.add_argument(
+        "--out", required=True, metavar="net.onnx|net.pt2", help="the suffix gives the format"
+    )
     parser.add_argument("--dynamic-batch", action="store_true", help="accept any number of samples")
     parser.add_argument("--dtype", choices=_DTYPES, help="of weights and input (default: as built)")
     add_force(parser)

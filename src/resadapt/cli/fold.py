@@ -24,10 +24,15 @@ __all__ = ["add_fold"]
 def add_fold(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser(
-        "fold", help="merge linear adapters into the weights, and write a plain state_dict"
+        "fold",
+        help="merge adapters of a foldable family into the weights, and write a state_dict",
+        description="Merges the adapters into the backbone's weights, and writes a state_dict. "
+        "Families that cannot be folded can be exported: see resadapt export --help.",
     )
     add_adapted_arguments(parser, required_input=False)
-    parser.add_argument("--out", required=True, metavar="net.safetensors|net.pt")
+    parser.add_argument(
+        "--out", required=True, metavar="net.safetensors|net.pt", help="the suffix gives the format"
+    )
     add_force(parser)
     parser.set_defaults(run=_run)
 

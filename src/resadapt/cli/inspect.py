@@ -16,7 +16,7 @@ __all__ = ["add_inspect"]
 def add_inspect(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser("inspect", help="show what is in an adapter file")
-    parser.add_argument("file")
+    parser.add_argument("file", help="adapter file, directory or hf://user/name")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run)
 

@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="resadapt", description="Reads, checks and converts adapter files."
+        prog="resadapt",
+        description="Inspects, verifies, converts, folds and exports adapter files.",
+        epilog="resadapt COMMAND --help lists the arguments of a command.",
     )
     parser.add_argument("--version", action="version", version=f"resadapt {__version__}")
     parser.set_defaults(trouble=1)

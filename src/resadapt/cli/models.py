@@ -53,6 +53,11 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         raise AdapterError(
             f"--model {args.model!r}: give torchvision:NAME, timm:NAME or package.module:function."
         )
+    if source.endswith(".py"):
+        raise AdapterError(
+            f"--model {args.model}: give the module without .py, such as "
+            f"{Path(source).stem}:{name}."
+        )
     pretrained = args.weights == _PRETRAINED
     try:
         options = json.loads(args.model_args)

@@ -23,7 +23,7 @@ def add_verify(commands: Any) -> None:
     parser = commands.add_parser(
         "verify", help="check that a file restores the recorded outputs on a backbone"
     )
-    parser.add_argument("file")
+    parser.add_argument("file", help="adapter file, directory or hf://user/name")
     add_model_arguments(parser)
     parser.add_argument(
         "--probe",

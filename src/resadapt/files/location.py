@@ -51,7 +51,7 @@ def files_to_write(path: object) -> tuple[Path, Path | None]:
         if card is not None and whole.exists() and not whole.is_dir():
             raise AdapterFileError(f"{text}: is not a directory. Remove the slash.")
     except (OSError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path!r}: is not a file path: {error}.") from error
+        raise AdapterFileError(f"{path!r:.200}: is not a file path: {error}.") from error
     if not whole.parent.is_dir():
         raise AdapterFileError(
             f"{whole}: the directory {whole.parent} does not exist. Create it first."

@@ -177,8 +177,12 @@ def _checked(model: nn.Module, spec: SetSpec, site: SiteSpec, start: Mapping[str
     except InjectionError:
         raise
     except TypeError as error:
+        family = family_named(spec.family)
+        known = [name for name in ("bottleneck", "dropout", "init") if takes(family, name)]
+        known += options_of(family, {})
         raise InjectionError(
-            f"family {spec.family!r} does not take these options: {error}."
+            f"family {spec.family!r} does not take these options: {error}. It takes "
+            f"{quote_names(known) or 'none'}."
         ) from error
     except ValueError as error:
         kind = type(find_module(model, site.name)).__name__

@@ -27,6 +27,7 @@ from resadapt.injection.walk import (
 )
 
 __all__ = [
+    "RESNET_STAGES",
     "called_modules",
     "heads_to_give",
     "match",
@@ -36,12 +37,15 @@ __all__ = [
     "select_sites",
 ]
 
+RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
 
 def names_in(names: object, argument: str) -> list[str]:
     """Returns a names argument as a list of strings, and refuses anything else."""
     if not isinstance(names, Iterable):
         raise InjectionError(
-            f"{argument} takes names of modules, found {names!r}. Give a name, or a list of them."
+            f"{argument} takes names of modules, found {names!r:.100}. Give a name, a list of "
+            "names, or a mapping from names."
         )
     listed = [names] if isinstance(names, str) else list(names)
     for name in listed:
@@ -75,7 +79,8 @@ def match(names: Iterable[str], pattern: str, argument: str, where: str) -> list
         and all(fnmatchcase(segment, part) for segment, part in zip(segments, parts, strict=True))
     ]
     if not found:
-        near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.5)
+        names.sort(key=lambda name: name.count("."))  # stages before what is in them
+        near = difflib.get_close_matches(pattern, names, n=5)
         near += [name for name in names if name.endswith(f".{pattern}") and name not in near][:5]
         hint = (
             f"Did you mean {quote_names(near)}?"
@@ -241,7 +246,9 @@ def select_sites(
     """
     patterns = names_in(layers, "layers")
     sizes = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(patterns, bottleneck)
-    modules = dict(backbone_modules(model))
+    modules, modules_of = dict(backbone_modules(model)), f"module of {type(model).__name__}"
+    if layers == RESNET_STAGES:
+        modules_of += ": the default layers are the stages of a ResNet, so pass layers="
     wide = takes(family, "bottleneck")
     if not wide and (
         bottleneck != _DEFAULT_BOTTLENECK
@@ -255,7 +262,7 @@ def select_sites(
     site_at: dict[str, str] = {}
     for pattern, size in sizes.items():
         checked = _checked_size(pattern, size) if wide else 0
-        for name in match(modules, pattern, "layers", f"module of {type(model).__name__}"):
+        for name in match(modules, pattern, "layers", modules_of):
             owner = owner_of(model, name)
             if owner in site_at:
                 raise InjectionError(

@@ -27,7 +27,7 @@ from resadapt.injection.installation import check_model, install, take_place, un
 from resadapt.injection.ledger import Ledger, ledger_of, set_tensors
 from resadapt.injection.mixture import Mixture
 from resadapt.injection.private import convert, private_module
-from resadapt.injection.select import heads_to_give, select_head, select_sites
+from resadapt.injection.select import RESNET_STAGES, heads_to_give, select_head, select_sites
 from resadapt.injection.switching import (
     activated,
     check_switchable,
@@ -58,12 +58,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def inject_adapters(
     model: ModelT,
-    layers: str | Iterable[str] | Mapping[str, int | float] = (
-        "layer1",
-        "layer2",
-        "layer3",
-        "layer4",
-    ),
+    layers: str | Iterable[str] | Mapping[str, int | float] = RESNET_STAGES,
     bottleneck: int | float = 64,
     *,
     family: str = "pooled",

@@ -32,7 +32,7 @@ from resadapt.proof.report import Check, VerificationReport, report_of
 
 __all__ = ["Comparison"]
 
-_ABSENT = "the model does not have this set"
+_ABSENT = "there is no live model with this set to compare with"
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,12 @@ def refuse_other_backbone(
         mend = (
             "Build the same backbone and load its original weights, in the original dtype, first."
         )
+        owner, *others = {path.rpartition(".")[0] for path in wrong}
+        if not others and f"{owner}.weight" in wrong:
+            mend += (
+                f" If {owner!r} is a new layer with random weights, train it with the adapters: "
+                f"inject_adapters(..., head={owner!r})."
+            )
     raise BackboneMismatchError(
         f"{where}: the backbone is not the one these adapters were trained on; "
         f"{len(wrong)} tensors and modules differ from {source}: {quote_reasons(wrong)}. {mend}"

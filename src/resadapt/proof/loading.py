@@ -92,13 +92,13 @@ def load_adapters(
         >>> torch.equal(model(x), backbone.eval()(x))
         True
     """
+    ledger = find_ledger(model)  # before the file: the arguments may be swapped
     info, tensors = read_adapter_file(path)
     if name is not None and not isinstance(name, str):
         raise AdapterError(
             f"name={name!r} is {type(name).__name__}: give the name of a set, a string."
         )
     name = info.set.name if name is None else name
-    ledger = find_ledger(model)
     if ledger is None or name not in ledger.sets:
         check_model(model)
     elif head is not None:

@@ -261,7 +261,7 @@ def _check_arguments(metric: object, tolerance: object, rebuild: object) -> None
         raise AdapterError(
             f"metric is {type(metric).__name__}: give a function from a model to a number."
         )
-    if rebuild is not None and not callable(rebuild):
+    if rebuild is not None and (not callable(rebuild) or isinstance(rebuild, nn.Module)):
         raise AdapterError(
             f"rebuild is {type(rebuild).__name__}: give a function that builds the backbone "
             "without adapters."
