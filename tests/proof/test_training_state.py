@@ -142,8 +142,9 @@ OTHER_STATES: list[tuple[Callable[[Any], Any], str]] = [
     (without_a_set, r"has the sets 'day', 'night'; the model has 'day', 'dusk', 'night'\. Inject"),
     (on_another_backbone, r"1 tensors .* differ from the state: 'bn\.running_mean' has other"),
     (lambda model: model.state_dict(), r"not from training_state_dict.*model\.load_state_dict"),
-    (lambda model: None, "and is NoneType"),
-    (changed(lambda state: state.update(format=2)), "has format 2; this version reads 1"),
+    (lambda model: None, "found 'NoneType'"),
+    (changed(lambda state: state.update(format=2, more=3)), "has format 2; this version reads 1"),
+    (changed(lambda state: state.update(format=0)), "is damaged: .*its format is 0"),
     (
         changed(lambda state: state.update(backbone=3)),
         "is damaged: .*'backbone' is of another type",
