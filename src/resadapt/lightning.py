@@ -325,7 +325,7 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
         name, weights = measured or (ledger_of(model).chosen(self.name).spec.name, None)
         monitor = re.sub(r"\W", "_", self.monitor)
         stem = f"{name}-{monitor}-epoch={trainer.current_epoch}-step={trainer.global_step}"
-        path = self.dirpath / f"{stem}.{format_for(Path(stem + '.'))}"
+        path = self.dirpath / f"{stem}.{format_for(Path(stem))}"
         metadata = {
             "monitor": self.monitor,
             "score": score,
