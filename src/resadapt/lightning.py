@@ -245,13 +245,9 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
         if not self._is_fitting(trainer):
             return
         self._has_validated = True
-        # A value from training stays there, in the same memory.
-        if value is not None and (
-            self._before is None or value.data_ptr() != self._before.data_ptr()
-        ):
+        if value is not None and value is not self._before:  # a value from training stays there
             self._of_validation = True
             self._save_if_better(trainer, pl_module, value, self._validated)
-        self._before = self._validated = None
 
     @override
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
