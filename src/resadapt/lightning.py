@@ -177,7 +177,7 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot work, and prepares the load of checkpoints without the backbone."""
-        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+        if _has(trainer, StochasticWeightAveraging):
             raise AdapterError(
                 "StochasticWeightAveraging resets the running statistics of every norm, also in "
                 "the frozen backbone and in inactive sets. Use Lightning's WeightAveraging, which "
@@ -190,7 +190,7 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
                     "itself, so trainer_checkpoint='adapters' cannot leave the backbone out. Use "
                     "trainer_checkpoint='full'."
                 )
-            if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+            if _has(trainer, WeightAveraging):
                 raise AdapterError(
                     "trainer_checkpoint='adapters' cannot leave the backbone out of the "
                     "checkpoints of WeightAveraging or EMAWeightAveraging, which average the "
@@ -383,6 +383,10 @@ def _injected(pl_module: nn.Module) -> nn.Module:
     return next(iter(found))
 
 
+def _has(trainer: Any, kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in trainer.callbacks)
+
+
 def _tensors_of(model: nn.Module, pl_module: nn.Module) -> Mapping[str, Tensor]:
     """Returns a model's tensors under all their names in the state_dict of a LightningModule."""
     inside = {id(tensor) for tensor in all_tensors(model)}
@@ -393,9 +397,15 @@ def _tensors_of(model: nn.Module, pl_module: nn.Module) -> Mapping[str, Tensor]:
 def _load_small(pl_module: Any, state_dict: MutableMapping[str, Any], *_: object) -> None:
     """Pre-hook of load_state_dict: loads a training state, and completes the state_dict."""
     if _STATE in state_dict:
-        model = _injected(pl_module)
-        # Lightning converts the module after the load: float64 would be rounded before.
-        pl_module.trainer.precision_plugin.convert_module(pl_module)
+        model, trainer = _injected(pl_module), pl_module.trainer
+        if trainer.state.fn == "fit" and _has(trainer, WeightAveraging):
+            raise AdapterError(
+                "The checkpoint was saved with trainer_checkpoint='adapters', and WeightAveraging "
+                "or EMAWeightAveraging would not find the weights to average in it. Resume "
+                "without them, or from a full checkpoint."
+            )
+        # Lightning converts the module after the load, which would round float64.
+        trainer.precision_plugin.convert_module(pl_module)
         load_training_state_dict(model, state_dict.pop(_STATE))
         state_dict.update(_tensors_of(model, pl_module))
 

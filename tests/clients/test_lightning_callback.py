@@ -169,6 +169,9 @@ def test_small_checkpoints_resume_bit_for_bit(build: Callable[..., Any], tmp_pat
     trainer.validate(tested, data, ckpt_path=tmp_path / "epoch=3.ckpt", weights_only=True)
     assert everything(tested) == everything(whole)
     assert unused.report is None
+    ema, full = callbacks.EMAWeightAveraging(), AdapterCheckpoint(tmp_path / "new", "metric", "max")
+    with pytest.raises(resadapt.AdapterError, match="EMAWeightAveraging would not find"):
+        fit(build(0, metric), 4, tmp_path, ema, full, resume=tmp_path / "epoch=1.ckpt")
     alone = build(0, metric)
     with pytest.raises(RuntimeError, match=r"Unexpected key.* \"resadapt_training_state\""):
         fit(alone, 4, tmp_path, resume=tmp_path / "epoch=1.ckpt")
