@@ -11,7 +11,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, AdapterWarning, InjectionError, quote_names
-from resadapt.base.spec import within
+from resadapt.base.tensors import all_tensors
 from resadapt.files.container import format_for
 from resadapt.injection.ledger import find_ledger, ledger_of
 from resadapt.injection.walk import check_ranks, on_one_rank, unwrap
@@ -53,7 +53,7 @@ __all__ = ["AdapterCheckpoint"]
 
 _log = logging.getLogger(__name__)
 _STATE = "resadapt_training_state"
-"""Key in a checkpoint's state_dict, behind the name of the injected model."""
+"""Key in a checkpoint's state_dict of what is saved in place of the injected model."""
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """The dtype of autocast by the trainer's precision; other precisions run without autocast."""
 _OWN_CHECKPOINTS = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
@@ -81,8 +81,8 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
         name: The set; None is the set that is active when the metric is measured.
         trainer_checkpoint: ``"full"`` leaves the trainer's checkpoints as they are. ``"adapters"``
             replaces the injected model in them by `training_state_dict`, without the backbone. Such
-            a checkpoint resumes with this callback, bit for bit, on the same backbone and equally
-            injected, and raises an error on another one.
+            a checkpoint is read by any `AdapterCheckpoint`, resumes bit for bit on the same
+            backbone, equally injected, and raises an error on another one.
 
     Attributes:
         scores: The metric of each kept file, by file name.
@@ -176,8 +176,8 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuses what cannot work, and prepares loading checkpoints without the backbone."""
-        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+        """Refuses what cannot work, and prepares the load of checkpoints without the backbone."""
+        if _has(trainer, StochasticWeightAveraging):
             raise AdapterError(
                 "StochasticWeightAveraging resets the running statistics of every norm, also in "
                 "the frozen backbone and in inactive sets. Use Lightning's WeightAveraging, which "
@@ -190,18 +190,16 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
                     "itself, so trainer_checkpoint='adapters' cannot leave the backbone out. Use "
                     "trainer_checkpoint='full'."
                 )
-            if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+            if _has(trainer, WeightAveraging):
                 raise AdapterError(
                     "trainer_checkpoint='adapters' cannot leave the backbone out of the "
                     "checkpoints of WeightAveraging or EMAWeightAveraging, which average the "
                     "backbone too, with other roundings. Use trainer_checkpoint='full'; the "
                     "adapter files contain the averaged set."
                 )
-            self.teardown(trainer, pl_module, stage)
-            # Public from torch 2.5. Lightning calls on_load_checkpoint too late, after the load.
-            self._loading = pl_module._register_load_state_dict_pre_hook(
-                _load_small, with_module=True
-            )
+        self.teardown(trainer, pl_module, stage)
+        # Public from torch 2.5. Lightning calls on_load_checkpoint too late, after the load.
+        self._loading = pl_module._register_load_state_dict_pre_hook(_load_small, with_module=True)
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -213,7 +211,7 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Checks what would make each save fail, before the training."""
-        model = _injected(pl_module)[1]
+        model = _injected(pl_module)
         ledger_of(model).chosen(self.name)
         refuse_drift(model)
         if check_ranks(model) and self.rebuild is None:
@@ -228,14 +226,15 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Remembers the metric, to see whether the validation logs it."""
         self._before = trainer.callback_metrics.get(self.monitor)
+        self._validated = None
 
     @override
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Copies the weights that are validated: averages are there during the validation only."""
-        if batch_idx == dataloader_idx == 0 and self._is_fitting(trainer):
-            model = _injected(pl_module)[1]
+        if self._validated is None and self._is_fitting(trainer):
+            model = _injected(pl_module)
             name = ledger_of(model).chosen(self.name).spec.name
             self._validated = name, adapter_state_dict(model, name)
 
@@ -246,13 +245,9 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
         if not self._is_fitting(trainer):
             return
         self._has_validated = True
-        # A value from training stays there, in the same memory.
-        if value is not None and (
-            self._before is None or value.data_ptr() != self._before.data_ptr()
-        ):
+        if value is not None and value is not self._before:  # a value from training stays there
             self._of_validation = True
             self._save_if_better(trainer, pl_module, value, self._validated)
-        self._before = self._validated = None
 
     @override
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -281,13 +276,12 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
     @override
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Replaces the injected model in a checkpoint by its state without the backbone."""
-        names, model = _injected(pl_module)
         state = checkpoint["state_dict"]
-        if self.trainer_checkpoint == "adapters" and _key(names) not in state:
-            small = training_state_dict(model)
-            for key in [key for key in state if "" in names or within(key, names)]:
-                del state[key]
-            state[_key(names)] = small
+        if self.trainer_checkpoint == "adapters" and _STATE not in state:
+            model = _injected(pl_module)
+            for key in _tensors_of(model, pl_module):
+                state.pop(key, None)
+            state[_STATE] = training_state_dict(model)
 
     def _is_fitting(self, trainer: Any) -> bool:
         """Tells whether metrics count: in a fit, but not in its sanity check."""
@@ -323,11 +317,11 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
             worst = self.scores[ranked[-1]]
             if not (score < worst if self.mode == "min" else score > worst):
                 return
-        model = _injected(pl_module)[1]
+        model = _injected(pl_module)
         name, weights = measured or (ledger_of(model).chosen(self.name).spec.name, None)
         monitor = re.sub(r"\W", "_", self.monitor)
         stem = f"{name}-{monitor}-epoch={trainer.current_epoch}-step={trainer.global_step}"
-        path = self.dirpath / f"{stem}.{format_for(Path(stem + '.'))}"
+        path = self.dirpath / f"{stem}.{format_for(Path(stem))}"
         metadata = {
             "monitor": self.monitor,
             "score": score,
@@ -336,6 +330,7 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
         }
 
         def save() -> VerificationReport:
+            self.dirpath.mkdir(parents=True, exist_ok=True)
             return save_adapters(
                 model,
                 path,
@@ -345,8 +340,6 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
                 autocast=_AUTOCAST.get(trainer.precision),
             )
 
-        if trainer.is_global_zero:
-            self.dirpath.mkdir(parents=True, exist_ok=True)
         with _with_weights(model, name, weights):
             replicated = dist.is_available() and dist.is_initialized() and not check_ranks(model)
             self.report = on_one_rank(replicated, save)
@@ -372,35 +365,49 @@ def _with_weights(model: nn.Module, name: str, weights: dict[str, Tensor] | None
         load_adapter_state_dict(model, now, name)
 
 
-def _injected(pl_module: nn.Module) -> tuple[list[str], nn.Module]:
-    """Returns the names of the injected model in a LightningModule, and the model."""
-    found: dict[int, tuple[list[str], nn.Module]] = {}
-    for name, module in nn.Module.named_modules(pl_module, remove_duplicate=False):
-        if unwrap(module) is module and find_ledger(module) is not None:
-            found.setdefault(id(module), ([], module))[0].append(name)
+def _injected(pl_module: nn.Module) -> nn.Module:
+    """Returns the injected model in a LightningModule."""
+    found = {
+        module: name
+        for name, module in nn.Module.named_modules(pl_module)
+        if unwrap(module) is module and find_ledger(module) is not None
+    }
     if not found:
         ledger_of(pl_module)  # raises
     if len(found) > 1:
         raise InjectionError(
             "AdapterCheckpoint saves one injected model, and the LightningModule has several: "
-            f"{quote_names([names[0] for names, _ in found.values()])}. Inject into one of them, "
-            "or keep the others out of its attributes."
+            f"{quote_names([*found.values()])}. Inject into one of them, or keep the others out of "
+            "its attributes."
         )
-    return next(iter(found.values()))
+    return next(iter(found))
 
 
-def _key(names: list[str]) -> str:
-    """Returns the key of the training state in the state_dict of a LightningModule."""
-    return f"{names[0]}.{_STATE}" if names[0] else _STATE
+def _has(trainer: Any, kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in trainer.callbacks)
 
 
-def _load_small(pl_module: nn.Module, state_dict: MutableMapping[str, Any], *_: object) -> None:
+def _tensors_of(model: nn.Module, pl_module: nn.Module) -> Mapping[str, Tensor]:
+    """Returns a model's tensors under all their names in the state_dict of a LightningModule."""
+    inside = {id(tensor) for tensor in all_tensors(model)}
+    state = nn.Module.state_dict(pl_module, keep_vars=True)
+    return {key: tensor for key, tensor in state.items() if id(tensor) in inside}
+
+
+def _load_small(pl_module: Any, state_dict: MutableMapping[str, Any], *_: object) -> None:
     """Pre-hook of load_state_dict: loads a training state, and completes the state_dict."""
-    names, model = _injected(pl_module)
-    if _key(names) in state_dict:
-        load_training_state_dict(model, state_dict.pop(_key(names)))
-        for name in names:
-            state_dict.update(model.state_dict(prefix=f"{name}." if name else ""))
+    if _STATE in state_dict:
+        model, trainer = _injected(pl_module), pl_module.trainer
+        if trainer.state.fn == "fit" and _has(trainer, WeightAveraging):
+            raise AdapterError(
+                "The checkpoint was saved with trainer_checkpoint='adapters', and WeightAveraging "
+                "or EMAWeightAveraging would not find the weights to average in it. Resume "
+                "without them, or from a full checkpoint."
+            )
+        # Lightning converts the module after the load, which would round float64.
+        trainer.precision_plugin.convert_module(pl_module)
+        load_training_state_dict(model, state_dict.pop(_STATE))
+        state_dict.update(_tensors_of(model, pl_module))
 
 
 def _warn(message: str) -> None:

@@ -26,6 +26,7 @@ callbacks = pytest.importorskip("lightning.pytorch.callbacks")
 from resadapt.lightning import AdapterCheckpoint  # noqa: E402
 
 X = small_images(8)
+DATA = DataLoader(TensorDataset(X.repeat(2, 1, 1, 1), LABELS.repeat(2)), batch_size=len(X))
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(num_workers|deprecated|log_every_n_steps|resum|is not empty|sum of the|LeafSpec)"
@@ -48,6 +49,7 @@ class Outer(lightning.LightningModule):  # type: ignore[misc, name-defined]
     def __init__(self, model: nn.Module, metric: tuple[float, ...] = ()) -> None:
         super().__init__()
         self.net = model
+        self.slice = nn.Sequential(*model.children())[:2]  # tensors with two names
         self.scale = nn.Parameter(torch.ones(()))
         self.metric = metric
         self.measured: list[dict[str, Tensor]] = []
@@ -58,11 +60,16 @@ class Outer(lightning.LightningModule):  # type: ignore[misc, name-defined]
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         return loss
 
-    def validation_step(self, batch: list[Tensor], index: int) -> None:
+    def validation_step(self, batch: list[Tensor], index: int, dataloader_idx: int = 0) -> None:
         if index == 0 and not self.trainer.sanity_checking:
             self.measured.append(resadapt.adapter_state_dict(self.net, "night"))
         if self.metric:
-            self.log("metric", self.metric[self.current_epoch % len(self.metric)], batch_size=4)
+            self.log(
+                "metric",
+                self.metric[self.current_epoch % len(self.metric)],
+                batch_size=4,
+                add_dataloader_idx=False,
+            )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -95,8 +102,7 @@ class Itself(Outer):
 
 def fit(module: Any, epochs: int, folder: Path, *given: Any, **options: Any) -> Any:
     """Trains two steps an epoch, and validates."""
-    resume = options.pop("resume", None)
-    data = DataLoader(TensorDataset(X.repeat(2, 1, 1, 1), LABELS.repeat(2)), batch_size=len(X))
+    resume, val_data = options.pop("resume", None), options.pop("val_data", DATA)
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -107,12 +113,13 @@ def fit(module: Any, epochs: int, folder: Path, *given: Any, **options: Any) -> 
         callbacks=list(given),
         **{"enable_checkpointing": False, "devices": 1} | options,
     )
-    trainer.fit(module, data, data, ckpt_path=resume, weights_only=True)
+    trainer.fit(module, DATA, val_data, ckpt_path=resume, weights_only=True)
     return trainer
 
 
 def everything(module: Any) -> dict[str, list[float]]:
-    return {key: value.tolist() for key, value in module.state_dict().items()}
+    state = module.state_dict()
+    return {key.replace("_orig_mod.", ""): value.tolist() for key, value in state.items()}
 
 
 def scores(callback: Any) -> dict[str, float]:
@@ -138,7 +145,7 @@ def test_small_checkpoints_resume_bit_for_bit(build: Callable[..., Any], tmp_pat
     whole, best = build(0, metric), callback()
     fit(whole, 4, tmp_path, best, each, enable_checkpointing=True)
     state = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["state_dict"]
-    assert not any("conv" in key or ".bn" in key for key in state)
+    assert state.keys() - {"scale"} == {"resadapt_training_state"}
     assert ("scale" in state) == (type(whole) is Outer)
     assert scores(best) == {"epoch=1": 0.25, "epoch=3": 0.5}
     (best.dirpath / next(iter(best.scores))).unlink()  # it is not of the checkpoint's past
@@ -152,7 +159,9 @@ def test_small_checkpoints_resume_bit_for_bit(build: Callable[..., Any], tmp_pat
     assert not resumed._load_state_dict_pre_hooks
 
     # The last checkpoint is read by every call of the trainer, and by nothing without the callback.
-    tested, unused = build(2, metric), callback()
+    tested, unused = build(2, metric), AdapterCheckpoint(tmp_path / "unused", "metric", "max")
+    if type(tested) is Outer:
+        tested.net = torch.compile(tested.net, backend="eager")  # a wrapper, which names ignore
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, callbacks=[unused], enable_progress_bar=False
     )
@@ -160,8 +169,17 @@ def test_small_checkpoints_resume_bit_for_bit(build: Callable[..., Any], tmp_pat
     trainer.validate(tested, data, ckpt_path=tmp_path / "epoch=3.ckpt", weights_only=True)
     assert everything(tested) == everything(whole)
     assert unused.report is None
-    with pytest.raises(RuntimeError, match=r"resadapt_training_state"):
-        fit(build(0, metric), 4, tmp_path, resume=tmp_path / "epoch=1.ckpt")
+    ema, full = callbacks.EMAWeightAveraging(), AdapterCheckpoint(tmp_path / "new", "metric", "max")
+    with pytest.raises(resadapt.AdapterError, match="EMAWeightAveraging would not find"):
+        fit(build(0, metric), 4, tmp_path, ema, full, resume=tmp_path / "epoch=1.ckpt")
+    alone = build(0, metric)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.* \"resadapt_training_state\""):
+        fit(alone, 4, tmp_path, resume=tmp_path / "epoch=1.ckpt")
+    alone.strict_loading = False
+    with pytest.warns(
+        UserWarning, match=r"Please add the following callbacks: .*AdapterCheckpoint"
+    ):
+        fit(alone, 2, tmp_path, resume=tmp_path / "epoch=1.ckpt")
     other, before = build(0, metric), None
     with torch.no_grad():
         conv = next(m for m in other.modules() if isinstance(m, nn.Conv2d))
@@ -171,6 +189,33 @@ def test_small_checkpoints_resume_bit_for_bit(build: Callable[..., Any], tmp_pat
     with pytest.raises(resadapt.BackboneMismatchError, match=r"conv\.weight' has other values"):
         fit(other, 4, tmp_path, callback(), resume=tmp_path / "epoch=1.ckpt")
     assert everything(other) == before
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("64-true", torch.float32), ("bf16-true", torch.bfloat16)]
+)
+def test_a_module_that_the_trainer_converts_resumes(
+    precision: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """The module is converted after the load of a checkpoint, and was before its save."""
+
+    def run(seed: int, **resume: Any) -> dict[str, list[float]]:
+        module = Outer(injected(seed, lambda: small_net().to(dtype)), (0.5, 0.25))
+        small = AdapterCheckpoint(tmp_path, "metric", "max", trainer_checkpoint="adapters")
+        each = callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        fit(
+            module,
+            2,
+            tmp_path,
+            small,
+            each,
+            precision=precision,
+            enable_checkpointing=True,
+            **resume,
+        )
+        return everything(module)
+
+    assert run(0) == run(1, resume=tmp_path / "epoch=0.ckpt")
 
 
 def test_a_checkpoint_has_the_size_of_the_adapters(tmp_path: Path) -> None:
@@ -228,6 +273,11 @@ def test_the_average_that_is_validated_is_saved_and_training_goes_on(tmp_path: P
     (best,) = given
     assert best.best_score == 0.25
     assert_file_has(best.best_path, saved.measured[1])
+    # The first dataloader may have no batch, which begins the validation elsewhere.
+    module, best = Outer(injected(), (0.5,)), AdapterCheckpoint(tmp_path / "two", "metric", "min")
+    ema = callbacks.EMAWeightAveraging(decay=0.5)
+    fit(module, 1, tmp_path, best, ema, val_data=[DataLoader([]), DATA])
+    assert_file_has(best.best_path, module.measured[0])
     small = AdapterCheckpoint(tmp_path, "metric", "min", trainer_checkpoint="adapters")
     with pytest.raises(resadapt.AdapterError, match=r"WeightAveraging or EMA.*='full'"):
         fit(saved, 1, tmp_path, small, ema)
@@ -327,9 +377,9 @@ DDP = """
             raise OSError("no weights")
         return small_net()
 
-    def run(monitor="metric"):
+    def run(where="best"):
         module = Outer(injected(), (0.3, 0.1, 0.2))
-        callback = AdapterCheckpoint(folder / "best", monitor, "min", rebuild,
+        callback = AdapterCheckpoint(folder / where, "metric", "min", rebuild,
                                      trainer_checkpoint="adapters")
         trainer = fit(module, 3, folder, callback, devices=2, strategy="ddp")
         trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
@@ -342,6 +392,8 @@ DDP = """
         folder / "best", "metric", "min", rebuild, trainer_checkpoint="adapters")
     fit(again, 3, folder, other, devices=2, strategy="ddp", resume=folder / "last.ckpt")
     assert everything(again) == everything(module) and other.scores == callback.scores
+    with pytest.raises((FileExistsError, resadapt.AdapterError), match="last.ckpt"):
+        run("last.ckpt")
     failing.append(True)
     with pytest.raises((OSError, resadapt.AdapterError), match="no weights"):
         run()

@@ -414,6 +414,12 @@ def test_a_set_that_other_code_froze_is_told_at_the_next_training_forward() -> N
     model.requires_grad_(False)
     (message,) = warned(lambda: model(X))  # another time
     assert "none of its parameters requires a gradient" in message
+    resadapt.set_active_adapters(model, "own")
+    resadapt.set_active_adapters(model, "other")
+    with resadapt.adapters_for(model, ["own", "other"]):  # trains both
+        model.requires_grad_(False)
+    resadapt.set_active_adapters(model, "own")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
 def test_a_set_frozen_in_part_is_not_told() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import images, picture, scramble, small_net, train
+from support import images, picture, private, scramble, small_net, train
 from torch import nn
 
 import resadapt
@@ -142,8 +142,9 @@ OTHER_STATES: list[tuple[Callable[[Any], Any], str]] = [
     (without_a_set, r"has the sets 'day', 'night'; the model has 'day', 'dusk', 'night'\. Inject"),
     (on_another_backbone, r"1 tensors .* differ from the state: 'bn\.running_mean' has other"),
     (lambda model: model.state_dict(), r"not from training_state_dict.*model\.load_state_dict"),
-    (lambda model: None, "and is NoneType"),
-    (changed(lambda state: state.update(format=2)), "has format 2; this version reads 1"),
+    (lambda model: None, "found 'NoneType'"),
+    (changed(lambda state: state.update(format=2, more=3)), "has format 2; this version reads 1"),
+    (changed(lambda state: state.update(format=0)), "is damaged: .*its format is 0"),
     (
         changed(lambda state: state.update(backbone=3)),
         "is damaged: .*'backbone' is of another type",
@@ -190,6 +191,15 @@ def test_any_damage_is_an_error_of_ours(field: str) -> None:
             resadapt.load_training_state_dict(model, state | {field: value})
     del state[field]
     with pytest.raises(resadapt.AdapterKeyError, match="should have the entries 'format', 'back"):
+        resadapt.load_training_state_dict(model, state)
+    assert picture(model) == before
+
+
+def test_a_load_that_fails_half_way_changes_nothing() -> None:
+    model, state = injected(seed=1), resadapt.training_state_dict(injected())
+    private(model, "head", "night").bias.data = torch.zeros(1).expand(5)  # cannot be written to
+    before = picture(model)
+    with pytest.raises(RuntimeError, match="memory location"):
         resadapt.load_training_state_dict(model, state)
     assert picture(model) == before
 

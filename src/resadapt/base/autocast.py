@@ -86,7 +86,7 @@ def under_autocast(dtype: torch.dtype | None, kinds: Collection[str]) -> Iterato
 
 @torch.no_grad()
 def overwrite(values: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copies values into tensors, and drops the casts of the old values that autocast keeps.
+    """Copies values into tensors, all or none, and drops the old casts that autocast keeps.
 
     Autocast casts a trained weight once in a region. Without this, the rest of the region would
     run with the old values.
@@ -94,6 +94,15 @@ def overwrite(values: Iterable[tuple[Tensor, Tensor]]) -> None:
     Args:
         values: Pairs of a tensor and its new value.
     """
-    for tensor, value in values:
-        tensor.copy_(value)
-    torch.clear_autocast_cache()
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor, value in values:
+            old = tensor.clone()
+            tensor.copy_(value)
+            before.append((tensor, old))
+    except RuntimeError:  # torch does not write to every tensor, such as one of inference mode
+        for tensor, old in before:
+            tensor.copy_(old)
+        raise
+    finally:
+        torch.clear_autocast_cache()

@@ -254,7 +254,7 @@ def set_active_adapters(model: nn.Module, name: str | None) -> None:
     """
     ledger, inner = ledger_of(model), unwrap(model)
     adapter_set = None if name is None else ledger.set_named(name)
-    again = name == ledger.active
+    again = name == ledger.active or name in ledger.trained  # after a mixed batch
     switch(inner, ledger, name)
     reshard(inner)
     freeze_parameters(inner)

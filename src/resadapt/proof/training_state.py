@@ -132,22 +132,24 @@ def _replaced_by_all(ledger: Ledger) -> tuple[str, ...]:
 
 def _backbone_in(state: object) -> Fingerprint:
     """Returns the fingerprint in a state, after a check of the state's form."""
+    form = state.get("format") if isinstance(state, Mapping) else None
+    if isinstance(form, int) and form > _FORMAT:  # its other entries may be unknown
+        raise AdapterKeyError(
+            f"The training state has format {form}; this version reads {_FORMAT}. Install a newer "
+            "resadapt."
+        )
     if not isinstance(state, Mapping) or state.keys() != {*_FIELDS}:
-        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        found = [*map(str, state)] if isinstance(state, Mapping) else [type(state).__name__]
         raise AdapterKeyError(
             f"state is not from training_state_dict: it should have the entries "
-            f"{quote_names(_FIELDS)}, and "
-            f"{'is ' + found if isinstance(found, str) else 'has ' + quote_names(found)}. For the "
-            "state of a whole model, call model.load_state_dict(state)."
-        )
-    if isinstance(state["format"], int) and state["format"] != _FORMAT:
-        raise AdapterKeyError(
-            f"The training state has format {state['format']!r}; this version reads {_FORMAT}. "
-            "Install a newer resadapt."
+            f"{quote_names(_FIELDS)}; found {quote_names(found) or 'none'}. For the state of a "
+            "whole model, call model.load_state_dict(state)."
         )
     try:
         if wrong := [name for name, kind in _FIELDS.items() if not isinstance(state[name], kind)]:
             raise TypeError(f"{quote_names(wrong)} is of another type")
+        if form != _FORMAT:
+            raise ValueError(f"its format is {form}")
         names = {*state["sets"]}
         if names != {*state["tensors"]} or not {*state["trained"]} <= names:
             raise ValueError("it is about other sets than it contains")
@@ -187,8 +189,9 @@ def _check_sets(model: nn.Module, ledger: Ledger, state: Mapping[str, Any]) -> N
         }:
             raise AdapterKeyError(
                 f"Set {name!r} of the training state was injected otherwise: "
-                f"{quote_reasons(wrong)}. Inject it with the arguments of the training. To start "
-                "another training from these adapters, load a file of save_adapters instead."
+                f"{quote_reasons(wrong)}. Inject it with the arguments of the training, and "
+                "convert the model first if it was converted there. To start another training from "
+                "these adapters, load a file of save_adapters instead."
             )
 
 
