@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from resadapt.base.errors import AdapterError
+from resadapt.base.errors import AdapterError, AdapterWarning
 from resadapt.base.inputs import generate, named_in
 from resadapt.base.tensors import dtype_name
 from resadapt.cli.models import add_model_arguments, build_model
 from resadapt.cli.text import shortened, show
 from resadapt.deploy.same_outputs import usual_difference
 from resadapt.files.adapter_file import read_adapter_info
+from resadapt.injection.switching import on_backbone
 from resadapt.proof.loading import load_adapters
 from resadapt.proof.probe import Probe, probe_forms, run_again, run_probe
 
@@ -48,7 +50,7 @@ class AdaptedModel:
         Raises:
             AdapterError: The outputs differ by more than rounding does.
         """
-        worst, values = 0.0, 0
+        worst, change, values = 0.0, 0.0, 0
         allowed = usual_difference(dtype, torch.finfo(self.inputs.dtype).eps)
         for batch in batches:
             x = self.batch_of(batch)
@@ -58,15 +60,14 @@ class AdaptedModel:
                     f"The adapted model does not accept a batch of {batch}: "
                     f"{shortened(run.unusable)}. Nothing was written."
                 )
-            # By number, since other programs may name outputs otherwise.
+            with on_backbone(self.model):
+                without = run_again(self.model, Probe(x))
+            # In order, since other programs may name outputs otherwise.
+            expected = [*run.outputs.values()]
             found = [tensor for _, tensor in named_in(other(x.to(dtype)))]
-            if [each.shape for each in found] != [each.shape for each in run.outputs.values()]:
-                raise AdapterError(
-                    "The outputs have other shapes than the adapted model's. Nothing was written."
-                )
-            for one, two in zip(run.outputs.values(), found, strict=True):
-                difference, compared = _difference(one, two)
-                worst, values = max(worst, difference), values + compared
+            worst = max(worst, _difference(expected, found))
+            change = max(change, _difference(expected, [*without.outputs.values()]))
+            values += sum(int(tensor.isfinite().sum()) for tensor in expected)
         if not values:
             raise AdapterError(
                 "The model's outputs have no finite values, so nothing could be compared. Nothing "
@@ -78,6 +79,13 @@ class AdaptedModel:
                 f"rounding to {dtype_name(dtype)} explains {allowed:.2g}. Nothing was written."
             )
         show(f"outputs differ by {worst:.1e} of the largest (at most {allowed:.1e} is allowed)")
+        if 0 < change <= worst:
+            warnings.warn(
+                f"The set changes the outputs by {change:.1e}, which is no more than they differ "
+                "by. Give another dtype, or compare on your data.",
+                AdapterWarning,
+                stacklevel=2,
+            )
 
     def batch_of(self, size: int) -> Tensor:
         """Returns an input of so many samples."""
@@ -132,25 +140,31 @@ def load_adapted(args: argparse.Namespace) -> AdaptedModel:
     return AdaptedModel(model, run.probe.inputs)
 
 
-def _difference(one: Tensor, other: Tensor) -> tuple[float, int]:
-    """Compares two outputs, the second of which may have another dtype.
+def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Returns how much outputs differ, which may be of another dtype.
 
-    Returns:
-        The largest difference as a fraction of the largest finite value, or the fraction of
-        integers that differ; and the number of values compared.
+    The result is the largest difference as a fraction of the output's largest finite value, or the
+    fraction of an output's integers that differ. It is infinite if shapes or infinite values
+    differ.
     """
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
+        return math.inf
+    return max(map(_difference_of_two, expected, found), default=0.0)
+
+
+def _difference_of_two(one: Tensor, other: Tensor) -> float:
     if not (one.is_floating_point() or one.is_complex()):
-        return int((one != other).sum()) / max(one.numel(), 1), one.numel()
+        return int((one != other).sum()) / max(one.numel(), 1)
     wide = torch.complex128 if one.is_complex() else torch.float64
     one, other = one.to(wide), other.detach().to(wide)
     finite = one.isfinite()
     if not one[~finite].equal(other[~finite]):
-        return math.inf, one.numel()
+        return math.inf
     one, other = one[finite], other[finite]
     if one.equal(other):
-        return 0.0, one.numel()
+        return 0.0
     difference = float((one - other).abs().max() / one.abs().max())
-    return math.inf if math.isnan(difference) else difference, one.numel()
+    return math.inf if math.isnan(difference) else difference
 
 
 def _shape(text: str) -> list[int]:
