@@ -10,6 +10,7 @@ $ .venv/bin/python docs/make_figures.py
 
 from __future__ import annotations
 
+import argparse
 import copy
 import html
 import io
@@ -363,12 +364,16 @@ def shown_in(svg: str) -> Any:
 
 def main(arguments: list[str]) -> bool:
     """Draws the figures, or only compares them; returns whether they were up to date."""
-    if "--measure" in arguments:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare, and write nothing")
+    parser.add_argument("--measure", action="store_true", help="repeat the experiment first")
+    options = parser.parse_args(arguments)
+    if options.measure:
         measure_drift()
     good = True
     for name, (data, _) in FIGURES.items():
         path = PICTURES / f"{name}.svg"
-        if "--check" not in arguments:
+        if not options.check:
             path.write_text(svg_of(name))
         elif not path.exists() or shown_in(path.read_text()) != data():
             good = False

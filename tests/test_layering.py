@@ -80,8 +80,9 @@ FLOORS: tuple[dict[str, tuple[tuple[str, ...], ...]], ...] = (
     {
         "": (("",),),
         "cli": (
-            ("text", "models"),
-            ("output", "adapted"),
+            ("text",),
+            ("models", "output"),
+            ("adapted",),
             ("inspect", "verify", "diff", "convert", "fold", "export", "families"),
             ("main",),
         ),

@@ -85,7 +85,7 @@ def test_a_summary_has_the_cells_of_the_text_along_the_network(norm: str) -> Non
 def test_reports_say_in_words_and_colours_what_was_found(tmp_path: Path) -> None:
     path = tmp_path / f"{EVIL.replace('/', '')}.pt"
     model = adapted()
-    report = resadapt.save_adapters(model, path, metadata={EVIL: EVIL})
+    report = resadapt.save_adapters(model, path, metadata={EVIL: EVIL, "lone": "\ud800"})
     page = Page(report)
     for check in report.checks:
         assert {check.name, check.outcome, check.detail} <= set(page.texts)
@@ -93,6 +93,7 @@ def test_reports_say_in_words_and_colours_what_was_found(tmp_path: Path) -> None
     assert page.styles["passed"] != page.styles["not checked"]
 
     info = Page(resadapt.read_adapter_info(path))
+    assert r"\ud800" in info.texts
     assert {EVIL, f"metadata[{EVIL!r}]", "'default', family 'pooled'", "body.0", "fc"} <= set(
         info.texts
     )

@@ -59,12 +59,15 @@ def test_a_file_of_every_family_is_verified_in_another_process_and_a_damaged_one
     assert err.count("\n") == 1
 
 
-def test_the_module_is_the_same_command_and_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+def test_the_module_is_the_same_command_and_a_closed_pipe_keeps_its_status(tmp_path: Path) -> None:
     assert run(sys.executable, "-m", "resadapt", "--version", cwd=tmp_path) == (
         0,
         f"resadapt {resadapt.__version__}\n",
         "",
     )
-    closed = "set -o pipefail; {} families | true"
+    for name in "ab":
+        model = resadapt.inject_adapters(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), "0", 2)
+        resadapt.save_adapters(model, tmp_path / name)
+    closed = "set -o pipefail; {} diff a b | true"
     status, _, err = run("bash", "-c", closed.format(SCRIPT), cwd=tmp_path)
-    assert (status, err) == (0, "")
+    assert (status, err) == (1, ""), "the files differ, which the status tells without a reader"

@@ -36,7 +36,9 @@ def html_table(
         cells = (cell if isinstance(cell, tuple) else (cell, "") for cell in row)
         parts.append(f"<tr>{''.join(_cell('td', *cell) for cell in cells)}</tr>")
     parts.append("</tbody></table>")
-    return "\n".join([*parts, f"<div>{escape(note)}</div>"] if note else parts)
+    parts += [f"<div>{escape(note)}</div>"] if note else []
+    # A lone surrogate, which a file's JSON may have, cannot be sent to a notebook.
+    return "\n".join(parts).encode(errors="backslashreplace").decode()
 
 
 def _cell(tag: str, text: str, style: str = "") -> str:

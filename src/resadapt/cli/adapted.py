@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from resadapt.base.errors import AdapterError
+from resadapt.base.errors import AdapterError, AdapterWarning
 from resadapt.base.inputs import generate, named_in
 from resadapt.base.tensors import dtype_name
-from resadapt.base.undisturbed import outputs_of
 from resadapt.cli.models import add_model_arguments, build_model
-from resadapt.cli.text import show
-from resadapt.deploy.same_outputs import relative_difference, usual_difference
+from resadapt.cli.text import shortened, show
+from resadapt.deploy.same_outputs import usual_difference
 from resadapt.files.adapter_file import read_adapter_info
+from resadapt.injection.switching import on_backbone
 from resadapt.proof.loading import load_adapters
-from resadapt.proof.probe import probe_forms, run_probe
+from resadapt.proof.probe import Probe, probe_forms, run_again, run_probe
 
 __all__ = ["AdaptedModel", "add_adapted_arguments", "load_adapted"]
 
@@ -48,19 +50,42 @@ class AdaptedModel:
         Raises:
             AdapterError: The outputs differ by more than rounding does.
         """
-        worst = 0.0
+        worst, change, values = 0.0, 0.0, 0
+        allowed = usual_difference(dtype, torch.finfo(self.inputs.dtype).eps)
         for batch in batches:
             x = self.batch_of(batch)
-            expected = _numbered(outputs_of(self.model, x).values())
-            found = _numbered(tensor for _, tensor in named_in(other(x.to(dtype))))
-            worst = max(worst, relative_difference(expected, found))
-        allowed = usual_difference(dtype)
+            run = run_again(self.model, Probe(x))
+            if run.unusable:
+                raise AdapterError(
+                    f"The adapted model does not accept a batch of {batch}: "
+                    f"{shortened(run.unusable)}. Nothing was written."
+                )
+            with on_backbone(self.model):
+                without = run_again(self.model, Probe(x))
+            # In order, since other programs may name outputs otherwise.
+            expected = [*run.outputs.values()]
+            found = [tensor for _, tensor in named_in(other(x.to(dtype)))]
+            worst = max(worst, _difference(expected, found))
+            change = max(change, _difference(expected, [*without.outputs.values()]))
+            values += sum(int(tensor.isfinite().sum()) for tensor in expected)
+        if not values:
+            raise AdapterError(
+                "The model's outputs have no finite values, so nothing could be compared. Nothing "
+                "was written."
+            )
         if not worst <= allowed:
             raise AdapterError(
                 f"The outputs differ from the adapted model's by {worst:.2g} of the largest, and "
                 f"rounding to {dtype_name(dtype)} explains {allowed:.2g}. Nothing was written."
             )
         show(f"outputs differ by {worst:.1e} of the largest (at most {allowed:.1e} is allowed)")
+        if 0 < change <= worst:
+            warnings.warn(
+                f"The set changes the outputs by {change:.1e}, which is no more than they differ "
+                "by. Give another dtype, or compare on your data.",
+                AdapterWarning,
+                stacklevel=2,
+            )
 
     def batch_of(self, size: int) -> Tensor:
         """Returns an input of so many samples."""
@@ -95,20 +120,51 @@ def load_adapted(args: argparse.Namespace) -> AdaptedModel:
     model = load_adapters(build_model(args), args.file).eval()
     if args.input is None:
         forms = probe_forms(model, info.probe.form if info.probe else None, info.example)
+        run = run_probe(model, None, forms)
+        mend = "Give --input, the shape of a tensor that the model accepts."
     else:
-        forms = [{"shape": args.input, "dtype": dtype_name(next(model.parameters()))}]
-    run = run_probe(model, None, forms)
-    if run.probe is None or run.unusable or not isinstance(run.probe.inputs, Tensor):
+        form = {"shape": args.input, "dtype": dtype_name(next(model.parameters()))}
+        try:
+            inputs = generate(form)
+        except ValueError as error:
+            raise AdapterError(f"--input: {error}. Give a smaller one.") from error
+        run, mend = run_again(model, Probe(inputs, form)), "Give another --input."
+    if run.unusable or run.probe is None:
+        reason = run.unusable.partition(": pass ")[0]
+        raise AdapterError(f"{args.model} cannot be compared: {shortened(reason)}. {mend}")
+    if not isinstance(run.probe.inputs, Tensor):
         raise AdapterError(
-            f"{args.model} cannot be compared: {run.unusable or 'it takes several inputs'}. Give "
-            "--input, the shape of a tensor that the model accepts."
+            f"{args.model} takes several inputs, or a list: only models that take a tensor can be "
+            "compared. Call resadapt.fold_adapters or inference_copy in Python."
         )
     return AdaptedModel(model, run.probe.inputs)
 
 
-def _numbered(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Returns tensors by number, since other programs may name outputs otherwise."""
-    return {str(number): tensor for number, tensor in enumerate(tensors)}
+def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Returns how much outputs differ, which may be of another dtype.
+
+    The result is the largest difference as a fraction of the output's largest finite value, or the
+    fraction of an output's integers that differ. It is infinite if shapes or infinite values
+    differ.
+    """
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
+        return math.inf
+    return max(map(_difference_of_two, expected, found), default=0.0)
+
+
+def _difference_of_two(one: Tensor, other: Tensor) -> float:
+    if not (one.is_floating_point() or one.is_complex()):
+        return int((one != other).sum()) / max(one.numel(), 1)
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    one, other = one.to(wide), other.detach().to(wide)
+    finite = one.isfinite()
+    if not one[~finite].equal(other[~finite]):
+        return math.inf
+    one, other = one[finite], other[finite]
+    if one.equal(other):
+        return 0.0
+    difference = float((one - other).abs().max() / one.abs().max())
+    return math.inf if math.isnan(difference) else difference
 
 
 def _shape(text: str) -> list[int]:

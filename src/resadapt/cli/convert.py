@@ -28,7 +28,7 @@ def add_convert(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    target = check_target(args.out, args.force, (".pt", ".pth", ".safetensors"))
+    target = check_target(args, (".pt", ".pth", ".safetensors"))
     path = read_adapter_file(args.file)[0].path  # is it valid?
     manifest, tensors = decode(path.read_bytes(), path)
 
@@ -40,5 +40,5 @@ def _run(args: argparse.Namespace) -> int:
         if again != manifest or not same:
             raise AdapterFileError(f"{target}: the written file differs. Nothing was replaced.")
 
-    write(target, encode(manifest, tensors, format_for(target)), verify)
+    write(args, target, encode(manifest, tensors, format_for(Path(args.out))), verify)
     return 0

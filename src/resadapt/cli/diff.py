@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -15,7 +16,7 @@ from resadapt.base.fingerprint import Fingerprint, TensorRecord
 from resadapt.base.module_record import ModuleRecord
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.tensors import same_bits
-from resadapt.cli.text import show
+from resadapt.cli.text import shortened, show
 from resadapt.files.adapter_file import read_adapter_file
 
 __all__ = ["add_diff"]
@@ -36,7 +37,7 @@ def add_diff(commands: Any) -> None:
     for each in ("a", "b"):
         parser.add_argument(each, help="adapter file, directory or hf://user/name")
     parser.add_argument(
-        "--tensors", action="store_true", help=f"list all that differs, not {_MOST} names a part"
+        "--tensors", action="store_true", help=f"show all that differs, not {_MOST} lines a part"
     )
     parser.set_defaults(run=_run, trouble=2)
 
@@ -57,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     for part, lines in parts.items():
         shown = lines if args.tensors else lines[:_MOST]
         for line in shown:
-            show(f"{part:<8}  {line}")
+            show(f"{part:<8}  {line if args.tensors else shortened(line)}")
         if len(lines) > len(shown):
             show(f"{part:<8}  and {len(lines) - len(shown)} more (--tensors lists them)")
     return 1 if any(parts.values()) else 0
@@ -67,7 +68,8 @@ def _entries(label: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> It
     """Yields the differences of two mappings, entry by entry."""
     for key in [*one, *(key for key in other if key not in one)]:
         pair = one.get(key, _ABSENT), other.get(key, _ABSENT)
-        if pair[0] != pair[1] or type(pair[0]) is not type(pair[1]):
+        # As JSON, 1, 1.0 and True differ, also within lists.
+        if len({json.dumps(each, sort_keys=True, default=repr) for each in pair}) > 1:
             before, after = ("nothing" if each is _ABSENT else repr(each) for each in pair)
             yield f"{label}{key}: {before} -> {after}"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from resadapt.base.errors import AdapterError, quote_names
 from resadapt.base.tensors import dtype_name
 from resadapt.cli.adapted import add_adapted_arguments, load_adapted
 from resadapt.cli.output import add_force, check_target, write
-from resadapt.cli.text import show
+from resadapt.cli.text import shortened, show
 from resadapt.deploy.inference_copy import inference_copy
 
 __all__ = ["add_export"]
@@ -40,8 +40,8 @@ def add_export(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    target = check_target(args.out, args.force, (".onnx", ".pt2"))
-    onnx = target.suffix == ".onnx"
+    target = check_target(args, (".onnx", ".pt2"))
+    onnx = args.out.endswith(".onnx")  # a link's target may have any suffix
     if onnx and (
         missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
     ):
@@ -58,10 +58,12 @@ def _run(args: argparse.Namespace) -> int:
     x = adapted.batch_of(max(size, 2) if args.dynamic_batch else size).to(dtype)
     shapes = ({0: torch.export.Dim("batch")},) if args.dynamic_batch else None
     try:
-        data = _onnx_bytes(stock, x, shapes) if onnx else _program_bytes(stock, x, shapes)
+        with _quiet():
+            data = _onnx_bytes(stock, x, shapes) if onnx else _program_bytes(stock, x, shapes)
     except Exception as error:
+        cause = error.__cause__ or error  # the ONNX exporter tells its steps, not the cause
         raise AdapterError(
-            f"{args.model} cannot be exported: {type(error).__name__}: {error!s:.300}"
+            f"{args.model} cannot be exported: {type(cause).__name__}: {shortened(str(cause))}"
         ) from error
     show("comparing")
 
@@ -75,12 +77,23 @@ def _run(args: argparse.Namespace) -> int:
         except Exception as error:
             raise AdapterError(
                 f"{args.out}: the exported model cannot be run, so it was not compared and not "
-                f"written: {type(error).__name__}: {error!s:.300} Give another --dtype, or a "
-                "name with the other suffix."
+                f"written: {type(error).__name__}: {shortened(str(error))}. Give another --dtype, "
+                "or a name with the other suffix."
             ) from error
 
-    write(target, data, verify)
+    write(args, target, data, verify)
     return 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporters, which report each step, and print the graph before an error."""
+    logging.disable()
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _program_bytes(stock: nn.Module, x: Tensor, shapes: Any) -> bytes:
@@ -94,9 +107,7 @@ def _program(data: bytes) -> Callable[[Tensor], object]:
 
 
 def _onnx_bytes(stock: nn.Module, x: Tensor, shapes: Any) -> bytes:
-    logging.disable()  # the exporter reports each step
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        program = torch.onnx.export(stock, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    program = torch.onnx.export(stock, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False)
     assert program is not None
     return bytes(program.model_proto.SerializeToString())
 

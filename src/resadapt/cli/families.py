@@ -42,7 +42,7 @@ def _details(info: FamilyInfo) -> list[tuple[str, str]]:
     sizes = [name for name in ("bottleneck", "dropout") if takes(family, name)]
     return [
         ("family", info.name),
-        ("about", (family.__doc__ or "").strip().splitlines()[0]),
+        ("about", (family.__doc__ or "").strip().partition("\n")[0]),
         ("adapted output", info.formula),
         ("reads", info.reads),
         ("parameters", info.size),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resadapt.base.errors import AdapterError
+from resadapt.base.errors import AdapterError, quote_names
 from resadapt.base.tensors import same_bits
 from resadapt.cli.adapted import add_adapted_arguments, load_adapted
 from resadapt.cli.output import add_force, check_target, write
@@ -38,12 +38,18 @@ def add_fold(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    target = check_target(args.out, args.force, (".pt", ".pth", ".safetensors"))
-    format = format_for(target)
+    target = check_target(args, (".pt", ".pth", ".safetensors"))
+    format = format_for(Path(args.out))  # a link's target may have any suffix
     adapted = load_adapted(args)
     show("folding")
     folded = fold_adapters(adapted.model)
-    state = {name: tensor.detach().clone() for name, tensor in folded.state_dict().items()}
+    state = folded.state_dict()
+    if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise AdapterError(
+            f"{args.model}: the entries {quote_names(others)} of the state_dict are not tensors, "
+            "and cannot be written. Call resadapt.fold_adapters in Python."
+        )
+    state = {name: tensor.detach().clone() for name, tensor in state.items()}
 
     def verify(temporary: Path) -> None:
         stored = _decoded(temporary.read_bytes(), format)
@@ -52,10 +58,9 @@ def _run(args: argparse.Namespace) -> int:
         ):
             raise AdapterError(f"{target}: the written file differs. Nothing was replaced.")
         folded.load_state_dict(stored)
-        dtype = adapted.inputs.dtype
-        adapted.compare(folded, [len(adapted.inputs)], dtype)
+        adapted.compare(folded, [len(adapted.inputs)], adapted.inputs.dtype)
 
-    write(target, _encoded(state, format), verify)
+    write(args, target, _encoded(state, format), verify)
     return 0
 
 

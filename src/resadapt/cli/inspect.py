@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from resadapt.base.spec import SiteSpec, is_buildable, within
-from resadapt.cli.text import columns, show
+from resadapt.cli.text import columns, shortened, show, show_json
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_info
 
 __all__ = ["add_inspect"]
@@ -24,7 +24,7 @@ def add_inspect(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     info = read_adapter_info(args.file)
     if args.json:
-        print(json.dumps(_as_json(info), indent=2))
+        show_json(_as_json(info))
         return 0
     lines = columns(_rows(info))
     show(str(info.path))
@@ -81,13 +81,17 @@ def _rows(info: AdapterInfo) -> list[tuple[str, str]]:
             f"{len(backbone.modules)} modules, sha256 {backbone.sha256[:12]}",
         ),
         ("probe", _probe(info)),
-        *_listed("metadata", [f"{key}: {json.dumps(v)}" for key, v in info.metadata.items()]),
+        *_listed("metadata", [f"{key}: {_text(value)}" for key, value in info.metadata.items()]),
     ]
 
 
 def _listed(label: str, lines: list[str]) -> list[tuple[str, str]]:
     """Returns rows for a list, with the label in the first row."""
     return [("" if number else label, line) for number, line in enumerate(lines or ["none"])]
+
+
+def _text(value: object) -> str:
+    return shortened(json.dumps(value, ensure_ascii=False), 1_000)
 
 
 def _parts(info: AdapterInfo) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
+
+from typing_extensions import override
 
 from resadapt.base.errors import AdapterError, AdapterWarning
 from resadapt.base.version import __version__
@@ -34,18 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 for a failed check or an error, 2 for unsuitable
         arguments. ``diff`` returns 1 for files that differ, and 2 for an error.
     """
-    args = _parser().parse_args(arguments)
+    args = _build_parser().parse_args(arguments)
     # Warnings of other packages are about their code, which the user of a command did not write.
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", AdapterWarning)
     warnings.showwarning = _show_warning
     try:
-        status: int = args.run(args)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # the reader of a pipe, such as head, has stopped
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return int(args.run(args))
     except KeyboardInterrupt:
         return _INTERRUPTED
     except AdapterError as error:
@@ -56,8 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(args.trouble)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    @override
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {one_line(message)}. See {self.prog} --help.\n")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
         prog="resadapt",
         description="Inspects, verifies, converts, folds and exports adapter files.",
         epilog="resadapt COMMAND --help lists the arguments of a command.",

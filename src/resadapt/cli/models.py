@@ -6,7 +6,9 @@ import argparse
 import importlib
 import json
 import os
+import pickle
 import sys
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import torch
 from torch import nn
 from torchvision.models import get_model
 
-from resadapt.base.errors import AdapterError
+from resadapt.base.errors import AdapterError, quote_names
+from resadapt.cli.text import shortened
 
-__all__ = ["add_model_arguments", "build_model"]
+__all__ = ["add_model_arguments", "build_model", "read_tensors"]
 
 _PRETRAINED = "DEFAULT"
 
@@ -73,10 +76,11 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             f"--weights {_PRETRAINED}: only for models of torchvision and timm. Load the weights "
             f"in {args.model}, or give a file."
         )
-    state = None if args.weights is None or pretrained else _read_state(Path(args.weights))
+    state = None if args.weights is None or pretrained else _read_state(args.weights)
     try:
-        model = _builder(source, name, pretrained)(**options)
-    except Exception as error:  # a user's function, or a download, may raise anything
+        with redirect_stdout(sys.stderr):  # --json prints JSON alone
+            model = _builder(source, name, pretrained)(**options)
+    except (Exception, SystemExit) as error:  # of a user's function, a script or a download
         raise AdapterError(
             f"--model {args.model}: cannot be built: {type(error).__name__}: {error}"
         ) from error
@@ -89,8 +93,8 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             model.load_state_dict(state)
         except Exception as error:
             raise AdapterError(
-                f"--weights {args.weights}: do not fit {args.model}: {error} "
-                "Give a state_dict of this model, and --model-args for its sizes."
+                f"--weights {args.weights}: do not fit {args.model}: {_mend(state, model)} "
+                f"({shortened(str(error))})"
             ) from error
     return model
 
@@ -109,26 +113,61 @@ def _builder(source: str, name: str, pretrained: bool) -> Any:
     return found
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_tensors(option: str, path: str) -> Any:
+    """Reads what torch.save or safetensors wrote, without executing code.
+
+    Args:
+        option: The option that gave the path, for messages.
+        path: The path.
+
+    Raises:
+        AdapterError: The file cannot be read, or holds other objects than tensors and containers.
+    """
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a regular file")
+        if path.endswith(".safetensors"):
+            import safetensors.torch  # noqa: PLC0415 - an optional package
+
+            return dict(safetensors.torch.load_file(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # its text advises to execute the file's code
+        raise AdapterError(
+            f"{option} {path}: cannot be read: it is damaged, or has other objects than tensors, "
+            "and nothing in it is executed. Save tensors alone, such as model.state_dict()."
+        ) from error
+    except Exception as error:
+        raise AdapterError(
+            f"{option} {path}: cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _read_state(path: str) -> dict[str, Any]:
     """Reads a state_dict, without executing code.
 
     Raises:
         AdapterError: The file cannot be read, or is not a state_dict.
     """
-    try:
-        if path.suffix == ".safetensors":
-            import safetensors.torch  # noqa: PLC0415 - an optional package
-
-            return dict(safetensors.torch.load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    state = read_tensors("--weights", path)
+    if not isinstance(state, dict) or any(
+        not isinstance(value, torch.Tensor) and not str(key).endswith("_extra_state")
+        for key, value in state.items()
+    ):
+        keys = f" with {quote_names(state)}" if isinstance(state, dict) else ""
         raise AdapterError(
-            f"--weights {path}: cannot be read: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
-        keys = f" with the keys {sorted(map(str, state))}" if isinstance(state, dict) else ""
-        raise AdapterError(
-            f"--weights {path}: {type(state).__name__}{keys} is not a state_dict. Save "
+            f"--weights {path}: a {type(state).__name__}{keys} is not a state_dict. Save "
             "model.state_dict() alone."
         )
     return state
+
+
+def _mend(state: dict[str, Any], model: nn.Module) -> str:
+    """Returns what to do about a state_dict that does not fit."""
+    names = model.state_dict().keys()
+    for prefix in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model."):
+        if {f"{prefix}{name}" for name in names} == state.keys():
+            return (
+                f"All names begin with {prefix!r}, which a wrapper adds: save the state_dict of "
+                "the module in the wrapper."
+            )
+    return "Give a state_dict of this model, and --model-args for its sizes."

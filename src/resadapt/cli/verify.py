@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from resadapt.base.errors import AdapterError
-from resadapt.cli.models import add_model_arguments, build_model
-from resadapt.cli.text import show
+from resadapt.cli.models import add_model_arguments, build_model, read_tensors
+from resadapt.cli.text import show, show_json
 from resadapt.files.adapter_file import read_adapter_info
 from resadapt.proof.verify import verify_adapters
 
@@ -36,24 +32,17 @@ def add_verify(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     read_adapter_info(args.file)  # before a model is built
-    probe = None if args.probe is None else _read_probe(args.probe)
+    probe = None if args.probe is None else read_tensors("--probe", args.probe)
+    if not args.json:
+        show(f"building {args.model}")
     report = verify_adapters(
         build_model(args), args.file, probe=probe, rebuild=lambda: build_model(args)
     )
     if args.json:
         checks = [asdict(check) for check in report.checks]
-        print(json.dumps({"path": str(report.path), "ok": report.ok, "checks": checks}, indent=2))
+        show_json({"path": str(report.path), "ok": report.ok, "checks": checks})
     else:
         for line in str(report).splitlines():
             show(line)
         show("verified" if report.ok else "NOT VERIFIED")
     return 0 if report.ok else 1
-
-
-def _read_probe(path: str) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise AdapterError(
-            f"--probe {path}: cannot be read: {type(error).__name__}: {error}"
-        ) from error

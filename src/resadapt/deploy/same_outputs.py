@@ -24,7 +24,6 @@ __all__ = [
     "check_outputs",
     "check_rounding",
     "reference_for",
-    "relative_difference",
     "usual_difference",
 ]
 
@@ -133,7 +132,7 @@ def check_rounding(reference: Reference | None, copied: nn.Module, dtype: torch.
 
     bound = usual_difference(dtype, reference.eps)
     found = _run(copied, map_tensors(reference.inputs, cast))
-    difference = relative_difference(reference.outputs, found)
+    difference = _largest(reference.outputs, found, lambda most: most)
     if difference > bound:
         warnings.warn(
             f"On a generated input, the outputs of the copy in {dtype} differ from the model's by "
@@ -155,14 +154,6 @@ def usual_difference(dtype: torch.dtype, eps: float = 0.0) -> float:
         The difference as a fraction of the largest output.
     """
     return _HALF.get(dtype) or math.sqrt(max(eps, torch.finfo(dtype).eps))
-
-
-def relative_difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
-    """Returns the largest difference of outputs as a fraction of the largest expected output.
-
-    Infinite if their forms differ.
-    """
-    return _largest(expected, found, lambda most: most)
 
 
 def _run(copied: nn.Module, inputs: object) -> dict[str, Tensor]:
