@@ -227,7 +227,7 @@ def test_what_stays_ambiguous_is_asked_for_at_once() -> None:
     [
         ({"3.akt": -1}, r"channel_dim: '3.akt' matches no site. Did you mean '3.act'\?"),
         ({"act": -1}, r"channel_dim: 'act' matches no site. Did you mean '3.act'\?"),
-        ({"0": 1}, r"channel_dim: '0' matches no site. There is '3.act', '4'."),
+        ({"0": 1}, r"channel_dim: '0' matches no site. There is '4', '3.act'."),
         ({"": 1}, r"channel_dim: '' matches no site"),
         ({"4": -1, "*": 1}, r"channel_dim gives site '4' both 1 and -1"),
         ({"4": 2}, r"channel_dim for '4'=2: give 1"),
