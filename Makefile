@@ -6,7 +6,8 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-dev
 CLIENTS := $(VENV)/.installed-clients
-WORKERS := --numprocesses auto --maxprocesses 4
+# Each worker starts with half of the files, so that few fixtures are made twice.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo study quick static test clients bench sweep check docs mutants clean
