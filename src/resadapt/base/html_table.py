@@ -29,13 +29,14 @@ def html_table(
         note: A text below the table.
     """
     parts = [f"<div>{escape(title)}</div>"] if title else []
-    parts.append(f'<table style="{_TABLE}">')
+    # A table wider than the page is scrolled, and not cut off.
+    parts.append(f'<div style="overflow-x: auto"><table style="{_TABLE}">')
     parts.append(f"<thead><tr>{''.join(_cell('th', text) for text in heading)}</tr></thead>")
     parts.append("<tbody>")
     for row in rows:
         cells = (cell if isinstance(cell, tuple) else (cell, "") for cell in row)
         parts.append(f"<tr>{''.join(_cell('td', *cell) for cell in cells)}</tr>")
-    parts.append("</tbody></table>")
+    parts.append("</tbody></table></div>")
     parts += [f"<div>{escape(note)}</div>"] if note else []
     # A lone surrogate, which a file's JSON may have, cannot be sent to a notebook.
     return "\n".join(parts).encode(errors="backslashreplace").decode()

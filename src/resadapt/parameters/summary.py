@@ -42,7 +42,8 @@ class ModelSummary:
     def _cells(self) -> Iterator[tuple[str, ...]]:
         """Walks the rows of the table, the totals included, as texts."""
         for name, family, channels, bottleneck, size, share in self.rows:
-            yield name, family, _cell(channels), _cell(bottleneck), f"{size:,}", f"{share:.2%}"
+            wide = _cell(bottleneck or None)  # a family without a hidden layer has 0
+            yield name, family, _cell(channels), wide, f"{size:,}", f"{share:.2%}"
         norm = ("norm",) if self.count.norm else ()
         for label in ("adapters", "head", *norm, "trainable", "frozen", "total"):
             size = getattr(self.count, label)
