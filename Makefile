@@ -42,7 +42,9 @@ static: $(STAMP)  ## formatting, lint and types
 	"$(BIN)/python" -m mypy
 
 test: $(STAMP)  ## all tests, the examples in docstrings and docs, and branch coverage
-	"$(BIN)/python" -m pytest src tests examples/codec/av1partition --ignore=tests/clients \
+	@# The longest first, so that no worker waits for one at the end.
+	"$(BIN)/python" -m pytest tests/test_docs.py tests/test_distributed.py src tests \
+		examples/codec/av1partition --ignore=tests/clients \
 		--doctest-modules $(WORKERS) --cov --cov-report=term-missing:skip-covered
 
 clients: $(CLIENTS)  ## tests against other libraries: timm, Lightning, captum, ONNX, ...
