@@ -27,7 +27,7 @@ from resadapt.files.container import format_for
 from resadapt.injection.ledger import find_ledger, ledger_of
 from resadapt.injection.walk import check_ranks, on_one_rank, unwrap
 from resadapt.proof.drift import refuse_drift
-from resadapt.proof.reconstruction import Rebuild
+from resadapt.proof.reconstruction import Rebuild, check_rebuild
 from resadapt.proof.report import VerificationReport
 from resadapt.proof.state import adapter_state_dict, load_adapter_state_dict
 from resadapt.proof.training_state import load_training_state_dict, training_state_dict
@@ -124,8 +124,7 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
                 raise AdapterError(f"{argument}={value!r}: give one of {quote_names(choices)}.")
         if type(save_top_k) is not int or save_top_k < 1:
             raise AdapterError(f"save_top_k={save_top_k!r}: give a number of files, 1 or more.")
-        if rebuild is not None and not callable(rebuild):
-            raise AdapterError(f"rebuild={rebuild!r}: give a function that builds the backbone.")
+        check_rebuild(rebuild)
         self.dirpath = Path(dirpath).expanduser().absolute()
         self.monitor = monitor
         self.mode = mode

@@ -353,7 +353,7 @@ def test_a_strategy_with_checkpoints_of_its_own_is_refused_by_name(tmp_path: Pat
         ({"mode": "auto"}, "mode='auto': give one of 'min', 'max'"),
         ({"save_top_k": 0}, "save_top_k=0: give a number of files, 1 or more"),
         ({"save_top_k": True}, "save_top_k=True: give"),
-        ({"rebuild": 3}, "rebuild=3: give a function"),
+        ({"rebuild": 3}, "rebuild is int: give a function that builds the backbone"),
         ({"trainer_checkpoint": "none"}, "trainer_checkpoint='none': give one of 'full', 'adapt"),
     ],
 )

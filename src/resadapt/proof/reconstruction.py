@@ -30,7 +30,7 @@ from resadapt.injection.walk import (
 )
 from resadapt.proof.report import Check
 
-__all__ = ["Rebuild", "Reconstruction", "reconstruct", "replaced_forwards"]
+__all__ = ["Rebuild", "Reconstruction", "check_rebuild", "reconstruct", "replaced_forwards"]
 
 Rebuild = Callable[[], nn.Module]
 _LINE = "reconstruction"
@@ -51,6 +51,19 @@ class Reconstruction:
     check: Check
     model: nn.Module | None = None
     shared: str = ""
+
+
+def check_rebuild(rebuild: object) -> None:
+    """Checks an argument ``rebuild=``.
+
+    Raises:
+        AdapterError: The argument is neither None nor a function; a module can be called too.
+    """
+    if rebuild is not None and (not callable(rebuild) or isinstance(rebuild, nn.Module)):
+        raise AdapterError(
+            f"rebuild is {type(rebuild).__name__}: give a function that builds the backbone "
+            "without adapters."
+        )
 
 
 def reconstruct(

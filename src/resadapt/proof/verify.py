@@ -28,7 +28,7 @@ from resadapt.proof.drift import refuse_drift
 from resadapt.proof.evidence import Metric, collect, sets_kept
 from resadapt.proof.loading import fingerprint_of, in_called_modules
 from resadapt.proof.probe import probe_forms, record_probe, run_probe
-from resadapt.proof.reconstruction import Rebuild, reconstruct
+from resadapt.proof.reconstruction import Rebuild, check_rebuild, reconstruct
 from resadapt.proof.report import Check, VerificationReport, failure_of, report_of
 from resadapt.proof.state import refuse_unsaved_state
 
@@ -261,11 +261,7 @@ def _check_arguments(metric: object, tolerance: object, rebuild: object) -> None
         raise AdapterError(
             f"metric is {type(metric).__name__}: give a function from a model to a number."
         )
-    if rebuild is not None and (not callable(rebuild) or isinstance(rebuild, nn.Module)):
-        raise AdapterError(
-            f"rebuild is {type(rebuild).__name__}: give a function that builds the backbone "
-            "without adapters."
-        )
+    check_rebuild(rebuild)
     number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
     if not number or not 0 <= tolerance < math.inf:  # type: ignore[operator]
         raise AdapterError(
