@@ -143,7 +143,7 @@ def check_rounding(reference: Reference | None, copied: nn.Module, dtype: torch.
         )
 
 
-def usual_difference(dtype: torch.dtype, eps: float = 0.0) -> float:
+def usual_difference(dtype: torch.dtype, eps: float) -> float:
     """Returns the usual difference of outputs that only rounding to a dtype has changed.
 
     Args:

@@ -155,8 +155,8 @@ class PackedReLU(Function):
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
         """Computes the ReLU, and saves the bits; with two dimensions, in channels_last order.
 
-        Not an attribute of `ctx`: under checkpointing, the recomputed output, from which the bits
-        are then, may have another memory format.
+        The bits tell the order, and no attribute of `ctx`: checkpointing takes the bits from a
+        second run, whose output may have another memory format.
         """
         output = x.relu_() if inplace else x.relu()
         if inplace:
