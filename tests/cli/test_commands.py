@@ -30,9 +30,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command in this process; returns its status, output and errors."""
-    monkeypatch.setattr("warnings.showwarning", None)  # put back, since the command replaces it
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -89,6 +88,7 @@ def trained(**options: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_print_what_it_shows(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

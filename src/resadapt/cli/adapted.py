@@ -15,7 +15,7 @@ from resadapt.base.errors import AdapterError, AdapterWarning
 from resadapt.base.inputs import generate, named_in
 from resadapt.base.tensors import dtype_name
 from resadapt.cli.models import add_model_arguments, build_model
-from resadapt.cli.text import shortened, show
+from resadapt.cli.text import FILE, shortened, show
 from resadapt.deploy.same_outputs import usual_difference
 from resadapt.files.adapter_file import read_adapter_info
 from resadapt.injection.switching import on_backbone
@@ -97,7 +97,7 @@ class AdaptedModel:
 
 def add_adapted_arguments(parser: argparse.ArgumentParser, required_input: bool) -> None:
     """Adds the arguments that `load_adapted` reads."""
-    parser.add_argument("file", help="adapter file, directory or hf://user/name")
+    parser.add_argument("file", help=FILE)
     add_model_arguments(parser)
     parser.add_argument(
         "--input",

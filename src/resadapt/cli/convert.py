@@ -9,6 +9,7 @@ from typing import Any
 from resadapt.base.errors import AdapterFileError
 from resadapt.base.tensors import same_bits
 from resadapt.cli.output import add_force, check_target, write
+from resadapt.cli.text import FILE
 from resadapt.files.adapter_file import read_adapter_file
 from resadapt.files.container import decode, encode, format_for
 
@@ -21,7 +22,7 @@ def add_convert(commands: Any) -> None:
         "convert",
         help="write an adapter file as .pt or .safetensors, tensors and manifest unchanged",
     )
-    parser.add_argument("file", help="adapter file, directory or hf://user/name")
+    parser.add_argument("file", help=FILE)
     parser.add_argument("out", help="ends in .pt or .safetensors")
     add_force(parser)
     parser.set_defaults(run=_run)

@@ -16,7 +16,7 @@ from resadapt.base.fingerprint import Fingerprint, TensorRecord
 from resadapt.base.module_record import ModuleRecord
 from resadapt.base.spec import SetSpec, SiteSpec
 from resadapt.base.tensors import same_bits
-from resadapt.cli.text import shortened, show
+from resadapt.cli.text import FILE, shortened, show
 from resadapt.files.adapter_file import read_adapter_file
 
 __all__ = ["add_diff"]
@@ -35,7 +35,7 @@ def add_diff(commands: Any) -> None:
         "differ, 2 on an error.",
     )
     for each in ("a", "b"):
-        parser.add_argument(each, help="adapter file, directory or hf://user/name")
+        parser.add_argument(each, help=FILE)
     parser.add_argument(
         "--tensors", action="store_true", help=f"show all that differs, not {_MOST} lines a part"
     )

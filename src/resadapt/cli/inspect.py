@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from resadapt.base.spec import SiteSpec, is_buildable, within
-from resadapt.cli.text import columns, shortened, show, show_json
+from resadapt.cli.text import FILE, columns, shortened, show, show_json
 from resadapt.files.adapter_file import AdapterInfo, read_adapter_info
 
 __all__ = ["add_inspect"]
@@ -16,7 +16,7 @@ __all__ = ["add_inspect"]
 def add_inspect(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser("inspect", help="show what is in an adapter file")
-    parser.add_argument("file", help="adapter file, directory or hf://user/name")
+    parser.add_argument("file", help=FILE)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run)
 

@@ -37,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments. ``diff`` returns 1 for files that differ, and 2 for an error.
     """
     args = _build_parser().parse_args(arguments)
-    # Warnings of other packages are about their code, which the user of a command did not write.
-    warnings.simplefilter("ignore")
-    warnings.simplefilter("always", AdapterWarning)
-    warnings.showwarning = _show_warning
     try:
-        return int(args.run(args))
+        with warnings.catch_warnings():
+            # Those of other packages are about code that the user of a command did not write.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", AdapterWarning)
+            warnings.showwarning = _show_warning
+            return int(args.run(args))
     except KeyboardInterrupt:
         return _INTERRUPTED
     except AdapterError as error:

@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
-__all__ = ["columns", "one_line", "shortened", "show", "show_json", "visible"]
+__all__ = ["FILE", "columns", "one_line", "shortened", "show", "show_json", "visible"]
+
+FILE = "adapter file, directory or hf://user/name"
+"""What a command takes for an adapter file, for its help."""
 
 
 def visible(text: str) -> str:

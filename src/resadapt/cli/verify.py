@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from resadapt.cli.models import add_model_arguments, build_model, read_tensors
-from resadapt.cli.text import show, show_json
+from resadapt.cli.text import FILE, show, show_json
 from resadapt.files.adapter_file import read_adapter_info
 from resadapt.proof.verify import verify_adapters
 
@@ -19,7 +19,7 @@ def add_verify(commands: Any) -> None:
     parser = commands.add_parser(
         "verify", help="check that a file restores the recorded outputs on a backbone"
     )
-    parser.add_argument("file", help="adapter file, directory or hf://user/name")
+    parser.add_argument("file", help=FILE)
     add_model_arguments(parser)
     parser.add_argument(
         "--probe",
