@@ -6,7 +6,7 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-dev
 CLIENTS := $(VENV)/.installed-clients
-# Each worker starts with half of the files, so that few fixtures are made twice.
+# Each worker starts with tests that follow each other, so that few fixtures are made twice.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
