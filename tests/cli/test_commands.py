@@ -183,6 +183,18 @@ def test_torchvision_and_timm_models_are_named(run: Run, folder: Path) -> None:
     assert status == 1
     assert "Unknown model resnet19" in err
 
+    import timm
+
+    torch.manual_seed(0)
+    backbone = timm.create_model("test_resnet", num_classes=2)
+    torch.save(backbone.state_dict(), "weights.pt")
+    resadapt.save_adapters(resadapt.inject_adapters(backbone, "layer2", 4), "a.pt")
+    model = ("--model", "timm:test_resnet", "--model-args", '{"num_classes": 2}')
+    assert run("verify", "a.pt", *model, "--weights", "weights.pt")[0] == 0
+    status, _, err = run("verify", "a.pt", "--model", "timm:resnet19")
+    assert status == 1
+    assert "Unknown model (resnet19)" in err
+
 
 def test_diff_tells_what_differs(run: Run, folder: Path) -> None:
     model = trained(name="one", head="6")
